@@ -1,0 +1,564 @@
+"""The Doge language model, whole: RMSNorm, rotary embedding, Dynamic Mask Attention, MLP, CDMoE, cache, generation.
+
+A language model reads a row of tokens and says, at each place, how likely every token of the vocabulary is to come
+next. Doge is a Llama-like transformer: an embedding, a stack of blocks, a last norm, and the embedding again as output
+matrix. A block adds to the running state x first what attention gathers from earlier tokens, then what a feed-forward
+network makes of the result:
+
+    x = input_residual          * x + Attention(RMSNorm(x))
+    x = post_attention_residual * x + MLP(RMSNorm(x))              the two scales are learned vectors, 1 at the start
+
+Two things are Doge's own.
+
+Dynamic Mask Attention (DMA). Every key j gets a score from its value vector alone, s_j = exp(A softplus(dt_proj(v_j))).
+The score is added to the attention logits of all queries that may see j, and a query sees only the W earlier keys of
+largest score (`keep_window_size`; of equal scores the later key wins). So the model itself decides what is worth
+remembering. Three facts make it fast, and the functions below are these facts, written down:
+
+    1. s_j belongs to the key, not to the (query, key) pair, so it is one more column of the dot product: q gets a 1
+       and k gets s_j. The fused causal kernel then computes DMA without ever building a T x T tensor.
+       -> causal_attention
+    2. A key that has been dropped never comes back, since its rank among the keys seen so far can only get worse. So
+       generation needs W slots and no more, however long the text: the new key takes the place of the weakest.
+       -> Cache
+    3. For the same reason the keys that a stretch of c queries can see are the W kept at its start and its own c.
+       A long text costs T (W + c) instead of T T, exactly.
+       -> dynamic_mask_attention
+
+Cross Domain Mixture of Experts (CDMoE). Beside the usual MLP stand E tiny experts of one hidden unit each. A router
+names sqrt(E) rows and sqrt(E) columns, expert (i, j) scores x_i + y_j, and a token uses its k best experts. Thousands
+of experts are searched at the price of two short lists.  -> CDMoE
+
+Names of parameters and options are those of Hugging Face's Doge, so that its checkpoints load as they are; where that
+implementation departs from the architecture (its router mixes tokens) ours does not follow, see tests/test_model.py.
+Papers: Wonderful Matrices (arXiv 2412.11834), Trainable Dynamic Mask Sparse Attention (arXiv 2508.02124).
+
+Shapes: B batch, T queries, S keys, H attention heads, K key/value heads, G = H / K, D head size, C hidden size,
+        V vocabulary, W keep window, E experts.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256  # queries handled together beyond the window: c keys are read per W kept, and the mask is c x (W + c)
+LOSS_ELEMENTS = 2**24  # logits alive at once in the loss: 64 MB of fp32, large enough to keep the matrix product busy
+NEVER = -1e30  # score of a slot without a key: exp(NEVER - anything) is 0, and it is finite, so no inf - inf = nan
+
+
+@dataclass
+class DogeConfig:
+    """The shape of a model. Raises ValueError for shapes that cannot be built."""
+
+    vocab_size: int = 32768  # number of token ids (V)
+    hidden_size: int = 256  # width of the running state (C)
+    intermediate_size: int = 512  # width inside the MLP; the family uses twice the hidden size
+    num_hidden_layers: int = 8  # number of blocks
+    num_attention_heads: int = 2  # query heads (H); head size is hidden_size / num_attention_heads
+    num_key_value_heads: int = 1  # key/value heads (K), each shared by H / K query heads
+    keep_window_size: int = 2048  # keys a query may see (W), those of largest dynamic-mask score
+    max_position_embeddings: int = 2048  # context length the model is trained for
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rms_norm_eps: float = 1e-6  # keeps the norm of a zero vector finite
+    initializer_range: float = 0.02  # standard deviation of the initial weights
+    tie_word_embeddings: bool = True  # output matrix = embedding matrix
+    qk_norm: bool = True  # RMSNorm on queries and keys (the oldest published checkpoints have none)
+    is_moe: bool = False  # add CDMoE's experts to every MLP
+    num_experts: int = 1024  # experts a layer (E), a perfect square
+    num_experts_per_tok: int = 16  # experts a token uses (k)
+    router_aux_loss_coef: float = 0.0  # weight of the load-balancing loss; 0 turns it off
+
+    def __post_init__(self):
+        sizes = [field.name for field in dataclasses.fields(DogeConfig) if field.type in (int, "int")]
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads={heads}")
+        if heads % groups:
+            raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}")
+        if self.is_moe and math.isqrt(self.num_experts) ** 2 != self.num_experts:
+            nearest = round(math.sqrt(self.num_experts)) ** 2
+            raise ValueError(f"num_experts={self.num_experts} must be a perfect square, for example {nearest}")
+        if self.is_moe and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}")
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Position: rotary embedding (Su et al. 2021)
+
+
+def rotary_table(positions, head_dim, theta):
+    """positions (..., T) integers -> cos, sin (..., T, D / 2) fp32: the angle of dimension d turns by theta^(-2d/D) a
+    token, so a query and a key that have been rotated meet in a product that knows only their distance."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[..., None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotates x (B, heads, T, D): dimension d is paired with d + D/2 (the half-split convention of Llama)."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dynamic Mask Attention
+
+
+def causal_attention(q, k, v, s):
+    """Attention with the score of each key added to its logits, every query seeing all keys up to its own.
+
+    q (B, H, T, D), k and v (B, K, T, D), s (B, K, T) fp32 -> (B, H, T, D).
+
+    softmax(q.k / sqrt(D) + s) is plain attention over vectors one column longer: [q, 1] . [k, s sqrt(D)]. The fused
+    kernels take it with a causal flag, hence no mask tensor. They want the width a multiple of 8, and v as wide as
+    k; in bf16 the score is split over two of those columns, high part and remainder, and keeps 16 bits.
+    """
+    size = q.shape[-1]
+    column = s[..., None] * math.sqrt(size)
+    high = column.to(q.dtype)
+    low = (column - high.float()).to(q.dtype)
+    zeros = high.new_zeros(()).expand(*high.shape[:-1], 6)
+    k = torch.cat((k, high, low, zeros), dim=-1)
+    q = F.pad(q, (0, 2), value=1.0)
+    q, v = F.pad(q, (0, 6)), F.pad(v, (0, 8))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=size**-0.5, enable_gqa=True)
+    return out[..., :size]
+
+
+def strongest(s, count):
+    """The indices of the `count` largest of s (..., n), which stands in order of position: (..., count), strongest
+    first. Of equal scores the later key wins: a stable sort of the reversed row meets it first."""
+    order = s.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    return s.shape[-1] - 1 - order[..., :count]
+
+
+def lifetimes(s_kept, s_new, window):
+    """Which of n kept keys and c new ones each of the c new queries sees.
+
+    s_kept (B, K, n) and s_new (B, K, c), both in order of position -> bool (B, K, c, n + c). Query t sees the new keys
+    up to t and the kept ones, less those already pushed out: a key is gone once `window` stronger ones have been seen.
+    At most n + c - window keys can leave, so only the weakest kept ones are at risk and need comparing.
+    """
+    n, c = s_kept.shape[-1], s_new.shape[-1]
+    at_risk = min(max(n + c - window, 0), n)
+    causal = torch.ones(c, c, dtype=torch.bool, device=s_new.device).tril()  # (query, new key)
+    visible = F.pad(causal, (n, 0), value=True).expand(*s_new.shape[:-1], c, n + c)
+    if n + c <= window:
+        return visible
+    weak = strongest(s_kept, n)[..., n - at_risk :].sort(dim=-1).values  # (B, K, r), in order of position again
+    s = torch.cat((s_kept.gather(-1, weak), s_new), dim=-1)  # (B, K, r + c)
+    later = torch.ones(at_risk + c, at_risk + c, dtype=torch.bool, device=s.device).tril(-1)
+    beats = (s[..., :, None] > s[..., None, :]) | ((s[..., :, None] == s[..., None, :]) & later)  # (B, K, r+c, r+c)
+    stronger = beats[..., :at_risk, :].sum(-2, keepdim=True) + beats[..., at_risk:, :].cumsum(-2)  # (B, K, c, r+c)
+    alive = stronger < window - (n - at_risk)
+    columns = torch.cat((weak, torch.arange(n, n + c, device=s.device).expand(*s_new.shape)), dim=-1)
+    columns = columns[..., None, :].expand_as(alive)
+    return visible.scatter(-1, columns, visible.gather(-1, columns) & alive)
+
+
+def attend(q, k, v, s, kept, visible, start):
+    """One chunk of dynamic_mask_attention: the queries q (B, H, c, D) against the keys with indices `kept` (B, K, n)
+    and start .. start + c of k, v (B, K, S, D), s (B, K, S), under the mask `visible` (B, K, c, n + c)."""
+    (B, H, c, D), K = q.shape, k.shape[1]
+    index = torch.cat((kept, torch.arange(start, start + c, device=kept.device).expand(B, K, c)), dim=-1)
+    rows = index[..., None].expand(-1, -1, -1, D)
+    k, v, s = k.gather(2, rows), v.gather(2, rows), s.gather(2, index)
+    q = q.reshape(B, K, H // K, c, D)
+    logits = (q @ k[:, :, None].transpose(-1, -2)).float() * D**-0.5 + s[:, :, None, None, :]  # (B, K, G, c, n + c)
+    weights = logits.masked_fill(~visible[:, :, None], NEVER).softmax(dim=-1).to(v.dtype)
+    return (weights @ v[:, :, None]).reshape(B, H, c, D)
+
+
+def dynamic_mask_attention(q, k, v, s, window):
+    """Dynamic Mask Attention of any length, exact, in time and memory linear in the length.
+
+    q (B, H, T, D); k, v (B, K, S, D); s (B, K, S) fp32. The queries belong to the last T of the S keys, which stand in
+    order of position. Returns the outputs (B, H, T, D) and the indices (B, K, at most W) of the keys that a later query
+    could still see, in order of position.
+    """
+    T, S = q.shape[2], k.shape[2]
+    done = min(T, window) if T == S else 0  # with no earlier keys, the first W queries see everything before them
+    outputs = [causal_attention(q[:, :, :done], k[:, :, :done], v[:, :, :done], s[:, :, :done])] if done else []
+    kept = torch.arange(S - T + done, device=q.device).expand(*s.shape[:2], -1)
+    scores = s.detach()  # what is kept is a choice, not a quantity: it has no gradient
+    while done < T:
+        start, c = S - T + done, min(CHUNK, T - done)
+        s_kept, s_new = scores.gather(-1, kept), scores[..., start : start + c]
+        visible = lifetimes(s_kept, s_new, window)
+        chunk = q[:, :, done : done + c], k, v, s, kept, visible, start
+        # The gathered keys are recomputed in the backward pass: held, they would be W / CHUNK times the sequence.
+        outputs.append(checkpoint(attend, *chunk, use_reentrant=False) if torch.is_grad_enabled() else attend(*chunk))
+        best = strongest(torch.cat((s_kept, s_new), dim=-1), window).sort(dim=-1).values
+        kept = torch.cat((kept, torch.arange(start, start + c, device=q.device).expand(*kept.shape[:2], c)), dim=-1)
+        kept = kept.gather(-1, best)
+        done += c
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], kept
+
+
+class Cache:
+    """What generation remembers: for each layer the W strongest keys so far, whatever the length of the text.
+
+    Slots are filled in any order, so each key's position is kept to break ties. There is one slot more than W: a new
+    key goes to a free slot, and if no other is free the weakest key, the new one included, gives its slot up.
+    k, v (L, B, K, N, D); s (L, B, K, N) fp32, NEVER where a slot is free; when (L, B, K, N) positions; length (B,).
+    """
+
+    def __init__(self, config, batch_size, max_length, device=None, dtype=None):
+        self.window = config.keep_window_size
+        slots = min(self.window, max_length) + 1
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, slots)
+        self.k = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.s = torch.full(shape, NEVER, device=device)
+        self.when = torch.full(shape, -1, device=device)
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def attend(self, layer, q, k, v, s):
+        """Adds keys and values (B, K, T, D) with scores s (B, K, T) to a layer and returns what the queries (B, H, T,
+        D) see, themselves included. Padded places have the score NEVER, hence no say."""
+        step = self.step if q.shape[2] == 1 else self.extend
+        return step(self.k[layer], self.v[layer], self.s[layer], self.when[layer], q, k, v, s)
+
+    def step(self, slot_k, slot_v, slot_s, slot_when, q, k, v, s):
+        (B, H, _, D), K = q.shape, k.shape[1]
+        free = slot_s.argmin(-1, keepdim=True)  # (B, K, 1)
+        rows = free[..., None].expand(B, K, 1, D)
+        slot_k.scatter_(2, rows, k.to(slot_k.dtype))
+        slot_v.scatter_(2, rows, v.to(slot_v.dtype))
+        slot_s.scatter_(2, free, s)
+        slot_when.scatter_(2, free, self.length[:, None, None].expand(B, K, 1))
+        weakest = slot_s == slot_s.amin(-1, keepdim=True)
+        leaves = slot_when.masked_fill(~weakest, torch.iinfo(torch.long).max).argmin(-1, keepdim=True)
+        slot_s.scatter_(2, leaves, NEVER)
+        logits = (q.reshape(B, K, H // K, D) @ slot_k.transpose(-1, -2)).float() * D**-0.5 + slot_s[:, :, None]
+        return (logits.softmax(-1).to(slot_v.dtype) @ slot_v).reshape(B, H, 1, D)
+
+    def extend(self, slot_k, slot_v, slot_s, slot_when, q, k, v, s):
+        T, D = k.shape[2:]
+        when = self.length[:, None, None] + torch.arange(T, device=k.device).expand(s.shape)
+        held = int(self.length.max())
+        if held:  # put what is in the slots before the new keys, in order of position
+            order = slot_when.argsort(dim=-1)[..., -min(held, self.window + 1) :]
+            rows = order[..., None].expand(-1, -1, -1, D)
+            k = torch.cat((slot_k.gather(2, rows), k.to(slot_k.dtype)), dim=2)
+            v = torch.cat((slot_v.gather(2, rows), v.to(slot_v.dtype)), dim=2)
+            s = torch.cat((slot_s.gather(2, order), s), dim=2)
+            when = torch.cat((slot_when.gather(2, order), when), dim=2)
+        out, kept = dynamic_mask_attention(q, k, v, s, self.window)
+        n, rows = kept.shape[-1], kept[..., None].expand(-1, -1, -1, D)
+        slot_k[:, :, :n], slot_v[:, :, :n] = k.gather(2, rows), v.gather(2, rows)
+        slot_s[:, :, :n], slot_when[:, :, :n] = s.gather(2, kept), when.gather(2, kept)
+        slot_s[:, :, n:], slot_when[:, :, n:] = NEVER, -1
+        return out
+
+
+class DynamicMaskAttention(nn.Module):
+    """Grouped-query attention whose keys carry a score, computed from the values of all key/value heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim, self.window = config.head_dim, config.keep_window_size
+        C, key_size = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.k_proj = nn.Linear(C, key_size, bias=False)
+        self.v_proj = nn.Linear(C, key_size, bias=False)
+        self.A = nn.Parameter(torch.zeros(config.num_key_value_heads))  # 0: s = 1 everywhere, plain causal attention
+        self.dt_proj = nn.Linear(key_size, config.num_key_value_heads, bias=False)
+        self.o_proj = nn.Linear(C, C, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rotary, padding=None, cache=None, layer=None):
+        """x (B, T, C), rotary = (cos, sin) -> (B, T, C). padding (B, T) is True where a row has no token."""
+        B, T, C = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
+        values = self.v_proj(x)  # (B, T, K D)
+        v = values.view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        s = torch.exp(self.A.float() * F.softplus(self.dt_proj(values).float())).transpose(1, 2)  # (B, K, T)
+        if padding is not None:
+            s = s.masked_fill(padding[:, None], NEVER)
+        out = dynamic_mask_attention(q, k, v, s, self.window)[0] if cache is None else cache.attend(layer, q, k, v, s)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, C))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feed-forward
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        """x (B, T, C) -> its output (B, T, C) and a load-balance value, which an MLP does not have: 0."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), 0.0
+
+
+class CDMoE(MLP):
+    """Cross Domain Mixture of Experts: the MLP, shared by all tokens, plus E experts of one hidden unit each.
+
+    out = mlp(x) + sum over the k chosen experts e of  w_e * silu(down_embed[e] . x) * up_embed[e]
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.top_k, self.num_keys = config.num_experts_per_tok, math.isqrt(config.num_experts)
+        self.router_gate = nn.Linear(config.hidden_size, 2 * self.num_keys, bias=False)
+        self.down_embed = nn.Embedding(config.num_experts, config.hidden_size)
+        self.up_embed = nn.Embedding(config.num_experts, config.hidden_size)
+
+    def route(self, x):
+        """x (B, T, C) -> weights (B, T, k) that sum to 1, expert ids (B, T, k), router logits (B, T, 2, sqrt(E)).
+
+        The k best sums x_i + y_j are among the k best x_i combined with the k best y_j, so k * k sums are compared
+        instead of E (product keys, Lample et al. 2019). Both halves are of the same token.
+        """
+        logits = self.router_gate(x).unflatten(-1, (2, self.num_keys)).float()
+        best, index = logits.topk(min(self.top_k, self.num_keys), dim=-1)  # (B, T, 2, k)
+        sums = (best[..., 0, :, None] + best[..., 1, None, :]).flatten(-2)  # (B, T, k k)
+        scores, pair = sums.topk(self.top_k, dim=-1)
+        row, column = pair // best.shape[-1], pair % best.shape[-1]
+        experts = index[..., 0, :].gather(-1, row) * self.num_keys + index[..., 1, :].gather(-1, column)
+        return scores.softmax(-1), experts, logits
+
+    def forward(self, x):
+        """x (B, T, C) -> (B, T, C) and the load-balance value of this batch (see load_balance)."""
+        shared, _ = super().forward(x)
+        weights, experts, logits = self.route(x)
+        down, up = self.down_embed(experts), self.up_embed(experts)  # (B, T, k, C)
+        hidden = F.silu((down.to(x.dtype) @ x[..., None]).squeeze(-1)) * weights.to(x.dtype)
+        routed = (hidden[..., None, :] @ up.to(x.dtype)).squeeze(-2)
+        return shared + routed, load_balance(experts, logits)
+
+
+def load_balance(experts, logits):
+    """E * sum_e f_e P_e: 1 for a uniform router, E / k when one expert has all the probability (Switch Transformer,
+    Fedus et al. 2021, eq. 4). f_e is the share of the routed slots that expert e received, P_e its mean probability
+    under a softmax over all E scores. That softmax factorises, P(i, j) = Px(i) Py(j), so the mean over the N tokens
+    is one matrix product and no (N, E) tensor is built. experts (..., k) ids, logits (..., 2, sqrt(E))."""
+    x, y = logits.softmax(-1).flatten(0, -3).unbind(1)  # (N, sqrt(E)) each
+    mean = (x.T @ y / len(x)).flatten()
+    slots = experts.flatten()
+    received = torch.zeros_like(mean).index_add_(0, slots, mean.new_ones(()).expand(len(slots)))
+    return mean.numel() * (received / len(slots) * mean).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DynamicMaskAttention(config)
+        self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = CDMoE(config) if config.is_moe else MLP(config)
+        self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, x, rotary, padding=None, cache=None, layer=None):
+        """x (B, T, C) -> (B, T, C) and the load-balance value of its MLP."""
+        x = self.input_residual * x + self.self_attn(self.input_layernorm(x), rotary, padding, cache, layer)
+        out, balance = self.mlp(self.post_attention_layernorm(x))
+        return self.post_attention_residual * x + out, balance
+
+
+class Doge(nn.Module):
+    """The model. `logits, loss = model(tokens, targets)`, `model.generate(tokens, ...)`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third slower
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+
+    @classmethod
+    def from_dense(cls, dense, num_experts, num_experts_per_tok):
+        """A MoE model that computes bit for bit what `dense` does: the same weights, and experts whose output vectors
+        (up_embed) are zero. They learn from the first step on; the router and down_embed from the second."""
+        if dense.config.is_moe:
+            raise ValueError("from_dense needs a dense model, and this one has experts already")
+        shape = dict(is_moe=True, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
+        model = cls(dataclasses.replace(dense.config, **shape)).to(dense.embed_tokens.weight)
+        weights = model.state_dict() | dense.state_dict()
+        weights.update({name: torch.zeros_like(w) for name, w in weights.items() if name.endswith("up_embed.weight")})
+        model.load_state_dict(weights)
+        return model
+
+    @property
+    def output_weight(self):
+        """(V, C)"""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden(self, tokens, lengths=None, cache=None):
+        """tokens (B, T) int64 -> the final state (B, T, C) and the mean load-balance value of the layers. Rows shorter
+        than T are padded on the right, and `lengths` (B,) tells how long they are. With a cache the tokens continue
+        what it holds, each row at its own position, and are added to it."""
+        B, T = tokens.shape
+        steps = torch.arange(T, device=tokens.device)
+        padding = None if lengths is None else steps >= lengths[:, None]  # (B, T)
+        positions = steps if cache is None else (cache.length[:, None] + steps)[:, None]  # (T,) or (B, 1, T)
+        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        x, balance = self.embed_tokens(tokens), 0.0
+        for layer, block in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, value = checkpoint(block, x, rotary, padding, use_reentrant=False)
+            else:
+                x, value = block(x, rotary, padding, cache, layer)
+            balance = balance + value / len(self.layers)
+        if cache is not None:
+            cache.length += T if lengths is None else lengths
+        return self.norm(x), balance
+
+    def forward(self, tokens, targets=None):
+        """tokens (B, T) int64 -> (logits (B, T, V), None); with targets (B, T), -100 = ignored, (None, mean loss in
+        nats a target), 0 when there is no target. The loss never holds all logits, which is why there are none."""
+        x, balance = self.hidden(tokens)
+        if targets is None:
+            return F.linear(x, self.output_weight), None
+        loss = linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten())
+        return None, loss + self.config.router_aux_loss_coef * balance
+
+    def flops_per_token(self, length):
+        """Floating-point operations to train on one token of a row of `length`: 6 a weight that is used (2 forward, 4
+        backward; PaLM, arXiv 2204.02311, appendix B) and 12 C a visible key and layer, on average half the row."""
+        config = self.config
+        unused = config.num_experts - config.num_experts_per_tok if config.is_moe else 0
+        weights = sum(p.numel() for p in self.parameters()) - 2 * unused * config.hidden_size * len(self.layers)
+        weights -= 0 if config.tie_word_embeddings else self.embed_tokens.weight.numel()
+        window = min(length, config.keep_window_size)
+        keys = (window * (window + 1) / 2 + (length - window) * window) / length
+        return 6 * weights + 12 * config.hidden_size * keys * len(self.layers)
+
+    @torch.inference_mode()
+    def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+               lengths=None, generator=None, vocab_size=None, dtype=None):
+        """Continues tokens (B, T), yielding the next token of every row (B,) int64, max_new_tokens times.
+
+        temperature 0 takes the likeliest token; else see `sample`. Rows of different length are padded on the right,
+        `lengths` (B,) says how long each is. Ids from vocab_size on are never produced (a vocabulary rounded up has
+        rows without a token). Memory is fixed from the first token on.
+        """
+        B, T = tokens.shape
+        if T == 0 or (lengths is not None and int(lengths.min()) < 1):
+            raise ValueError("the prompt is empty: generation needs at least one token, for example the BOS token")
+        cache = Cache(self.config, B, T + max_new_tokens, tokens.device, dtype or self.embed_tokens.weight.dtype)
+        last = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
+        x = self.hidden(tokens, lengths, cache)[0][torch.arange(B, device=tokens.device), last - 1]
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=tokens.device)
+        if repetition_penalty != 1.0:
+            real = torch.arange(T, device=tokens.device) < last[:, None]
+            seen.scatter_(1, torch.where(real, tokens, tokens[:, :1]), True)
+        for count in range(max_new_tokens):
+            logits = F.linear(x, self.output_weight).float()
+            if vocab_size is not None:
+                logits[:, vocab_size:] = -math.inf
+            if repetition_penalty != 1.0:
+                logits = torch.where(seen, penalise(logits, repetition_penalty), logits)
+            token = sample(logits, temperature, top_k, top_p, min_p, generator)
+            yield token
+            if count + 1 < max_new_tokens:
+                seen.scatter_(1, token[:, None], True)
+                x = self.hidden(token[:, None], None, cache)[0][:, -1]
+
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), **options):
+        """Collects `stream` into (B, n) int64, n <= max_new_tokens. A row ends with its first id of `stop_ids`, which
+        is then repeated to fill the row; generation ends when every row has."""
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        columns = []
+        for token in self.stream(tokens, max_new_tokens, temperature, top_k, top_p, **options):
+            columns.append(torch.where(done, columns[-1], token) if columns else token)
+            for stop in stop_ids:
+                done = done | (columns[-1] == stop)
+            if stop_ids and bool(done.all()):
+                break
+        return torch.stack(columns, dim=1) if columns else tokens[:, :0]
+
+
+def penalise(logits, penalty):
+    """Makes a token less likely whatever the sign of its logit (Keskar et al. 2019, as Hugging Face applies it)."""
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def sample(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, generator=None):
+    """Draws a token from logits (B, V) fp32 -> (B,) int64.
+
+    Temperature 0 takes the likeliest. Otherwise the logits are divided by it, and of the tokens only these stay: the
+    top_k likeliest (0: all), the likeliest whose probabilities first reach top_p together (1: all), those at least
+    min_p as likely as the likeliest (0: all).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1.0:
+        values, order = logits.sort(dim=-1, descending=True)
+        p = values.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p  # the likeliest itself always stays
+        outside[:, 0] = False
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -math.inf)
+    p = logits.softmax(-1)
+    if min_p > 0.0:
+        p = p * (p >= min_p * p.amax(-1, keepdim=True))
+    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+
+
+def linear_cross_entropy(x, weight, targets):
+    """Mean cross-entropy of the logits x @ weight.T in nats, over the targets that are not -100; 0 if there are none.
+
+    x (N, C), weight (V, C), targets (N,) int64. The logits of all rows would be by far the largest tensor of a
+    training step (2 GB for 16,384 rows of 32,768), so they are made a piece at a time and again in the backward pass.
+    """
+    rows = max(1, LOSS_ELEMENTS // len(weight))
+    if len(x) <= rows:
+        total = piece_cross_entropy(x, weight, targets)
+    else:
+        total = sum(
+            checkpoint(piece_cross_entropy, x[i : i + rows], weight, targets[i : i + rows], use_reentrant=False)
+            for i in range(0, len(x), rows)
+        )
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+def piece_cross_entropy(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-100, reduction="sum")

@@ -1,0 +1,430 @@
+"""model.py against transformers' Doge (same weights: same logits, loss, gradients, text), against brute force where
+that library is wrong or arbitrary, and against itself: what must not change anything must change nothing."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DogeConfig as ReferenceConfig
+from transformers import DogeForCausalLM
+
+import model as m
+from model import Cache, Doge, DogeConfig
+
+SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, keep_window_size=64)  # fmt: skip
+
+
+def randomise(model, seed=0, spread=0.1):
+    """Weights far from their initial values, A and dt_proj above all, so that no term is invisible."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = 0.3 if name.endswith(".A") or "dt_proj" in name else spread  # scores from about 0.5 to 3
+            p += scale * torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+def reference_of(model):
+    """transformers' Doge with the weights of ours."""
+    config = {key: value for key, value in dataclasses.asdict(model.config).items() if key != "qk_norm"}
+    reference = DogeForCausalLM(ReferenceConfig(**config, attn_implementation="eager"))
+    state = {key if key.startswith("lm_head") else f"model.{key}": w for key, w in model.state_dict().items()}
+    missing = reference.load_state_dict(state, strict=not model.config.tie_word_embeddings)
+    assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys
+    reference.tie_weights()
+    return reference.eval()
+
+
+def distinct_tokens(rows, length, vocab_size, seed=0):
+    """Rows without repeated tokens: equal tokens have equal scores in layer 0, and the reference breaks ties anyhow."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(vocab_size, generator=generator)[:length] for _ in range(rows)])
+
+
+SHAPES = [
+    dict(),
+    dict(num_attention_heads=2, num_key_value_heads=2),  # groups of 1
+    dict(num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False),  # groups of 4, untied
+    dict(keep_window_size=13),  # T beyond the window
+    dict(keep_window_size=13, num_key_value_heads=1, tie_word_embeddings=False, num_hidden_layers=3),
+]
+
+
+@pytest.mark.parametrize("change", SHAPES, ids=str)
+def test_logits_loss_and_gradients_equal_transformers(change):
+    model = randomise(Doge(DogeConfig(**SMALL | change)))
+    reference = reference_of(model)
+    tokens = distinct_tokens(3, 40, 97)
+    logits, none = model(tokens)
+    assert none is None
+    torch.testing.assert_close(logits, reference(tokens).logits, atol=1e-4, rtol=0)
+
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = -100
+    loss = model(tokens, targets)[1]
+    expected = F.cross_entropy(reference(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    loss.backward(), expected.backward()
+    gradients = {name.removeprefix("model."): p.grad for name, p in reference.named_parameters()}
+    for name, p in model.named_parameters():
+        error = (p.grad - gradients[name]).norm() / gradients[name].norm()
+        assert error < 1e-4, f"{name}: relative gradient error {error}"
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_greedy_text_of_64_tokens_equals_transformers(groups):
+    """Within the window: beyond it repeated tokens tie, and the reference breaks ties arbitrarily."""
+    change = dict(keep_window_size=128, num_key_value_heads=4 // groups)
+    model = randomise(Doge(DogeConfig(**SMALL | change)), seed=groups, spread=0.3)  # a livelier text
+    prompt = distinct_tokens(4, 8, 97, seed=groups)
+    theirs = reference_of(model).generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    assert torch.equal(model.generate(prompt, 64, temperature=0), theirs[:, 8:])
+    assert len(theirs[:, 8:].unique()) > 8  # the text is not one repeated token
+
+
+def test_padded_rows_equal_transformers_and_equal_the_rows_alone():
+    model = randomise(Doge(DogeConfig(**SMALL)))
+    reference, tokens = reference_of(model), distinct_tokens(3, 30, 97)
+    lengths = torch.tensor([30, 11, 1])
+    mask = (torch.arange(30) < lengths[:, None]).long()
+    logits, expected = model(tokens * mask)[0], reference(tokens * mask, attention_mask=mask).logits
+    for row, n in enumerate(lengths):
+        torch.testing.assert_close(logits[row, :n], expected[row, :n], atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits[row, :n], model(tokens[row : row + 1, :n])[0][0], atol=1e-5, rtol=0)
+
+    batch = model.generate(tokens * mask, 20, temperature=0, lengths=lengths)
+    left = torch.stack([tokens[row].roll(30 - n.item()) for row, n in enumerate(lengths)])  # as transformers wants it
+    theirs = reference.generate(
+        left * mask.flip(1), attention_mask=mask.flip(1), max_new_tokens=20, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )[:, 30:]  # fmt: skip
+    for row, n in enumerate(lengths):
+        assert torch.equal(batch[row], model.generate(tokens[row : row + 1, :n], 20, temperature=0)[0])
+        assert torch.equal(batch[row], theirs[row])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dynamic Mask Attention
+
+
+def brute_force(q, k, v, s, window):
+    """Every query ranks all keys up to its own by (score, position) and keeps the best `window`; plain softmax."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    k, v, s = (x.repeat_interleave(H // K, dim=1) for x in (k, v, s))
+    logits = q @ k.transpose(-1, -2) / math.sqrt(D) + s[:, :, None, :]
+    visible = torch.zeros(B, H, T, T, dtype=torch.bool)
+    for b in range(B):
+        for h in range(H):
+            for i in range(T):
+                kept = sorted(range(i + 1), key=lambda j: (s[b, h, j].item(), j))[-window:]  # noqa: B023
+                visible[b, h, i, kept] = True
+    return logits.masked_fill(~visible, -math.inf).softmax(-1) @ v
+
+
+def attention_inputs(T, ties, seed=0, B=2, H=4, K=2, D=8):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, heads, T, D, dtype=torch.float64, generator=g) for heads in (H, K, K))
+    s = torch.randint(0, 4, (B, K, T), generator=g) * 0.5 if ties else torch.rand(B, K, T, generator=g)
+    return [x.double().requires_grad_() for x in (q, k, v, s)]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("T, window, chunk", [
+    (50, 64, 8), (50, 50, 8), (50, 13, 8), (50, 5, 16), (33, 1, 8), (40, 7, 64),
+])  # fmt: skip
+def test_attention_and_its_gradients_equal_brute_force(monkeypatch, T, window, chunk, ties):
+    monkeypatch.setattr(m, "CHUNK", chunk)
+    inputs = attention_inputs(T, ties)
+    out, kept = m.dynamic_mask_attention(*inputs, window)
+    expected = brute_force(*inputs, window)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((out * weight).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weight).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    s = inputs[3].detach()
+    for b, head in torch.cartesian_prod(torch.arange(s.shape[0]), torch.arange(s.shape[1])).tolist():
+        best = sorted(range(T), key=lambda j: (s[b, head, j].item(), j))[-window:]  # noqa: B023
+        assert kept[b, head].tolist() == sorted(best)
+
+
+def test_with_a_zero_the_window_slides(monkeypatch):
+    """A = 0 makes all scores equal: the later key wins every tie, so the last W keys are kept."""
+    monkeypatch.setattr(m, "CHUNK", 8)
+    q, k, v, s = attention_inputs(40, ties=False)
+    out, kept = m.dynamic_mask_attention(q, k, v, torch.ones_like(s), 9)
+    i, j = torch.arange(40)[:, None], torch.arange(40)
+    mask = (j <= i) & (j > i - 9)
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-6, rtol=1e-6)
+    assert (kept == torch.arange(31, 40)).all()
+
+
+def test_bf16_attention_is_no_worse_than_the_reference_form():
+    q, k, v, s = (x.detach() for x in attention_inputs(256, ties=False, D=64))
+    s = 4 * s
+    exact = brute_force(q, k, v, s, 256)
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    mask = torch.full((256, 256), -math.inf).triu(1) + s.repeat_interleave(2, 1)[:, :, None]
+    k2, v2 = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    weights = (q @ k2.transpose(-1, -2) / 8 + mask.bfloat16()).softmax(-1, dtype=torch.float32).bfloat16()
+    reference_error = (weights @ v2 - exact).pow(2).mean().sqrt()
+    assert (m.causal_attention(q, k, v, s.float()) - exact).pow(2).mean().sqrt() <= reference_error
+
+
+@pytest.mark.parametrize("window", [5, 16, 200])
+def test_the_cache_equals_no_cache_whatever_the_cut(monkeypatch, window):
+    """Prompt, several tokens at once, one at a time, several again: always the logits of one full pass."""
+    monkeypatch.setattr(m, "CHUNK", 8)
+    model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=window))))
+    tokens = distinct_tokens(2, 60, 97)  # equal tokens tie up to rounding, which depends on the shape of a product
+    expected, cache, done, pieces = model(tokens)[0], Cache(model.config, 2, 60), 0, []
+    with torch.no_grad():
+        for count in [23, 4, 1, 1, 9, 1, 1, 1, 1, 18]:
+            pieces.append(model.hidden(tokens[:, done : done + count], None, cache)[0])
+            done += count
+        logits = F.linear(torch.cat(pieces, dim=1), model.output_weight)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert cache.k.shape[3] == min(window, 60) + 1
+
+
+@pytest.mark.parametrize("window", [12, 100])
+def test_the_cache_takes_rows_at_different_positions(monkeypatch, window):
+    monkeypatch.setattr(m, "CHUNK", 8)
+    model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=window))))
+    tokens, lengths = distinct_tokens(3, 70, 97), torch.tensor([40, 5, 17])
+    expected, cache = model(tokens)[0], Cache(model.config, 3, 70)
+    prompt = tokens[:, :40].masked_fill(torch.arange(40) >= lengths[:, None], 0)
+    with torch.no_grad():
+        model.hidden(prompt, lengths, cache)
+        for step in range(30):
+            place = lengths + step
+            x, _ = model.hidden(tokens.gather(1, place[:, None]), None, cache)
+            logits = F.linear(x[:, 0], model.output_weight)
+            torch.testing.assert_close(logits, expected[torch.arange(3), place], atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+MOE = SMALL | dict(is_moe=True, num_experts=49, num_experts_per_tok=5)
+
+
+def test_moe_equals_transformers_token_by_token():
+    """One token of one row at a time the reference router has nothing to mix, and is right."""
+    model = randomise(Doge(DogeConfig(**MOE)))
+    reference, tokens = reference_of(model), distinct_tokens(1, 20, 97)
+    expected, past = [], None
+    for t in range(20):
+        step = reference(tokens[:, t : t + 1], past_key_values=past, use_cache=True)
+        past = step.past_key_values
+        expected.append(step.logits)
+    torch.testing.assert_close(model(tokens)[0], torch.cat(expected, dim=1), atol=1e-4, rtol=0)
+
+
+def test_moe_gradients_equal_brute_force_over_all_experts():
+    layer = m.CDMoE(DogeConfig(**MOE)).double()
+    x = torch.randn(2, 7, 64, dtype=torch.float64, requires_grad=True)
+    rows, columns = layer.router_gate(x).view(2, 7, 2, 7).unbind(2)
+    scores = (rows[..., :, None] + columns[..., None, :]).flatten(-2)  # (2, 7, E): every expert scored
+    best = scores.topk(5)
+    weights = torch.zeros_like(scores).scatter(-1, best.indices, best.values.softmax(-1))
+    routed = (F.silu(x @ layer.down_embed.weight.T) * weights) @ layer.up_embed.weight
+    expected = m.MLP.forward(layer, x)[0] + routed
+    out = layer(x)[0]
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    chosen = layer.route(x)[1]
+    assert torch.equal(chosen.sort(-1).values, best.indices.sort(-1).values)
+    parameters = [x, *layer.parameters()]
+    for ours, theirs in zip(torch.autograd.grad(out.sum(), parameters), torch.autograd.grad(expected.sum(), parameters),
+                            strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_load_balance_of_a_uniform_and_of_a_collapsed_router():
+    """The closed forms 1 and E / k, where the library's old form, averaging by rank, calls a collapse balanced."""
+    E, k, N = 49, 5, 98
+    experts = torch.arange(N * k).remainder(E).view(N, k)
+    assert m.load_balance(experts, torch.zeros(N, 2, 7)).item() == pytest.approx(1)
+    logits = torch.zeros(N, 2, 7)
+    logits[..., 3] = 100.0
+    collapsed = torch.tensor([24, 0, 1, 2, 3]).expand(N, k)  # expert (3, 3) has id 3 * 7 + 3
+    assert m.load_balance(collapsed, logits).item() == pytest.approx(E / k)
+    x = torch.randn(N, 2, 7)
+    p = (x[:, 0, :, None] + x[:, 1, None, :]).flatten(1).softmax(-1).mean(0)
+    f = torch.bincount(experts.flatten(), minlength=E) / (N * k)
+    assert m.load_balance(experts, x).item() == pytest.approx(E * (f * p).sum().item(), rel=1e-5)
+
+
+def test_the_balance_loss_joins_the_loss_and_reaches_the_router():
+    tokens = torch.randint(0, 97, (2, 12))
+    plain = randomise(Doge(DogeConfig(**MOE)))
+    balanced = Doge(dataclasses.replace(plain.config, router_aux_loss_coef=0.1))
+    balanced.load_state_dict(plain.state_dict())
+    difference = balanced(tokens, tokens)[1] - plain(tokens, tokens)[1]
+    assert difference.item() == pytest.approx(0.1 * plain.hidden(tokens)[1].item(), rel=1e-4)
+
+
+def test_from_dense_is_bit_identical_and_learns():
+    dense = randomise(Doge(DogeConfig(**SMALL)))
+    sparse = Doge.from_dense(dense, 49, 5)
+    tokens = torch.randint(0, 97, (2, 30))
+    assert torch.equal(dense(tokens)[0], sparse(tokens)[0])
+    sparse(tokens, tokens)[1].backward()
+    assert sparse.layers[0].mlp.up_embed.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="dense"):
+        Doge.from_dense(sparse, 49, 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must not change anything
+
+KINDS = {"dense": SMALL, "moe": MOE, "beyond the window": SMALL | dict(keep_window_size=9)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_later_token_changes_no_earlier_logit(monkeypatch, kind):
+    monkeypatch.setattr(m, "CHUNK", 8)
+    model, tokens = randomise(Doge(DogeConfig(**KINDS[kind]))), torch.randint(0, 97, (1, 30))
+    before = model(tokens)[0]
+    for place in [29, 17, 4]:
+        changed = tokens.clone()
+        changed[0, place] = (changed[0, place] + 1) % 97
+        after = model(changed)[0]
+        torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-6, rtol=0)
+        assert (after[:, place] - before[:, place]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_its_batch(kind):
+    model, tokens = randomise(Doge(DogeConfig(**KINDS[kind]))), torch.randint(0, 97, (4, 30))
+    torch.testing.assert_close(model(tokens)[0][2:3], model(tokens[2:3])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_cached_generation_equals_the_full_pass(kind):
+    model = randomise(Doge(DogeConfig(**KINDS[kind])))
+    text = torch.randint(0, 97, (2, 6))
+    cached = model.generate(text, 25, temperature=0)
+    for _ in range(25):
+        text = torch.cat((text, model(text)[0][:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(cached, text[:, 6:])
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, tokens = randomise(Doge(DogeConfig(**MOE))), torch.randint(0, 97, (2, 20))
+    plain = torch.autograd.grad(model(tokens, tokens)[1], list(model.parameters()))
+    model.gradient_checkpointing = True
+    for a, b in zip(plain, torch.autograd.grad(model(tokens, tokens)[1], list(model.parameters())), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_loss_in_pieces_is_the_loss(monkeypatch):
+    x, w = torch.randn(50, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
+    targets = torch.randint(0, 97, (50,))
+    targets[::7] = -100
+    expected = F.cross_entropy(x @ w.T, targets)
+    whole = m.linear_cross_entropy(x, w, targets)
+    monkeypatch.setattr(m, "LOSS_ELEMENTS", 97 * 8)
+    pieces = m.linear_cross_entropy(x, w, targets)
+    for loss in (whole, pieces):
+        torch.testing.assert_close(loss, expected)
+        for a, b in zip(torch.autograd.grad(loss, (x, w), retain_graph=True),
+                        torch.autograd.grad(expected, (x, w), retain_graph=True), strict=True):  # fmt: skip
+            torch.testing.assert_close(a, b)
+
+
+def test_a_batch_without_a_target_has_loss_zero_and_no_nan():
+    model, tokens = randomise(Doge(DogeConfig(**SMALL))), torch.randint(0, 97, (2, 9))
+    loss = model(tokens, torch.full_like(tokens, -100))[1]
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes, sampling, refusals
+
+FAMILY = {  # hidden, layers, heads, kv heads: dense parameters; experts, k: parameters of the MoE twin
+    "20M": (256, 8, 2, 1, 13_118_728, 1024, 16, 17_444_104),
+    "60M": (512, 16, 4, 2, 54_571_552, 4096, 32, 122_728_992),
+    "160M": (768, 24, 6, 3, 152_676_168, 9216, 48, 495_953_736),
+    "320M": (1024, 32, 8, 4, 335_750_272, 16384, 64, 1_417_880_704),
+}
+
+
+@pytest.mark.parametrize("size", FAMILY)
+def test_parameter_counts_of_the_family(size):
+    hidden, layers, heads, groups, dense, experts, k, moe = FAMILY[size]
+    shape = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+                 num_attention_heads=heads, num_key_value_heads=groups)  # fmt: skip
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Doge(DogeConfig(**shape)).parameters()) == dense
+        shape |= dict(is_moe=True, num_experts=experts, num_experts_per_tok=k)
+        assert sum(p.numel() for p in Doge(DogeConfig(**shape)).parameters()) == moe
+
+
+def test_flops_of_the_20m_step_against_a_count_by_hand():
+    with torch.device("meta"):
+        model = Doge(DogeConfig())
+    weights, attention = 6 * 13_118_728, 12 * 8 * 256 * 2049 / 2  # 8 layers, 1,024.5 keys on average
+    assert model.flops_per_token(2048) == pytest.approx(weights + attention)
+
+
+def test_sampling_options_against_their_definition():
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    p = logits[0].softmax(-1)
+    order = p.argsort(descending=True).tolist()
+    nucleus = next(n for n in range(1, 51) if p[order[:n]].sum() >= 0.6)
+    allowed = {
+        "top_k": (dict(top_k=5), set(order[:5])),
+        "top_p": (dict(top_p=0.6), set(order[:nucleus])),
+        "min_p": (dict(min_p=0.3), {i for i in range(50) if p[i] >= 0.3 * p.max()}),
+        "tiny top_p": (dict(top_p=1e-9), {order[0]}),
+    }
+    for name, (options, expected) in allowed.items():
+        drawn = m.sample(logits.expand(4000, 50), 1.0, **options, generator=torch.Generator().manual_seed(1))
+        assert set(drawn.tolist()) <= expected, name
+        assert len(set(drawn.tolist())) >= min(len(expected), 5), name
+    assert m.sample(logits, 0).item() == order[0]
+    flat = m.sample(logits.expand(20000, 50), 1.0, generator=torch.Generator().manual_seed(2))
+    frequency = torch.bincount(flat, minlength=50) / 20000
+    assert (frequency - p).abs().max() < 0.02
+
+
+def test_repetition_penalty_equals_transformers_and_padding_ids_are_never_drawn():
+    model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=200))))
+    reference, prompt = reference_of(model), distinct_tokens(1, 8, 97)
+    theirs = reference.generate(prompt, max_new_tokens=40, do_sample=False, repetition_penalty=1.7, eos_token_id=None,
+                                pad_token_id=0)[:, 8:]  # fmt: skip
+    assert torch.equal(model.generate(prompt, 40, temperature=0, repetition_penalty=1.7), theirs)
+    generator = torch.Generator().manual_seed(0)
+    assert model.generate(prompt, 60, temperature=5.0, vocab_size=40, generator=generator).max() < 40
+
+
+def test_generation_stops_at_a_stop_id_and_refuses_an_empty_prompt():
+    model = randomise(Doge(DogeConfig(**SMALL)))
+    prompt = distinct_tokens(1, 8, 97)
+    free = model.generate(prompt, 30, temperature=0)[0].tolist()
+    stop = free[4]
+    assert model.generate(prompt, 30, temperature=0, stop_ids=[stop])[0].tolist() == free[: free.index(stop) + 1]
+    assert model.generate(prompt, 0).shape == (1, 0)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        model.generate(prompt[:, :0], 5)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(hidden_size=0), "hidden_size=0"), (dict(num_attention_heads=3), "num_attention_heads=3"),
+    (dict(num_key_value_heads=3), "num_key_value_heads=3"), (dict(is_moe=True, num_experts=50), "perfect square"),
+    (dict(is_moe=True, num_experts=49, num_experts_per_tok=50), "num_experts_per_tok=50"),
+])  # fmt: skip
+def test_shapes_that_cannot_be_built_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        DogeConfig(**SMALL | change)
