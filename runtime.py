@@ -1,22 +1,47 @@
-"""What every stage stands on: options, device and ranks, checkpoints, the log.
+"""What every stage stands on: options, device and ranks, checkpoints, the log, the run.
 
 A training script is a loop of a dozen lines surrounded by chores: read the options, find the GPU, agree with the
-other processes, save, load, write the log, draw the curve. The chores are the same in every stage, and they are where
-days of training are lost. They live here once, so that train.py can be about training.
+other processes, save, resume, write the log, draw the curve. The chores are the same in every stage, and they are
+where days of training are lost. They live here once, so that train.py can be about training.
 
-Options.    A stage declares one dataclass: a field is an option, its comment is the help text. Values come from the
-            defaults, then from config files (plain assignments, read as literals and never executed), then from
-            `--name=value`. A name nobody declared, or a value of another type, ends the run before it starts.
+Options.      A stage declares one dataclass: a field is an option, its comment is the help text. Values come from the
+              defaults, then from config files (plain assignments, read as literals and never executed), then from
+              `--name=value`. A name nobody declared, or a value of another type, ends the run before it starts.
+Machine.      Which device, which number format, how many processes, and why.
+Checkpoints.  A folder that sample.py and transformers open. It is written beside the old one and takes its place in
+              one rename, so at any instant a whole checkpoint is on the disk.
+Run.          A training run that can be killed at any moment and continued as if nothing had happened. That is easy
+              when nothing is random by accident: the order of data is a pure function of (seed, step), so the state
+              of a run is its weights, its optimizer and the number of the step.
 """
 
 import ast
+import csv
 import dataclasses
 import difflib
 import inspect
+import json
+import math
+import os
 import re
+import shutil
+import signal
 import sys
+import time
 import typing
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from model import Doge, DogeConfig
+from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 
@@ -50,8 +75,9 @@ def run(main):
         sys.exit(130)
 
 
-def parse_options(options_class, argv, positional=None):
-    """Builds `options_class` from its defaults, then config files, then `--name=value`, later ones winning.
+def parse_options(options_class, argv, positional=None, base=None):
+    """Builds `options_class` from its defaults, then `base` (a dict: the options of a run that is resumed), then
+    config files, then `--name=value`, later ones winning.
 
     Bare words are config files; where `positional` names a list field (the SOURCES of prepare_data.py) they fill that
     field and a config file is given as `--config=FILE`. `--name` alone sets a boolean. Raises ValueError for an
@@ -62,7 +88,7 @@ def parse_options(options_class, argv, positional=None):
         sys.exit(0)
     hints = typing.get_type_hints(options_class)
     names = [field.name for field in dataclasses.fields(options_class)]
-    values, words = {}, []
+    values, words = dict(base or {}), []
 
     def assign(name, value, where):
         if name not in names:
@@ -162,3 +188,452 @@ def help_text(options_class, positional=None):
         among = f" [{', '.join(map(str, choices))}]" if choices else ""
         lines.append(f"  --{field.name}={default}".ljust(34) + f" {comments.get(field.name, '')}{among}")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+@dataclass
+class RunOptions:
+    """The options that every training stage has."""
+
+    out_dir: str = "out/run"  # where checkpoints, log.csv and loss.png go
+    resume: bool = False  # continue the run in out_dir as if it had never stopped
+    max_steps: int = 8000  # optimizer steps in all
+    learning_rate: float = 8e-3  # peak learning rate
+    grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
+    seed: int = 233  # of the initial weights and of the order of the data (233 is the original recipes' seed)
+    log_every: int = 10  # steps between rows of log.csv
+    eval_every: int = 100  # steps between validations
+    save_every: int = 100  # steps between checkpoints
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+
+    def check(self):
+        """Raises ValueError for values no run can have. Called by a stage once its options are complete."""
+        for name in ("max_steps", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "grad_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name}={getattr(self, name)} must be a number from 0 up")
+
+
+class Machine:
+    """The device this process computes on, the format it computes in, and its place among its fellows."""
+
+    def __init__(self, device="auto", dtype="auto"):
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        kind, reason = device, "asked for"
+        if device == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            reason = "the best there is here"
+        elif device != "cpu" and not getattr(torch, device).is_available():
+            raise ValueError(f"--device={device} is not available here; --device=cpu always is")
+        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+        has_bf16 = kind == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)  # Ampere or newer
+        self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if has_bf16 else torch.float32
+        self.name = torch.cuda.get_device_name(self.device) if kind == "cuda" else f"{torch.get_num_threads()} threads"
+        why = "asked for" if dtype != "auto" else "fast and safe here" if has_bf16 else "no fast bfloat16 to rely on"
+        self.summary = f"{kind} ({self.name}), {reason}; {str(self.dtype).removeprefix('torch.')}, {why}"
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            self.summary += f"; {self.world_size} processes"
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def print(self, *words):
+        if self.is_main:
+            tqdm.write(" ".join(map(str, words)))
+
+    def autocast(self):
+        """Matrix products in self.dtype, everything that needs the range in float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum(self, values):
+        """A list of numbers or 0-d tensors, added up over all processes -> list of floats (float64 on the way)."""
+        total = torch.stack([torch.as_tensor(value, device=self.device).detach().float() for value in values])
+        total = total if self.device.type == "mps" else total.double()  # MPS has no float64
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def peak_memory(self):
+        """Bytes: on a GPU the most its allocator has held, elsewhere the most this process has been; 0 if unknown."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource  # not on Windows
+        except ImportError:
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+
+    def peak_flops(self):
+        """Dense bf16 FLOP/s of this GPU by its datasheet, times the processes; None where we know no figure."""
+        table = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12,
+                 "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e12, "RTX A6000": 155e12}  # fmt: skip
+        known = [flops for name, flops in table.items() if re.search(rf"\b{name}\b", self.name)]
+        return known[0] * self.world_size if known and self.device.type == "cuda" else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def hugging_face_config(config, tokenizer):
+    """The config.json of a checkpoint: Hugging Face's DogeConfig fields. A model that transformers would compute
+    differently (no q/k norm; experts, whose router mixes tokens there) must not open there, so its type is another."""
+    same = config.qk_norm and not config.is_moe
+    fields = dataclasses.asdict(config)
+    ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    kind = dict(model_type="doge" if same else "nanodoge", architectures=["DogeForCausalLM"], torch_dtype="float32")
+    return kind | fields | ids | dict(hidden_act="silu", hidden_dropout=0.0, attention_dropout=0.0)
+
+
+def save_checkpoint(folder, model, tokenizer, state=None):
+    """Writes model.safetensors, config.json, tokenizer.json and, if given, training_state.pt into `folder`.
+
+    The files must change together. They are written to folder/saving, flushed to the disk, and the rename of `saving`
+    to `saved` is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a
+    `saved` folder that every reader looks into first and the next save moves into place.
+    """
+    folder = Path(folder)
+    saving, saved = folder / "saving", folder / "saved"
+    settle(folder)
+    saving.mkdir(parents=True)
+    weights = {hf_name(name): w.detach().contiguous().cpu() for name, w in model.state_dict().items()}
+    save_file(weights, saving / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(hugging_face_config(model.config, tokenizer), indent=2)
+    (saving / "config.json").write_text(text, encoding="utf-8")
+    tokenizer.save(saving)
+    if state is not None:
+        torch.save(state, saving / "training_state.pt")
+    for path in [*saving.iterdir(), saving]:
+        if path.is_file() or os.name == "posix":  # Windows cannot flush a folder
+            descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    os.rename(saving, saved)
+    settle(folder)
+
+
+def settle(folder):
+    """Finishes or undoes what an interrupted save left behind: a `saved` folder is whole, a `saving` folder is not."""
+    saving, saved = Path(folder) / "saving", Path(folder) / "saved"
+    if saved.is_dir():
+        for path in saved.iterdir():
+            os.replace(path, Path(folder) / path.name)
+        saved.rmdir()
+    if saving.is_dir():
+        shutil.rmtree(saving)
+
+
+def checkpoint_file(folder, name):
+    """The path of a checkpoint's file, which is in folder/saved if a save was cut off right after it was complete."""
+    path = Path(folder) / "saved" / name
+    return path if path.is_file() else Path(folder) / name
+
+
+def hf_name(name):
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def load_config(folder):
+    """The DogeConfig of a checkpoint folder. Raises ValueError, naming the folder, for what is not one."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no checkpoint folder {str(folder)!r}")
+    path = checkpoint_file(folder, "config.json")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind = fields["model_type"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a checkpoint: it has no config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not a model's config ({type(error).__name__}: {error})") from None
+    if kind not in ("doge", "nanodoge"):
+        raise ValueError(f"{path}: model_type is {kind!r}, not 'doge' or 'nanodoge'")
+    hints = typing.get_type_hints(DogeConfig)
+    return DogeConfig(**{n: convert(fields[n], hints[n], f"{path}: {n}") for n in hints if n in fields})
+
+
+def load_model(folder, device="cpu"):
+    """A checkpoint folder -> (model in eval mode, tokenizer). Raises ValueError, naming the file and the tensor, for
+    a folder that is incomplete or damaged."""
+    config = load_config(folder)
+    tokenizer = Tokenizer.load(checkpoint_file(folder, "tokenizer.json").parent)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json {config.vocab_size}")
+    with torch.device("meta"):
+        model = Doge(config)
+    expected = {hf_name(name): tuple(w.shape) for name, w in model.state_dict().items()}
+    path, weights = checkpoint_file(folder, "model.safetensors"), {}
+    if not path.is_file():
+        raise ValueError(f"{folder} has no model.safetensors")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            wrong = [f"lacks {name}" for name in expected if name not in found]
+            wrong += [f"has {name}, which this model has not" for name in found if name not in expected]
+            wrong += [f"has {name} of shape {list(found[name])}, not {list(shape)}"
+                      for name, shape in expected.items() if name in found and found[name] != shape]  # fmt: skip
+            if not wrong:
+                weights = {name.removeprefix("model."): file.get_tensor(name) for name in found}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"{path} {wrong[0]}{more}")
+    model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+    return model.eval(), tokenizer
+
+
+def load_training_state(folder):
+    """The dict that save_checkpoint got as `state`, or None if the folder has none. Nothing in it is executed."""
+    path = checkpoint_file(folder, "training_state.pt")
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or not ours: {str(error).splitlines()[0]}") from None
+
+
+def optimizer_state(optimizers, names):
+    """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (a MoE
+    twin) can take it over. names = {parameter: its name}."""
+    return {names[p]: dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
+
+
+def load_optimizer_state(optimizers, names, state):
+    """Gives every parameter that `state` knows its part of it back, and leaves the others to start afresh."""
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if names[p] in state):
+            values = {k: v.clone() if torch.is_tensor(v) else v for k, v in state[names[p]].items()}
+            optimizer.state[p] = {k: v.to(p.device) if torch.is_tensor(v) and v.dim() else v for k, v in values.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
+
+COLUMNS = ("step tokens seconds loss lr grad_norm tokens_per_second mfu val_loss val_bpb memory").split()
+
+
+class Log:
+    """log.csv: one row a logged step, each flushed as it is written. A run that continues from step n drops the rows
+    after n first, and a last line that was torn, so that no row is lost or doubled."""
+
+    def __init__(self, path, last_step, columns=COLUMNS):
+        self.path, self.columns = Path(path), columns
+        rows = [row for row in read_log(path) if int(row["step"]) <= last_step] if self.path.is_file() else []
+        self.steps = {int(row["step"]) for row in rows}
+        temporary = self.path.with_name(self.path.name + ".new")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+    def write(self, row):
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+        self.steps.add(row["step"])
+
+
+def read_log(path):
+    """log.csv -> list of {column: text}, without a last line that a crash cut short."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+    return [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
+
+
+def plot_loss(log_path, picture_path):
+    """Draws training and validation loss over the tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for column, style in (("loss", "-"), ("val_loss", "o-")):
+        points = [(int(row["tokens"]), float(row[column])) for row in read_log(log_path) if row.get(column)]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=column, linewidth=1, markersize=3)
+    axes.set(xlabel="tokens", ylabel="nats a token", title=str(Path(log_path).parent))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture_path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def try_out(machine, model, loss_of, mode):
+    """Runs one micro-batch forward and backward before anything counts, to learn what a step will cost and whether
+    the model compiles here. loss_of(model) -> loss. Returns (the model or its compiled form, seconds, a line on which).
+
+    Raises ValueError when the memory does not suffice: better now than at the first validation of the night.
+    """
+
+    def timed(candidate):
+        seconds = 0.0
+        for _ in range(2):  # the first pass also compiles and warms up
+            start = time.perf_counter()
+            loss_of(candidate).backward()
+            machine.sum([0.0])  # waits for the device, and for the other processes
+            seconds = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+    line = "eager (--compile=on tries torch.compile)"
+    try:
+        if mode == "on" or (mode == "auto" and machine.device.type == "cuda"):
+            try:
+                candidate = torch.compile(model)
+                return candidate, timed(candidate), "torch.compile"
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what dynamo and inductor raise, a missing C++ compiler among it
+                line = f"eager, since torch.compile failed here: {str(error).strip().splitlines()[0][:150]}"
+        return model, timed(model), line
+    except (torch.OutOfMemoryError, MemoryError):
+        raise ValueError("out of memory: lower --batch_size, or --gradient_checkpointing=true") from None
+
+
+class Run:
+    """One training run: where it stands, its log and its checkpoints. The loop stays the stage's own:
+
+        with run:
+            for step in run.steps():
+                ... forward, backward, update ...
+                run.end_step(tokens, loss, grad_norm, lr)
+
+    evaluate() -> dict of log columns. milestones = {steps done: folder}: checkpoints kept beside the newest one.
+    """
+
+    def __init__(self, options, machine, model, tokenizer, optimizers, evaluate, flops_per_token, milestones=None):
+        self.options, self.machine, self.model, self.tokenizer = options, machine, model, tokenizer
+        self.optimizers, self.evaluate, self.flops_per_token = optimizers, evaluate, flops_per_token
+        self.folder, self.milestones = Path(options.out_dir), milestones or {}
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.step, self.tokens, self.seconds, self.row = 0, 0, 0.0, None  # step = how many are done
+        self.log = self.signal = None
+        self.peak_flops = machine.peak_flops()
+
+    def restore(self, state):
+        """Takes a training state up where it was left. (The weights come from load_model.)"""
+        load_optimizer_state(self.optimizers, self.names, state["optimizer"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.row = state["row"]
+
+    def state(self):
+        options = {k: v for k, v in dataclasses.asdict(self.options).items() if k != "resume"}
+        return dict(optimizer=optimizer_state(self.optimizers, self.names), step=self.step, tokens=self.tokens,
+                    seconds=self.seconds, row=self.row, options=options, tokenizer=self.tokenizer.digest)  # fmt: skip
+
+    def __enter__(self):
+        """Opens the log and starts to listen for Ctrl-C and SIGTERM, which end the run after a whole step."""
+        if self.machine.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            settle(self.folder)
+            self.log = Log(self.folder / "log.csv", self.step)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)
+        if self.machine.sum([unlogged])[0] and (self.is_due("log_every") or self.is_due("eval_every")):
+            self.write_row()  # the run was killed between its checkpoint and the row of that step
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt  # the second time: at once
+        self.signal = number
+        self.machine.print("finishing this step, then saving (once more to stop at once)")
+
+    def is_due(self, option):
+        return self.step % getattr(self.options, option) == 0 or self.step == self.options.max_steps
+
+    def steps(self):
+        """Yields the numbers of the steps still to do, 0 .. max_steps - 1 in all, with a bar beside it."""
+        hidden = None if self.machine.is_main else True  # None: shown on a terminal, and no litter in a file
+        bar = tqdm(total=self.options.max_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
+        with bar as self.bar:
+            self.mark = time.perf_counter(), self.tokens
+            while self.step < self.options.max_steps and not self.signal:
+                yield self.step
+
+    def end_step(self, tokens, loss, grad_norm, lr):
+        """Counts a step and does what is due after it, in this order: check, save, validate, log. Saving comes before
+        validating, so that running out of memory there costs nothing. tokens: of all processes; loss: this process's
+        share of the step's mean loss, a 0-d tensor. Raises ValueError when the numbers are not finite any more."""
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        self.bar.update()
+        logs, saves = self.is_due("log_every") or self.is_due("eval_every"), self.is_due("save_every")
+        milestone = self.milestones.get(self.step)
+        if self.machine.device.type != "cpu" and not (logs or saves or milestone):
+            return  # reading the loss would make the host wait for the device
+        if self.machine.world_size > 1 and not (logs or saves or milestone):
+            return
+        loss, signals = self.machine.sum([loss, float(self.signal or 0)])
+        self.signal = self.signal or int(signals)
+        norm = float(grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            where = f"{self.folder} holds the last good checkpoint" if self.folder.exists() else "nothing was saved yet"
+            raise ValueError(f"loss {loss}, gradient norm {norm} at step {self.step}: stopped; {where}. "
+                             "A lower --learning_rate or a longer warm-up usually cures this")  # fmt: skip
+        saves = saves or bool(self.signal)
+        if not (logs or saves or milestone):
+            return
+        (before, seen), now = self.mark, time.perf_counter()
+        self.seconds += now - before
+        speed = (self.tokens - seen) / (now - before)
+        mfu = f"{self.flops_per_token * speed / self.peak_flops:.4f}" if self.peak_flops else ""
+        self.row = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 2), loss=loss, lr=lr,
+                        grad_norm=norm, tokens_per_second=round(speed), mfu=mfu,
+                        memory=self.machine.peak_memory())  # fmt: skip
+        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
+        if self.machine.is_main and (saves or milestone):
+            for folder in [self.folder] * saves + [milestone] * bool(milestone):
+                save_checkpoint(folder, self.model, self.tokenizer, self.state())
+        if logs:
+            self.write_row()
+        self.mark = time.perf_counter(), self.tokens
+
+    def write_row(self):
+        """Completes the current row with a validation where one is due, and writes it."""
+        row = dict(self.row)
+        if self.is_due("eval_every"):
+            row |= self.evaluate()
+            self.machine.print(f"step {row['step']:>6}  loss {row['loss']:.4f}  "
+                               + "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith("val")))  # fmt: skip
+        if self.log:
+            self.log.write(row)
+
+    def finish(self):
+        """Draws the curve. Ends the process, after a line on how to go on, if it was a signal that ended the loop."""
+        self.machine.barrier()
+        if self.machine.is_main:
+            plot_loss(self.folder / "log.csv", self.folder / "loss.png")
+        if self.signal:
+            self.machine.print(f"stopped and saved after step {self.step}; to go on: "
+                               f"python {Path(sys.argv[0]).name} --out_dir={self.folder} --resume")  # fmt: skip
+            sys.exit(128 + self.signal)

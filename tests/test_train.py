@@ -1,0 +1,382 @@
+"""train.py: the schedule against transformers', the order of data as a pure function, and whole runs: stopped and
+resumed equals never stopped, two processes equal one, and nothing that exists is ever overwritten by mistake."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY, VOLATILE, make_data
+from safetensors.torch import load_file
+from transformers import get_wsd_schedule
+
+import runtime
+import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "small")
+
+
+def run(data, out, *options):
+    train.main([*TINY, f"--data={data}", f"--out_dir={out}", *options])
+    return runtime.read_log(out / "log.csv")
+
+
+def run_from_config(data, out, *options):
+    """`run` without config/tiny.py underneath, as --init_from and --resume are used."""
+    train.main([f"--data={data}", f"--out_dir={out}", *TINY[5:], *options])  # TINY[5:]: all but the model's shape
+    return runtime.read_log(out / "log.csv")
+
+
+def steady(rows):
+    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schedule
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "1-sqrt"])
+def test_wsd_equals_transformers(decay):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = get_wsd_schedule(optimizer, num_warmup_steps=10, num_decay_steps=30, num_training_steps=100,
+                                 decay_type=decay)  # fmt: skip
+    for step in range(130):
+        # ours starts at 1/warmup instead of at a step that does nothing, one step ahead while it warms up
+        expected = reference.lr_lambdas[0](step + 1 if step < 10 else step)
+        assert train.wsd(step, 100, 10, 30, decay) == pytest.approx(expected, abs=1e-9), step
+
+
+def test_wsd_is_never_negative_and_zero_past_the_end():
+    for decay in ("linear", "cosine", "1-sqrt"):
+        assert [train.wsd(step, 100, 0, 30, decay) for step in (100, 101, 10**12)] == [0, 0, 0]
+        assert all(0 < train.wsd(step, 100, 0, 30, decay) <= 1 for step in range(100))
+    assert train.wsd(50, 50, 0, 0) == 1  # without a decay there is nothing to fall
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000])
+def test_an_epoch_is_a_permutation_and_the_next_another(count):
+    orders = [[train.shuffled(i, count, key) for i in range(count)] for key in range(3)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    if count > 10:
+        assert orders[0] != orders[1] != orders[2] != list(range(count))
+
+
+def test_the_shuffle_is_even():
+    """Each row comes first about equally often over many epochs: a chi-squared test with a wide margin."""
+    firsts = np.bincount([train.shuffled(0, 20, key) for key in range(4000)], minlength=20)
+    assert ((firsts - 200) ** 2 / 200).sum() < 60  # 19 degrees of freedom: 60 has a chance of 4e-6
+
+
+def test_rows_of_steps_are_epochs_without_replacement():
+    rows = [row for step in range(15) for row in train.rows_of_step(step, 20, 4, seed=5)]
+    assert [sorted(rows[i : i + 20]) for i in (0, 20, 40)] == [list(range(20))] * 3
+    assert train.rows_of_step(7, 20, 4, seed=5) == rows[28:32]
+    assert train.rows_of_step(7, 20, 4, seed=6) != rows[28:32]
+
+
+def test_a_row_overlaps_its_neighbour_by_the_one_token_that_is_only_a_target(data):
+    rows = train.Rows(data, "train", 16)
+    raw = np.fromfile(data / "train.bin", dtype="<u2").astype(int)
+    tokens, targets = rows.batch([0, 3])
+    assert tokens[1].tolist() == raw[48:64].tolist() and targets[1].tolist() == raw[49:65].tolist()
+    assert rows.count == (len(raw) - 1) // 16
+    tokens, targets = rows.batch([rows.count])  # the rest of the file, filled up
+    rest = raw[rows.count * 16 + 1 :].tolist()
+    assert targets[0].tolist() == rest + [-100] * (16 - len(rest)) and tokens.min() >= 0
+
+
+def test_bits_per_byte_by_hand(data, tmp_path):
+    rows = run(data, tmp_path / "run", "--eval_tokens=1000000")
+    model, tokenizer = runtime.load_model(tmp_path / "run")
+    raw = torch.from_numpy(np.fromfile(data / "val.bin", dtype="<u2").astype(np.int64))
+    nats, size = 0.0, 0
+    for start in range(0, len(raw) - 1, 16):
+        tokens, targets = raw[start : start + 16][: len(raw) - 1 - start], raw[start + 1 : start + 17]
+        nats += F.cross_entropy(model(tokens[None])[0][0].double(), targets, reduction="sum").item()
+        words = [i for i in targets.tolist() if i not in tokenizer.special_tokens.values()]
+        size += len(tokenizer.decode(words).encode())
+    assert float(rows[-1]["val_loss"]) == pytest.approx(nats / (len(raw) - 1), rel=1e-5)
+    assert float(rows[-1]["val_bpb"]) == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert size == json.loads((data / "meta.json").read_text())["val"]["bytes"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_the_loss_falls_and_the_log_is_complete(data, tmp_path):
+    rows = run(data, tmp_path / "run", "--max_steps=60", "--learning_rate=1e-2")
+    assert [int(row["step"]) for row in rows] == list(range(1, 61))
+    assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"])
+    assert all((row["val_bpb"] != "") == (int(row["step"]) % 4 == 0) for row in rows)
+    assert [int(row["tokens"]) for row in rows[:2]] == [64, 128]
+    assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_groups_of_the_optimizer():
+    """A, the residual scales and the norms are not decayed; Muon gets the hidden matrices and nothing else."""
+    from model import Doge, DogeConfig
+
+    model = Doge(DogeConfig(vocab_size=50, hidden_size=32, intermediate_size=48, is_moe=True, num_experts=16,
+                            num_experts_per_tok=2, tie_word_embeddings=False))  # fmt: skip
+    names = {p: name for name, p in model.named_parameters()}
+    for kind in ("adamw", "muon"):
+        optimizers = train.make_optimizers(model, train.TrainOptions(optimizer=kind), fused=False)
+        groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+        assert sorted(names[p] for _, group in groups for p in group["params"]) == sorted(names.values())
+        for optimizer, group in groups:
+            for name in (names[p] for p in group["params"]):
+                plain = name.endswith((".A", "_residual", "norm.weight"))
+                assert group["weight_decay"] == (0.0 if plain else 0.01), name
+                assert group["routed"] == any(word in name for word in ("router", "_embed")), name
+                hidden = any(f"{part}_proj" in name for part in ("q", "k", "v", "o", "gate", "up", "down"))
+                assert isinstance(optimizer, torch.optim.Muon) == (kind == "muon" and hidden), name
+
+
+@pytest.mark.parametrize("extra", [[], ["--optimizer=muon"], ["--is_moe", "--num_experts=16", "--num_experts_per_tok=2"]],
+                         ids=["adamw", "muon", "moe"])  # fmt: skip
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(data, tmp_path, monkeypatch, extra):
+    whole = run(data, tmp_path / "whole", *extra)
+    monkeypatch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
+    with pytest.raises(ZeroDivisionError):
+        run(data, tmp_path / "cut", *extra)
+    assert len(runtime.read_log(tmp_path / "cut" / "log.csv")) == 6  # two rows more than the checkpoint knows of
+    monkeypatch.undo()
+    train.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
+    assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
+    assert_same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    a, b = (runtime.load_training_state(tmp_path / name)["optimizer"] for name in ("cut", "whole"))
+    assert all(torch.equal(a[n][k], b[n][k]) for n in b for k in b[n])
+
+
+def crash_at(step, function):
+    def crashing(number, *rest):
+        return 1 / 0 if number == step else function(number, *rest)
+
+    return crashing
+
+
+def test_a_run_killed_between_its_checkpoint_and_its_row_loses_no_row(data, tmp_path, monkeypatch):
+    whole = run(data, tmp_path / "whole")
+    write_row = runtime.Run.write_row
+    monkeypatch.setattr(runtime.Run, "write_row", lambda self: 1 / 0 if self.step == 8 else write_row(self))
+    with pytest.raises(ZeroDivisionError):
+        run(data, tmp_path / "cut")
+    monkeypatch.undo()
+    train.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
+    assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
+
+
+def test_accumulation_does_not_change_the_step(data, tmp_path):
+    big, small = run(data, tmp_path / "big", "--batch_size=4"), run(data, tmp_path / "small", "--batch_size=1")
+    for a, b in zip(big, small, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
+
+
+def test_two_processes_equal_one(data, tmp_path):
+    alone = run(data, tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    done = subprocess.run([*command, *TINY, f"--data={data}", f"--out_dir={tmp_path / 'two'}"], capture_output=True,
+                          text=True, cwd=runtime.HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
+        assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
+        assert a["val_bpb"] == b["val_bpb"] == "" or float(a["val_bpb"]) == pytest.approx(float(b["val_bpb"]), abs=1e-5)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
+    rows = train.rows_of_step
+    interrupt = lambda n, *rest: (os.kill(os.getpid(), signal.SIGINT) if n == 6 else None, rows(n, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(train, "rows_of_step", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run(data, tmp_path / "run")
+    assert stop.value.code == 128 + signal.SIGINT
+    assert "--resume" in capsys.readouterr().out
+    assert runtime.load_training_state(tmp_path / "run")["step"] == 7
+    monkeypatch.undo()
+    whole = run(data, tmp_path / "whole")
+    train.main([f"--out_dir={tmp_path / 'run'}", "--resume"])
+    assert steady(runtime.read_log(tmp_path / "run" / "log.csv")) == steady(whole)
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_init_from_the_stable_phase_goes_on_at_the_stable_rate(data, tmp_path):
+    first = run(data, tmp_path / "first")
+    stable = tmp_path / "first" / "stable"
+    assert runtime.load_training_state(stable)["step"] == 8  # the last step before the decay
+    other = make_data(tmp_path / "other", seed=7)
+    rows = run_from_config(other, tmp_path / "second", f"--init_from={stable}")
+    assert {float(row["lr"]) for row in rows[:8]} == {3e-3}  # no warm-up
+    assert float(rows[0]["loss"]) < float(first[4]["loss"])  # and no fresh start
+    optimizer = runtime.load_training_state(tmp_path / "second")["optimizer"]
+    assert optimizer["norm.weight"]["step"].item() == 20  # Adam went on counting: 8 + 12
+
+
+def test_dense_to_moe_starts_where_the_dense_model_stood(data, tmp_path):
+    run(data, tmp_path / "dense")
+    stable = tmp_path / "dense" / "stable"
+    moe = ["--is_moe", "--num_experts=16", "--num_experts_per_tok=2", f"--init_from={stable}"]
+    rows = run_from_config(data, tmp_path / "moe", *moe, "--moe_warmup_steps=3", "--max_steps=4", "--decay_steps=1")
+    dense = run_from_config(data, tmp_path / "on", f"--init_from={stable}", "--max_steps=4", "--decay_steps=1")
+    assert rows[0]["loss"] == dense[0]["loss"]  # bit for bit
+    run_from_config(data, tmp_path / "short", *moe, "--moe_warmup_steps=3", "--max_steps=3", "--decay_steps=0")
+    before, after = weights(stable), weights(tmp_path / "short")
+    assert all(torch.equal(before[name], after[name]) for name in before)  # three steps moved the experts alone
+    assert after["model.layers.0.mlp.up_embed.weight"].abs().sum() > 0
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["model_type"] == "nanodoge"
+
+
+def test_a_vocabulary_rounded_up_trains_and_never_writes_an_id_without_a_token(data, tmp_path):
+    run(data, tmp_path / "run", "--vocab_size=320", "--sample_tokens=40")
+    model, tokenizer = runtime.load_model(tmp_path / "run")
+    assert model.config.vocab_size == 320 > tokenizer.vocab_size
+
+
+def test_gradient_checkpointing_and_long_rows_change_nothing_else(data, tmp_path):
+    plain = run(data, tmp_path / "plain", "--keep_window_size=5", "--max_steps=6")
+    saving = run(data, tmp_path / "saving", "--keep_window_size=5", "--max_steps=6", "--gradient_checkpointing")
+    for a, b in zip(plain, saving, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals: one line, and nothing that was there is touched
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--sequence_length=100000"], "sequence_length=100000 is longer than the data"),
+    (["--batch_tokens=100"], "batch_tokens=100 is not a multiple"),
+    (["--batch_size=3"], "not a multiple"),
+    (["--batch_size=0"], "batch_size=0"),
+    (["--max_steps=0"], "max_steps=0"),
+    (["--warmup_steps=50"], "do not fit into --max_steps"),
+    (["--learning_rate=nan"], "learning_rate=nan"),
+    (["--learning_rate=fast"], "'fast' is not a number"),
+    (["--max_steps=1.5"], "'1.5' is not a whole number"),
+    (["--learning_rat=1"], "did you mean 'learning_rate'"),
+    (["--decay=sudden"], "not one of linear, cosine, 1-sqrt"),
+    (["--vocab_size=20"], "vocab_size=20 is smaller than the"),
+    (["--hidden_size=33"], "hidden_size=33"),
+    (["--data=nowhere"], "nowhere"),
+    (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"),
+    (["--resume"], "no run to go on with"),
+    (["config/nothing.py"], "no config file 'config/nothing.py'"),
+    (["--beta1=1"], "beta1=1"),
+])  # fmt: skip
+def test_bad_options_are_named(data, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        run(data, tmp_path / "run", *options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def damage(folder, what):
+    meta = json.loads((folder / "meta.json").read_text())
+    if what == "truncated":
+        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-3])
+    elif what == "empty":
+        (folder / "train.bin").write_bytes(b"")
+        meta["train"]["tokens"] = 0
+    elif what == "one token":
+        (folder / "train.bin").write_bytes(b"\1\0")
+        meta["train"]["tokens"] = 1
+    elif what == "no validation":
+        (folder / "val.bin").write_bytes(b"")
+        meta["val"]["tokens"] = 0
+    elif what == "other tokenizer":
+        meta["tokenizer_sha256"] = "0" * 64
+    elif what == "no tokens":
+        del meta["train"]
+    (folder / "meta.json").write_text("{" if what == "torn meta" else json.dumps(meta))
+
+
+@pytest.mark.parametrize("what, words", [
+    ("truncated", "not written to its end"), ("empty", "longer than the data"), ("one token", "longer than the data"),
+    ("no validation", "too few to validate on"), ("other tokenizer", "sha256 differs"), ("no tokens", "damaged"),
+    ("torn meta", "damaged"),
+])  # fmt: skip
+def test_damaged_data_is_refused(tmp_path, what, words):
+    folder = make_data(tmp_path / "data")
+    damage(folder, what)
+    with pytest.raises(ValueError, match=words):
+        run(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_exists_is_not_overwritten_unasked(data, tmp_path):
+    run(data, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(data, tmp_path / "run")
+    with pytest.raises(ValueError, match="seed=1: the run in .* has 233"):
+        train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--seed=1"])
+    other = make_data(tmp_path / "other", vocab_size=290)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        run_from_config(other, tmp_path / "run2", f"--init_from={tmp_path / 'run'}")
+    with pytest.raises(ValueError, match="hidden_size=64: the model of"):
+        run_from_config(data, tmp_path / "run2", f"--init_from={tmp_path / 'run'}", "--hidden_size=64")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    run(data, tmp_path / "run", "--overwrite", "--max_steps=6")
+    assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    real, calls = train.wsd, []
+    monkeypatch.setattr(train, "wsd", lambda step, *rest: (calls.append(step), math.nan if step == 5 else real(step, *rest))[1])
+    with pytest.raises(ValueError, match=r"nan.* at step 7: stopped; .* holds the last good checkpoint"):
+        run(data, tmp_path / "run")
+    assert calls[-1] == 6
+    assert runtime.load_training_state(tmp_path / "run")["step"] == 4
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+
+
+def test_the_command_line_ends_a_mistake_with_one_line_and_status_2(data, tmp_path):
+    done = subprocess.run([sys.executable, "train.py", *TINY, f"--data={data}", f"--out_dir={tmp_path / 'file' / 'run'}"],
+                          capture_output=True, text=True, cwd=runtime.HERE) if blocked(tmp_path / "file") else None  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr and str(tmp_path / "file") in done.stderr
+
+
+def blocked(path):
+    """A file where a folder is wanted: nobody, root included, can write there."""
+    path.write_text("in the way")
+    return True
+
+
+def test_an_interrupted_evaluation_costs_no_checkpoint(data, tmp_path, monkeypatch):
+    """Out of memory while validating, the peers' lost nights: the checkpoint of that step is on the disk by then."""
+    real = train.make_evaluate
+
+    def failing(machine, forward, *rest):
+        evaluate, count = real(machine, forward, *rest), iter(range(9))
+        return lambda: evaluate() if next(count) == 0 else 1 / 0
+
+    monkeypatch.setattr(train, "make_evaluate", failing)
+    with pytest.raises(ZeroDivisionError):
+        run(data, tmp_path / "run")
+    assert runtime.load_training_state(tmp_path / "run")["step"] == 8

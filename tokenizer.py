@@ -1,0 +1,636 @@
+"""Text in, numbers out, and back: the tokenizer.
+
+A language model sees no letters. It sees a list of numbers, each the index of a row in its embedding table. Something
+must cut text into pieces that have a number, and it must be able to cut *any* text: poems, code, emoji, binary junk.
+
+**Bytes always work.** Every text is a string of bytes (UTF-8), and a byte is one of 256 values. Number these and every
+text has a spelling. But the spelling is long: a model would spend its effort on putting letters together.
+
+**Byte-pair encoding (BPE) shortens it.** Count which two neighbours stand side by side most often, say `t` and `h`, and
+give the pair a number of its own. Replace it everywhere. Count again: now perhaps `th` and `e`. After 30,000 rounds the
+common words are one number each and rare ones are a few. Nothing is ever unknown, since the 256 bytes stay. The list of
+merges, in the order they were learned, *is* the tokenizer: to encode a new text, do the same merges in the same order.
+(Gage 1994 invented it to compress files; Sennrich et al. 2016, arXiv:1508.07909, brought it to translation.)
+
+**Words first.** Merges must not run across word borders, or `dog.`, `dog!` and `dog?` would each cost a number. So
+PATTERN cuts the text into chunks (a word with the space before it, up to three digits, a run of punctuation, ...), and
+pairs are counted inside chunks only. That also makes training fast: a chunk that occurs a million times is one entry.
+
+**Special tokens** are numbers that no text can spell: where a document begins and ends, who speaks. What a user types
+is never read as one, or a visitor could end the assistant's turn by typing `<|end_of_text|>`.
+
+Training is ours, below, in forty lines (`train_bpe`). Encoding is left to tiktoken, which does the same merges in Rust.
+On disk a vocabulary is one `tokenizer.json` in Hugging Face's format, so that what is trained here opens there and what
+is published there (the Doge tokenizer, Llama-3's) opens here, with the same numbers for the same text.
+"""
+
+import codecs
+import functools
+import hashlib
+import heapq
+import json
+import os
+import re
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+
+SPECIAL_TOKENS = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>", "<|end_of_solution|>",
+]  # fmt: skip
+REASONING_TAGS = SPECIAL_TOKENS[5:]  # the assistant's own words may hold these: it writes them while it reasons
+ROLES = ("system", "user", "assistant")
+
+# Where chunks begin and end: Llama-3's and Doge's pattern. Every regex engine involved (tiktoken's, Hugging Face's,
+# Python's `regex`) reads it alike, which is not true of GPT-2's own spelling: see _portable.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# The Doge tokenizer's chat layout, without the block on today's date that it opens every chat with.
+CHAT_TEMPLATE = """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n' }}
+    {{- message['content'] | trim + eos_token + '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n' }}
+{%- endif %}
+"""
+
+FETCH_SECONDS = 120  # tiktoken's download has no timeout of its own; its largest file, 4 MB, passes at 35 kB/s
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """Learn a vocabulary of `vocab_size` ids from `texts`: the special tokens, the 256 bytes, then merge after merge.
+
+    The pair that occurs most often is merged; of equals, the one with the smaller ids (the left one first), so the same
+    texts always give the same vocabulary. When no pair is left, the vocabulary stays smaller: see the result's
+    `vocab_size`. Takes about 10 s for 32,768 ids from 20 MB. Raises ValueError when `vocab_size` cannot hold the bytes.
+
+    Three tables keep a round cheap. Only *unique* chunks are held, each with how often it occurs. `places` knows which
+    chunks a pair stands in, so that a merge touches only those. And the heap is lazy: a count that has fallen since it
+    was pushed is noticed when it comes up, and pushed again. (Counts never rise: a merge makes new pairs only with the
+    new token in them, and these are pushed when it is made.)
+    """
+    if isinstance(texts, str):
+        raise ValueError("train_bpe wants many texts (a list, a file, a generator), not one str: pass [text]")
+    base = len(SPECIAL_TOKENS)
+    if vocab_size < base + 256:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: {base} special tokens and 256 bytes need at least {base + 256}"
+        )
+    chunks, split = Counter(), regex.compile(PATTERN).findall
+    for text in texts:
+        chunks.update(split(text))
+    words = [[base + byte for byte in chunk.encode("utf-8", "replace")] for chunk in chunks]
+    times = list(chunks.values())
+    counts, places = defaultdict(int), defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in pairwise(word):
+            counts[pair] += times[index]
+            places[pair].add(index)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    tokens = [bytes([byte]) for byte in range(256)]
+    while heap and base + len(tokens) < vocab_size:
+        count, pair = heapq.heappop(heap)
+        if -count != counts[pair]:  # an old count: the pair lost places to other merges meanwhile
+            if counts[pair]:
+                heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        new, made = base + len(tokens), set()
+        tokens.append(tokens[pair[0] - base] + tokens[pair[1] - base])
+        for index in places.pop(pair):
+            old = words[index]
+            word = _merge(old, pair, new)
+            if len(word) == len(old):  # the pair stood here once, until another merge took one of its halves
+                continue
+            words[index] = word
+            for neighbours in pairwise(old):
+                counts[neighbours] -= times[index]
+            for neighbours in pairwise(word):
+                counts[neighbours] += times[index]
+                if new in neighbours:
+                    places[neighbours].add(index)
+                    made.add(neighbours)
+        for fresh in made:
+            heapq.heappush(heap, (-counts[fresh], fresh))
+    ranks = {token: base + i for i, token in enumerate(tokens)}
+    assert len(ranks) == len(tokens), "two merges spelled the same token"
+    return Tokenizer(ranks, {name: i for i, name in enumerate(SPECIAL_TOKENS)}, PATTERN)
+
+
+def _merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """`word` with every `pair` replaced by `new`, from the left."""
+    left, right = pair
+    out, i, last = [], 0, len(word) - 1
+    while i <= last:
+        if word[i] == left and i < last and word[i + 1] == right:
+            out.append(new)
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return out
+
+
+class Tokenizer:
+    """A vocabulary and how to use it. Made by `train_bpe` or `Tokenizer.load`.
+
+    vocab_size: the largest id + 1. bos_id, eos_id, pad_id: ids. special_tokens: text -> id. chat_template: jinja2 text,
+    or "" for a vocabulary without a chat. digest: sha256 of its tokenizer.json, by which data and checkpoints know it.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        special_tokens: dict[str, int],
+        pattern: str,
+        config: dict | None = None,
+        data: bytes | None = None,
+    ):
+        """ranks: token -> id, where a smaller id is an earlier merge. config: what tokenizer_config.json said.
+        data: the tokenizer.json this was read from, kept so that saving gives the same bytes."""
+        self._encoding = tiktoken.Encoding(
+            "nanodoge", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+        )
+        self._ranks, self._pattern, self._data = ranks, pattern, data
+        self._config = config or {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+        self.special_tokens = special_tokens
+        self.vocab_size = self._encoding.n_vocab
+        eos = self._named("eos_token", "<|end_of_text|>", "<|endoftext|>")
+        if eos is None:
+            raise ValueError("the tokenizer has no end-of-text token: name one as eos_token in tokenizer_config.json")
+        # A vocabulary like GPT-2's has the one token for everything: a text begins where another ended.
+        bos = self._named("bos_token", "<|begin_of_text|>") or eos
+        pad = self._named("pad_token", "<|pad|>", "<|finetune_right_pad_id|>") or eos
+        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.bos_id, self.eos_id, self.pad_id = (special_tokens[name] for name in (bos, eos, pad))
+        template = self._config.get("chat_template")
+        self.chat_template = template or (CHAT_TEMPLATE if set(SPECIAL_TOKENS[3:5]) <= set(special_tokens) else "")
+        self._specials = _splitter(special_tokens)
+        self._tags = _splitter(tag for tag in REASONING_TAGS if tag in special_tokens)
+
+    def _named(self, key: str, *usual: str) -> str | None:
+        """The special token that the config names for a part (`bos_token`, ...), else the first usual one there is."""
+        token = self._config.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None:
+            token = next((name for name in usual if name in self.special_tokens), None)
+        elif token not in self.special_tokens:
+            raise ValueError(f"tokenizer_config.json names {key} {token!r}, which tokenizer.json does not have")
+        return token
+
+    # ------------------------------------------------------------------------------------------- files
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """A folder with a tokenizer.json, such a file, or the name of a tiktoken encoding ("gpt2", "cl100k_base", ...).
+
+        A file or folder wins over a name. Beside tokenizer.json, tokenizer_config.json and chat_template.jinja are read
+        if they are there. Raises ValueError for a file that cannot be represented here with exactly the same ids.
+        """
+        file = Path(path)
+        if not file.exists():
+            return _from_tiktoken(str(path))
+        if file.is_dir():
+            file = file / "tokenizer.json"
+            if not file.exists():
+                raise ValueError(f"the folder {path} holds no tokenizer.json")
+        data = file.read_bytes()
+        try:
+            return cls(*_read_tokenizer_json(data), config=_read_config(file.parent), data=data)
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be used: {_line(error)}") from None
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json and tokenizer_config.json, for `Tokenizer.load` and transformers' AutoTokenizer."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        template = {"chat_template": self.chat_template} if self.chat_template else {}
+        config = json.dumps({**self._config, **self._names, **template}, ensure_ascii=False, indent=2)
+        for name, data in (("tokenizer_config.json", config.encode()), ("tokenizer.json", self._json())):
+            temporary = folder / f".{name}.{os.getpid()}.tmp"
+            try:
+                temporary.write_bytes(data)
+                os.replace(temporary, folder / name)  # so a reader sees the old file or the new one, never half of one
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self._json()).hexdigest()
+
+    def _json(self) -> bytes:
+        """The tokenizer.json as it was read, or else one for this vocabulary, made once."""
+        if self._data is None:
+            bos = self._names["bos_token"]
+            self._data = _write_tokenizer_json(self._ranks, self.special_tokens, self._pattern, bos)
+        return self._data
+
+    # ------------------------------------------------------------------------------------------- text and ids
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ordinary text: no BOS, no EOS, and special tokens written in it are just characters."""
+        return [i for part in _breathe(text) for i in self._encoding.encode_ordinary(part)]
+
+    def encode_batch(self, texts: list[str], threads: int | None = None) -> list[np.ndarray]:
+        """`encode` for many texts: a uint32 array each, a ninth of a list's memory. Threads (default: one a core) help,
+        since tiktoken lets go of Python's lock: 2.4 million ids a second with one, 4.2 with two on two cores."""
+        threads = threads or os.cpu_count() or 1
+        size = max(1, -(-len(texts) // (4 * threads)))  # four helpings a thread, so that one slow text delays little
+
+        def helping(start: int) -> list[np.ndarray]:
+            return [self._to_numpy(text) for text in texts[start : start + size]]
+
+        with ThreadPoolExecutor(threads) as pool:
+            return [ids for done in pool.map(helping, range(0, len(texts), size)) for ids in done]
+
+    def _to_numpy(self, text: str) -> np.ndarray:
+        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _breathe(_whole(text))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one id stands for; they may be half a character. Raises ValueError for an id that is not there."""
+        try:
+            return self._encoding.decode_single_token_bytes(int(id))
+        except (KeyError, OverflowError):
+            raise ValueError(f"token id {id} is not in this vocabulary of {self.vocab_size} ids") from None
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of `ids`. Bytes that are no UTF-8 become U+FFFD; special tokens are kept as text unless skipped."""
+        hidden = set(self.special_tokens.values()) if skip_special else ()
+        return b"".join(self.token_bytes(i) for i in ids if i not in hidden).decode("utf-8", "replace")
+
+    def stream(self, skip_special: bool = False) -> Callable[[int | None], str]:
+        """A function to feed ids one by one: it returns what can be printed by now. Feed it None at the end.
+
+        A character may be spread over several tokens (an emoji is four bytes), so bytes wait until theirs is complete.
+        """
+        hidden = set(self.special_tokens.values()) if skip_special else ()
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def feed(id: int | None) -> str:
+            return decoder.decode(b"" if id is None or id in hidden else self.token_bytes(id), final=id is None)
+
+        return feed
+
+    # ------------------------------------------------------------------------------------------- conversations
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+        """A conversation as (ids, assistant_mask), both of the same length; the mask is 1 where the assistant speaks.
+
+        messages: [{"role": "user", "content": "Hi"}, ...]; other keys are not looked at. The ids are those that
+        transformers' `apply_chat_template` gives, except that special tokens in what people wrote stay plain text. (The
+        assistant may write the reasoning tags.) So there is one BOS, where the template puts it.
+
+        The mask marks what the model is to learn to write: the assistant's words and the special token that ends its
+        turn, EOS. Not the header before them, and not the blank lines after. A token belongs to whoever wrote its first
+        byte: one that begins in the header and runs into the answer is not the assistant's, since at generation time
+        the header is already there. Raises ValueError for messages that make no sense and templates that rewrite them.
+        """
+        if not self.chat_template:
+            raise ValueError("the tokenizer has no chat template and no header tokens: it cannot render a conversation")
+        contents = _contents(messages)
+        ids, mask = [], []
+        run: list[tuple[str, bool]] = []  # text since the last special token; it must be encoded in one piece
+        answered = False  # the part before this one was the assistant's
+        for text, index in self._parts(messages, contents, add_generation_prompt):
+            if index is None:
+                pieces = self._specials.split(text)
+                ours = 2 if answered and len(pieces) > 1 else 0  # up to the special token that ends the turn
+                answered = False
+            else:
+                answered = messages[index]["role"] == "assistant"
+                pieces = self._tags.split(text) if answered else [text]
+                ours = len(pieces) if answered else 0
+            for k, piece in enumerate(pieces):
+                if k % 2:
+                    self._encode_run(run, ids, mask)
+                    run = []
+                    ids.append(self.special_tokens[piece])
+                    mask.append(int(k < ours))
+                else:
+                    run.append((piece, k < ours))
+        self._encode_run(run, ids, mask)
+        return ids, mask
+
+    def _encode_run(self, run: list[tuple[str, bool]], ids: list[int], mask: list[int]) -> None:
+        """Append the ids of the joined texts, and for each whether its first byte is the assistant's."""
+        owner = b"".join(bytes([ours]) * len(text.encode()) for text, ours in run)
+        position = 0
+        for id in self.encode("".join(text for text, _ in run)):
+            ids.append(id)
+            mask.append(owner[position])
+            position += len(self.token_bytes(id))
+
+    def _parts(self, messages: list[dict], contents: list[str], prompt: bool) -> list[tuple[str, int | None]]:
+        """The rendered conversation as (text, index of the message it is from, None for the template's own) parts.
+
+        A template is a program; which characters of its output came from whom cannot be read off the output. So it is
+        run again with a numbered mark in place of every content, and the marks are replaced after.
+        """
+        template = _compile(self.chat_template)
+
+        def run(contents: list[str]) -> str:
+            filled = [{"role": m["role"], "content": text} for m, text in zip(messages, contents, strict=True)]
+            return _fill(template, messages=filled, add_generation_prompt=prompt, **self._names)
+
+        text = run(contents)
+        for i, content in enumerate(contents):  # many templates trim: then what counts is the trimmed content
+            trimmed = [*contents[:i], content.strip(), *contents[i + 1 :]]
+            if trimmed[i] != content and run(trimmed) == text:
+                contents = trimmed
+        pieces = re.split("\0([0-9]+)\0", run([f"\0{i}\0" for i in range(len(contents))]))
+        parts = [(contents[int(piece)], int(piece)) if k % 2 else (piece, None) for k, piece in enumerate(pieces)]
+        if "".join(part for part, _ in parts) != text:
+            raise ValueError("the chat template rewrites what the messages say: whose words are whose is lost")
+        return parts
+
+
+def _contents(messages: list[dict]) -> list[str]:
+    """The text of every message, or ValueError. A list of text parts, as some clients send it, is joined."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('messages must be a list that is not empty, like [{"role": "user", "content": "Hi"}]')
+    contents = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f'message {i} must have a role and a content, like {{"role": "user", "content": "Hi"}}')
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise ValueError(f"message {i} has role {role!r}: valid are {', '.join(ROLES)}")
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise ValueError(f"message {i} must have text as its content, not {type(content).__name__}")
+        contents.append(_whole(content))
+    return contents
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(source: str):
+    """A chat template ready to fill, with the settings and the helpers that transformers gives its templates."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # a downloaded template is a stranger's program
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    jinja.globals["raise_exception"] = raise_exception
+    try:
+        return jinja.from_string(source)
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot be read: {_line(error)}") from None
+
+
+def _fill(template, **values) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return template.render(tools=None, documents=None, **values)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages: {_line(error)}") from None
+
+
+def _splitter(tokens: Iterable[str]) -> re.Pattern:
+    """A pattern whose `split` gives text, token, text, token, ..., text; of two tokens at one place, the longer."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nowhere
+
+
+def _line(error: Exception) -> str:
+    """What a library has to say, in one line."""
+    return " ".join(str(error).split())
+
+
+def _whole(text: str) -> str:
+    """`text` with half characters (lone surrogates, which JSON can smuggle in) made U+FFFD, as tiktoken does."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _breathe(text: str, limit: int = 500_000) -> list[str]:
+    r"""`text`, cut after half a million blanks in a row: `\s+(?!\S)` on a million overflows tiktoken's regex engine."""
+    if len(text) <= limit:
+        return [text]
+    cuts = [0, *(match.end() for match in re.finditer(rf"\s{{{limit}}}", text)), len(text)]
+    return [text[start:end] for start, end in pairwise(cuts)]
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer.json
+
+
+@functools.lru_cache(maxsize=1)
+def _byte_letters() -> dict[int, str]:
+    """Byte -> the printable character that stands for it in tokenizer.json (a space is written as 'Ġ').
+
+    GPT-2's alphabet: bytes that print in Latin-1 are themselves, the other 68 are the characters from U+0100 on.
+    """
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {**{byte: chr(byte) for byte in shown}, **{byte: chr(256 + i) for i, byte in enumerate(hidden)}}
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The parts that BPE with the tokens older than `token` makes of its bytes: the two it was merged from, if it can
+    be reached by merging at all (more than two parts say that it cannot)."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], ranks[token]), i) for i in range(len(parts) - 1))
+        if rank >= ranks[token]:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _write_tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], pattern: str, bos: str) -> bytes:
+    """tokenizer.json in Hugging Face's format; its post-processor puts one BOS before a text, as Doge's does."""
+    letters = _byte_letters()
+    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    ids = special_tokens | {spell[token]: i for token, i in ranks.items()}
+    by_id = dict(sorted(ids.items(), key=lambda item: item[1]))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": which, "type_id": i}} for i, which in enumerate("AB"))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    document = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in by_id.items() if name in special_tokens],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, first],
+            "pair": [begin, first, begin, second],
+            "special_tokens": {bos: {"id": bos, "ids": [special_tokens[bos]], "tokens": [bos]}},
+        },
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "ignore_merges": True,  # a chunk that is a token as it stands is that token: what tiktoken does too
+            "vocab": by_id,
+            "merges": [f"{spell[parts[0]]} {spell[parts[1]]}" for parts in merges if len(parts) == 2],
+        },
+    }
+    return json.dumps(document, ensure_ascii=False, indent=1).encode()
+
+
+def _read_tokenizer_json(data: bytes) -> tuple[dict[bytes, int], dict[str, int], str]:
+    """(ranks, special_tokens, pattern) of a tokenizer.json; ValueError with the reason where tiktoken would differ."""
+    document = _read_json(data)
+    try:
+        ranks, merges = _read_model(document)
+        special_tokens = {token["content"]: token["id"] for token in document["added_tokens"]}
+        pattern = _split_pattern(document["pre_tokenizer"])
+        vocab, whole = document["model"]["vocab"], document["model"].get("ignore_merges", False)
+        greedy = ("lstrip", "rstrip", "single_word")
+        sticky = [token["content"] for token in document["added_tokens"] if any(map(token.get, greedy))]
+        ids = [*ranks.values(), *special_tokens.values()]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError("its ids are not all whole numbers from 0")
+        if not all(special_tokens) or len(set(ids)) < len(ids):
+            raise ValueError("two of its tokens share an id, or an added token is empty")
+        if any(vocab.get(token, i) != i for token, i in special_tokens.items()):
+            raise ValueError("one of its added tokens has another id in the vocabulary")
+        if sticky:
+            raise ValueError(f"its added tokens {sticky[:3]} swallow the blanks around them or want to be whole words")
+        if document.get("normalizer") is not None:
+            raise ValueError(f"it normalizes text ({document['normalizer']}), so what was written would be lost")
+        _check_merges(ranks, merges, whole)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"it is not a complete tokenizer.json ({type(error).__name__}: {error})") from None
+    return ranks, special_tokens, pattern
+
+
+def _read_model(document: dict) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
+    """The ids of ordinary tokens and the merges of a tokenizer.json, both as bytes."""
+    model, added = document["model"], {token["content"] for token in document["added_tokens"]}
+    kind = model.get("type", "BPE")  # files from before there were other kinds do not say
+    if kind != "BPE":
+        raise ValueError(f"its model is {kind}, and only byte-level BPE is known here")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise ValueError(f"its model has {option}={model[option]!r}, which tiktoken cannot do")
+    byte_of = {letter: byte for byte, letter in _byte_letters().items()}
+
+    def spelled(token: str) -> bytes:
+        if not token or not all(letter in byte_of for letter in token):
+            raise ValueError(f"its token {token!r} is not written in the byte-level alphabet")
+        return bytes(byte_of[letter] for letter in token)
+
+    ranks = {spelled(token): i for token, i in model["vocab"].items() if token not in added}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return ranks, [(spelled(left), spelled(right)) for left, right in pairs]
+
+
+def _check_merges(ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]], whole: bool) -> None:
+    """ValueError unless tiktoken, which knows the ranks alone, merges as this list does.
+
+    tiktoken joins two neighbours when the *result* is a token, Hugging Face when the *pair* is in the list. It is the
+    same where every token that can be merged at all has in the list the pair it is merged from. (Another pair that
+    spells it never comes up: the same bytes are merged in the same way wherever they stand.) A token that no merges
+    lead to is found by both when it is a chunk as it stands, if the file says ignore_merges (`whole`).
+    """
+    results = [ranks.get(left + right) for left, right in merges]
+    if None in results or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError("its vocabulary lacks some of the 256 bytes, or a token that its merges make")
+    if results != sorted(results):
+        raise ValueError("its merges are not in the order of their ids")
+    listed = set(merges)
+    for token in ranks:
+        parts = _last_merge(token, ranks)
+        if len(parts) == 2 and tuple(parts) not in listed or len(parts) > 2 and not whole:
+            raise ValueError(f"its merges do not lead to its token {token!r} in the order of ids")
+
+
+def _split_pattern(pre_tokenizer: dict) -> str:
+    """The regex by which a tokenizer.json cuts text into chunks, in the layout that Doge and Llama-3 share."""
+    steps = pre_tokenizer.get("pretokenizers", [])
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    if len(steps) != 2 or not split.items() <= steps[0].items() or not byte_level.items() <= steps[1].items():
+        raise ValueError("its pre_tokenizer is not the one known here: Split by a regex, then ByteLevel")
+    pattern = steps[0]["pattern"]["Regex"]
+    # Hugging Face's engine, Oniguruma, reads these in its own way: `$` and `^` at every line, `{1,3}+` as (...)+.
+    if re.search(r"(?<!\\)\$|\{[0-9,]+\}\+|(?<![\\\[])\^", pattern):
+        raise ValueError(f"its split pattern {pattern!r} uses $, ^ or {{1,3}}+, which engines read differently")
+    return pattern
+
+
+def _read_config(folder: Path) -> dict | None:
+    """tokenizer_config.json, with the chat template that newer transformers keep in a file of its own beside it."""
+    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if not file.exists() and not template.exists():
+        return None
+    config = _read_json(file.read_bytes(), file.name) if file.exists() else {}
+    if template.exists():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    if not isinstance(config.get("chat_template") or "", str):
+        raise ValueError("tokenizer_config.json has several chat templates: leave the one to use, as text")
+    return config
+
+
+def _read_json(data: bytes, name: str = "it") -> dict:
+    try:
+        document = json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{name} holds a {type(document).__name__}, where an object was expected")
+    return document
+
+
+# ------------------------------------------------------------------------------------------------ tiktoken's encodings
+
+
+def _portable(pattern: str) -> str:
+    r"""tiktoken's split pattern, spelled so that Hugging Face's regex engine (Oniguruma) cuts alike.
+
+    To Oniguruma `$` is the end of a line, to tiktoken the end of the text, which both call `\z`. And `{1,3}+` is
+    "possessive" to tiktoken, which changes nothing at the end of an alternative, and "again and again" to Oniguruma.
+    """
+    return pattern.replace("$", r"\z").replace("{1,3}+", "{1,3}")
+
+
+def _from_tiktoken(name: str) -> Tokenizer:
+    """One of tiktoken's own encodings by name. The first time it is fetched over the network and kept in a cache."""
+    from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
+
+    if name not in ENCODING_CONSTRUCTORS:
+        raise ValueError(
+            f"{name!r} is no folder with a tokenizer.json, no such file and no tiktoken encoding "
+            f"({', '.join(ENCODING_CONSTRUCTORS)})"
+        )
+    done: list = []
+
+    def fetch() -> None:
+        try:
+            done.append(ENCODING_CONSTRUCTORS[name]())
+        except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors), or a damaged download
+            done.append(error)
+
+    # In a thread that can be left behind: requests, called without a timeout, waits for a silent network for ever.
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(FETCH_SECONDS)
+    spec = done[0] if done else TimeoutError(f"no answer for {FETCH_SECONDS} seconds")
+    if isinstance(spec, Exception):
+        reason = f"{type(spec).__name__}: {_line(spec)}"
+        raise ValueError(
+            f"cannot fetch the tiktoken encoding {name!r}: {reason[:200]}; it needs the network once, and is then kept "
+            "in TIKTOKEN_CACHE_DIR; a tokenizer.json on disk needs none"
+        )
+    names = {i: name for name, i in reversed(spec["special_tokens"].items())}  # o200k_harmony names one id twice
+    special_tokens = {name: i for i, name in names.items()}
+    return Tokenizer(spec["mergeable_ranks"], special_tokens, _portable(spec["pat_str"]))

@@ -1,0 +1,420 @@
+"""Pretraining: a model learns to continue text, one row of tokens at a time.
+
+    python train.py                                          the tiny model on the built-in stories, five minutes
+    python train.py config/doge20m.py --data=data/smollm     a real recipe
+    torchrun --nproc_per_node=8 train.py config/doge20m.py   the same on eight GPUs: same batches, same losses
+    python train.py --out_dir=out/tiny --resume              go on as if it had never stopped
+
+The data is one long line of token ids on the disk, documents one after the other. It is cut into rows of T tokens,
+and at every place of a row the model is asked for the next token. One step: take the rows of this step, compute the
+mean loss and its gradient, move the weights a little against it. The rest of this file is about three choices.
+
+Which rows. An epoch visits every row once, in an order that is a pure function of (seed, epoch). So the rows of step
+n are known without having run the steps before, and a run that was killed goes on with exactly what it would have read.
+
+How far. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
+et al. 2024, arXiv 2405.18392). Unlike a cosine it need not know the end beforehand. The weights just before the decay
+are kept in OUT_DIR/stable: `--init_from` goes on from them on other data at the same rate, without a new warm-up, and
+a MoE model starts from its dense twin's.
+
+Which way. AdamW, with weight decay on the matrices alone; or Muon (Jordan et al. 2024), which makes every update of a
+hidden matrix orthogonal, for the matrices between embedding and output.
+
+The yardstick is bits per byte on text the model never saw: how many bits it would need to write a byte of it. Unlike
+the loss a token, it does not depend on the tokenizer.
+"""
+
+import dataclasses
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import runtime
+from model import Doge, DogeConfig
+from tokenizer import Tokenizer
+
+TINY = runtime.HERE / "config" / "tiny.py"
+BUILT_IN = ("data/stories", "data/stdlib")  # made on the spot when they are not there: both come without a network
+
+
+@dataclass
+class TrainOptions(DogeConfig, runtime.RunOptions):
+    """DogeConfig's fields give the shape of a model trained from scratch; with --init_from the checkpoint does."""
+
+    data: str = "data/stories"  # folder made by prepare_data.py
+    init_from: str = ""  # checkpoint folder to start from: stable learning rate at once, its optimizer if it has one
+    overwrite: bool = False  # replace the run that out_dir holds
+    vocab_size: int = 0  # number of token ids; 0 = as many as the data's tokenizer has
+    sequence_length: int = 0  # tokens a row (T); 0 = max_position_embeddings
+    batch_size: int = 8  # rows a process computes at once: as many as its memory holds
+    batch_tokens: int = 524_288  # tokens a step, over all processes and micro-batches
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the hidden matrices, the rest stays with adamw
+    beta1: float = 0.9  # Adam: memory of the gradient
+    beta2: float = 0.95  # Adam: memory of its square
+    weight_decay: float = 0.01  # of the matrices; A, the residual scales and the norms are not decayed
+    warmup_steps: int = 800  # steps of rising learning rate
+    decay_steps: int = 800  # steps of falling learning rate at the end
+    decay: Literal["linear", "cosine", "1-sqrt"] = "linear"  # shape of the fall
+    moe_warmup_steps: int = 0  # first steps that train the router and the experts only
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third slower
+    eval_tokens: int = 1_000_000  # validation tokens, always the first ones of val.bin
+    sample_tokens: int = 160  # length of the sample printed at the end; 0 = none
+
+    def __post_init__(self):
+        """The checks that need no data; DogeConfig's own wait until the vocabulary is known."""
+        self.check()
+        self.sequence_length = self.sequence_length or self.max_position_embeddings
+        for name in ("sequence_length", "batch_size", "batch_tokens", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
+        for name in ("warmup_steps", "decay_steps", "moe_warmup_steps", "weight_decay", "sample_tokens"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name}={getattr(self, name)} must be a number from 0 up")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be from 0 up and below 1")
+        if self.warmup_steps + self.decay_steps > self.max_steps:
+            raise ValueError(f"--warmup_steps={self.warmup_steps} and --decay_steps={self.decay_steps} "
+                             f"do not fit into --max_steps={self.max_steps}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Rows:
+    """The rows of a .bin file: row i is tokens iT .. iT + T, the last one being only a target. The file is mapped,
+    not read: the operating system brings in the pages that are touched."""
+
+    def __init__(self, folder, split, length):
+        self.folder, self.length = Path(folder), length
+        meta = read_meta(folder)
+        path = self.folder / f"{split}.bin"
+        dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), path.stat().st_size
+        if size != meta[split]["tokens"] * dtype.itemsize:
+            raise ValueError(f"{path} has {size:,} bytes, and meta.json says {meta[split]['tokens']:,} {dtype.name} "
+                             "tokens: it was not written to its end, or changed; prepare the data again")  # fmt: skip
+        self.tokens = np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
+        self.count = (len(self.tokens) - 1) // length
+        if split == "train" and self.count < 1:
+            raise ValueError(f"--sequence_length={length} is longer than the data: {path} has {len(self.tokens)} "
+                             "tokens, and a row takes one more than its length")  # fmt: skip
+
+    def batch(self, rows):
+        """Row numbers -> tokens, targets (B, T) int64. A row past the end of the file is filled with token 0 and the
+        target -100, which the loss ignores."""
+        span = np.full((len(rows), self.length + 1), -1, dtype=np.int64)
+        for i, row in enumerate(rows):
+            piece = self.tokens[row * self.length : (row + 1) * self.length + 1]
+            span[i, : len(piece)] = piece
+        tokens, targets = torch.from_numpy(span[:, :-1]), torch.from_numpy(span[:, 1:])
+        return tokens.clamp(min=0), targets.masked_fill(targets < 0, -100)
+
+
+def read_meta(folder):
+    """meta.json of a data folder. Raises ValueError for a folder that prepare_data.py did not finish."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        raise ValueError(f"--data={folder}: there is no {path}; python prepare_data.py SOURCE --out={folder} makes one")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [meta["vocab_size"], meta["train"]["tokens"], meta["val"]["tokens"]]
+        if meta["dtype"] not in ("uint16", "uint32") or not all(type(n) is int and n >= 0 for n in numbers):
+            raise KeyError(f"dtype {meta['dtype']}, numbers {numbers}")
+        return meta | {"tokenizer_sha256": str(meta["tokenizer_sha256"])}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
+
+
+def open_data(options, machine):
+    """-> training rows, validation rows, tokenizer of options.data. Built-in data is prepared if it is not there."""
+    if options.data in BUILT_IN and not Path(options.data, "meta.json").is_file():
+        if machine.is_main:
+            import prepare_data
+
+            source = Path(options.data).name
+            machine.print(f"preparing the built-in {source} in {options.data}")
+            prepare_data.prepare(prepare_data.PrepareOptions(sources=[source], out=options.data))
+        machine.barrier()
+    meta = read_meta(options.data)
+    train, val = (Rows(options.data, split, options.sequence_length) for split in ("train", "val"))
+    tokenizer = Tokenizer.load(options.data)
+    if tokenizer.digest != meta["tokenizer_sha256"]:
+        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 differs)")
+    if len(val.tokens) < 2:
+        raise ValueError(f"{options.data}/val.bin has {len(val.tokens)} tokens: too few to validate on")
+    return train, val, tokenizer
+
+
+def shuffled(index, count, key):
+    """The index-th element of a pseudo-random order of 0 .. count - 1: a pure function, so that no list of the order
+    is ever stored. A Feistel network permutes the numbers of an even number of bits, whatever its round function is
+    (Luby & Rackoff 1988); a result that is not below `count` is permuted again until it is."""
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(6):
+            left, right = right, left ^ (scramble(right ^ scramble(key * 8 + turn)) & mask)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+def scramble(x):
+    """A 64-bit hash of an integer: the finaliser of splitmix64 (Steele, Lea & Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+def rows_of_step(step, count, rows_per_step, seed):
+    """The row numbers of a step: the next rows_per_step of the endless sequence of shuffled epochs."""
+    places = range(step * rows_per_step, (step + 1) * rows_per_step)
+    return [shuffled(place % count, count, scramble(seed) + place // count) for place in places]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rate and optimizer
+
+
+def wsd(step, max_steps, warmup_steps, decay_steps, decay="linear"):
+    """The Warmup-Stable-Decay multiple of the peak learning rate at `step` (from 0): a line up to 1 over warmup_steps,
+    1, and over the last decay_steps down to 0 along a line, half a cosine, or 1 - sqrt. 0 from max_steps on."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    left = max_steps - step
+    if left >= decay_steps:
+        return 1.0
+    p = 1 - max(left, 0) / decay_steps
+    return {"linear": 1 - p, "cosine": 0.5 + 0.5 * math.cos(math.pi * p), "1-sqrt": 1 - math.sqrt(p)}[decay]
+
+
+def is_routed(name):
+    return any(part in name for part in ("router_gate", "down_embed", "up_embed"))
+
+
+def make_optimizers(model, options, fused):
+    """A list of one optimizer, or of two with Muon. Their groups carry `routed`: the experts' parameters, which
+    moe_warmup_steps trains first.
+
+    Muon takes the matrices of attention and MLP; its update is scaled to the size of AdamW's (match_rms_adamw, Liu et
+    al. 2025, arXiv 2502.16982), so that both follow one learning rate. Embeddings, experts and vectors stay with AdamW.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        hidden = name.startswith("layers") and "_proj" in name and "dt_proj" not in name
+        kind = "muon" if options.optimizer == "muon" and hidden else "adamw"
+        groups.setdefault((kind, p.ndim >= 2, is_routed(name)), []).append(p)
+    kinds = {"adamw": [], "muon": []}
+    for (kind, decays, routed), parameters in groups.items():
+        decay = options.weight_decay if decays else 0.0
+        kinds[kind].append(dict(params=parameters, routed=routed, weight_decay=decay))
+    betas = options.beta1, options.beta2
+    optimizers = [torch.optim.AdamW(kinds["adamw"], lr=0.0, betas=betas, eps=1e-8, fused=fused)]
+    if kinds["muon"]:
+        optimizers.append(torch.optim.Muon(kinds["muon"], lr=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def start(options, machine, tokenizer):
+    """-> the model to train and, where it takes one up, a training state: of a resumed run or of the checkpoint."""
+    folder = options.out_dir if options.resume else options.init_from
+    if not folder:
+        vocab_size = options.vocab_size or tokenizer.vocab_size
+        if vocab_size < tokenizer.vocab_size:
+            raise ValueError(f"--vocab_size={vocab_size} is smaller than the {tokenizer.vocab_size} ids of the "
+                             f"tokenizer of --data={options.data}")  # fmt: skip
+        torch.manual_seed(options.seed)
+        fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DogeConfig)}
+        return Doge(DogeConfig(**fields | {"vocab_size": vocab_size})).to(machine.device), None
+    model, own_tokenizer = runtime.load_model(folder)
+    if own_tokenizer.digest != tokenizer.digest:
+        raise ValueError(f"{folder} was trained with another tokenizer than --data={options.data}: prepare the data "
+                         f"with --tokenizer={folder}")  # fmt: skip
+    state = runtime.load_training_state(folder)
+    if options.init_from and not options.resume:
+        becomes_moe = options.is_moe and not model.config.is_moe
+        shape = ("is_moe", "num_experts", "num_experts_per_tok") if becomes_moe else ()
+        for field in dataclasses.fields(DogeConfig):
+            asked, has = getattr(options, field.name), getattr(model.config, field.name)
+            if field.name not in (*shape, "router_aux_loss_coef") and asked != has:
+                raise ValueError(f"--{field.name}={asked}: the model of --init_from={folder} has {has}")
+        if becomes_moe:
+            torch.manual_seed(options.seed)
+            model = Doge.from_dense(model, options.num_experts, options.num_experts_per_tok)
+        model.config.router_aux_loss_coef = options.router_aux_loss_coef
+    return model.train().to(machine.device), state
+
+
+def make_evaluate(machine, forward, rows, tokenizer, options):
+    """-> evaluate(): mean loss and bits per byte over the first eval_tokens of the validation text, which all
+    processes share. Bits count every token, the end of a document too; bytes are those of the text alone."""
+    special = set(tokenizer.special_tokens.values())
+    sizes = torch.tensor([0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    count = min(math.ceil((len(rows.tokens) - 1) / rows.length), math.ceil(options.eval_tokens / rows.length))
+    mine = range(count)[machine.rank :: machine.world_size]
+
+    @torch.no_grad()
+    def evaluate():
+        nats, targets_seen, size = 0.0, 0, 0
+        for i in range(0, len(mine), options.batch_size):
+            tokens, targets = rows.batch(mine[i : i + options.batch_size])
+            real = targets[targets >= 0]
+            nats += forward(tokens, targets).double().item() * len(real)
+            targets_seen, size = targets_seen + len(real), size + sizes[real].sum().item()
+        nats, targets_seen, size = machine.sum([nats, float(targets_seen), float(size)])
+        return dict(val_loss=nats / targets_seen, val_bpb=nats / math.log(2) / max(size, 1))
+
+    return evaluate
+
+
+def announce(options, machine, model, train_rows, tokenizer, accumulation, seconds, which):
+    """Prints, before the first step, what is going to happen, on what, and what it will cost."""
+    c, T, steps = model.config, options.sequence_length, options.max_steps
+    parameters, tokens = sum(p.numel() for p in model.parameters()), steps * options.batch_tokens
+    kind = f"MoE, {c.num_experts_per_tok} of {c.num_experts:,} experts" if c.is_moe else "dense"
+    attention = "fused causal kernel, scores folded into the keys"
+    if T > c.keep_window_size:
+        attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
+    duration = seconds * accumulation * steps
+    memory = machine.peak_memory() + 8 * parameters  # Adam's two moments come with the first step
+    machine.print(
+        f"model     {parameters:,} parameters ({kind}), {c.num_hidden_layers} layers of {c.hidden_size}, "
+        f"vocabulary {c.vocab_size:,}\n"
+        f"data      {options.data}: {len(train_rows.tokens):,} tokens, {tokens / len(train_rows.tokens):.2f} epochs\n"
+        f"step      {options.batch_tokens:,} tokens: {options.batch_size} rows of {T} x {accumulation} x "
+        f"{machine.world_size} processes\n"
+        f"device    {machine.summary}; {which}\n"
+        f"attention {attention}\n"
+        f"cost      {steps:,} steps, {tokens:,} tokens, {model.flops_per_token(T) * tokens / 1e15:.3g} PFLOP; about "
+        f"{duration / 3600:.0f} h {duration / 60 % 60:.0f} min and {memory / 1e9:.2g} GB a process"
+    )
+
+
+def train(options, machine):
+    """Runs the whole training and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
+    train_rows, val_rows, tokenizer = open_data(options, machine)
+    model, state = start(options, machine, tokenizer)
+    model.gradient_checkpointing = options.gradient_checkpointing
+    rows_per_step, accumulation = divide_batch(options, machine)
+    optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
+
+    def forward(tokens, targets, network=model):
+        with machine.autocast():
+            return network(tokens.to(machine.device, non_blocking=True), targets.to(machine.device))[1]
+
+    example = train_rows.batch(rows_of_step(0, train_rows.count, options.batch_size, options.seed))
+    network, seconds, which = runtime.try_out(machine, model, lambda n: forward(*example, n), options.compile)
+    announce(options, machine, model, train_rows, tokenizer, accumulation, seconds, which)
+    evaluate = make_evaluate(machine, lambda *batch: forward(*batch, network), val_rows, tokenizer, options)
+    warmup_steps = 0 if options.init_from else options.warmup_steps
+    stable_until = options.max_steps - options.decay_steps
+    milestones = {stable_until: Path(options.out_dir) / "stable"} if options.decay_steps and stable_until else {}
+    run = runtime.Run(options, machine, model, tokenizer, optimizers, evaluate,
+                      model.flops_per_token(options.sequence_length), milestones)  # fmt: skip
+    if options.resume:
+        run.restore(state)
+    elif state:
+        runtime.load_optimizer_state(optimizers, run.names, state["optimizer"])
+    if machine.world_size > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+    with run:
+        for step in run.steps():
+            lr = options.learning_rate * wsd(step, options.max_steps, warmup_steps, options.decay_steps, options.decay)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = lr if group["routed"] or step >= options.moe_warmup_steps else 0.0
+            rows, loss = rows_of_step(step, train_rows.count, rows_per_step, options.seed), 0.0
+            for micro in range(accumulation):
+                first = (micro * machine.world_size + machine.rank) * options.batch_size
+                batch = train_rows.batch(rows[first : first + options.batch_size])
+                last = micro == accumulation - 1  # gradients are exchanged once a step
+                with nullcontext() if last or machine.world_size == 1 else network.no_sync():
+                    part = forward(*batch, network) / accumulation
+                    part.backward()
+                loss += part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            run.end_step(options.batch_tokens, loss / machine.world_size, norm, lr)
+    run.finish()
+    if machine.is_main and options.sample_tokens:
+        print_sample(model, tokenizer, machine, options)
+
+
+def divide_batch(options, machine):
+    """-> rows a step, micro-batches a process and step. Raises ValueError if the parts do not make up the whole."""
+    T, B, world = options.sequence_length, options.batch_size, machine.world_size
+    if options.batch_tokens % (T * B * world):
+        raise ValueError(f"--batch_tokens={options.batch_tokens} is not a multiple of sequence_length * batch_size * "
+                         f"processes = {T} * {B} * {world} = {T * B * world}")  # fmt: skip
+    return options.batch_tokens // T, options.batch_tokens // (T * B * world)
+
+
+def print_sample(model, tokenizer, machine, options):
+    """What the model writes after the token that begins every document."""
+    generator = torch.Generator(machine.device).manual_seed(options.seed)
+    begin = torch.tensor([[tokenizer.bos_id]], device=machine.device)
+    with machine.autocast():
+        ids = model.eval().generate(begin, options.sample_tokens, temperature=0.7, top_p=0.95, generator=generator,
+                                    stop_ids=[tokenizer.eos_id], vocab_size=tokenizer.vocab_size)  # fmt: skip
+    text = tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eos_id])
+    machine.print(f"\nThe model is in {options.out_dir}. It writes:\n\n{text}\n\n"
+                  f"More: python sample.py {options.out_dir}")  # fmt: skip
+
+
+# What a resumed run may change: what it costs, where and how often it reports, and when it ends. The rest is the run.
+MAY_CHANGE = set("""resume out_dir overwrite max_steps decay_steps log_every eval_every eval_tokens save_every device
+    dtype compile batch_size gradient_checkpointing sample_tokens""".split())
+
+
+def read_options(argv):
+    """The options of this run. Without a config file they are those of config/tiny.py, and with --init_from the shape
+    of the model is the checkpoint's."""
+    default = [] if any(not argument.startswith("--") for argument in argv) else [str(TINY)]
+    start = [argument.partition("=")[2] for argument in argv if argument.startswith("--init_from=")]
+    base = dataclasses.asdict(runtime.load_config(start[-1])) if start and start[-1] else None
+    options = runtime.parse_options(TrainOptions, argv if base else default + argv, base=base)
+    out = Path(options.out_dir)
+    if not options.resume:
+        if runtime.checkpoint_file(out, "training_state.pt").is_file() and not options.overwrite:
+            raise ValueError(f"--out_dir={out} holds a run already: --resume goes on with it, --overwrite replaces it, "
+                             "or choose another folder")  # fmt: skip
+        return options
+    state = runtime.load_training_state(out)
+    if state is None:
+        raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
+    options = runtime.parse_options(TrainOptions, argv, base=state["options"])
+    for name, before in state["options"].items():
+        if name not in MAY_CHANGE and getattr(options, name) != before:
+            raise ValueError(f"--{name}={getattr(options, name)}: the run in {out} has {before}; a resumed run cannot "
+                             "change it (--init_from starts a new run from its weights)")  # fmt: skip
+    return options
+
+
+def main(argv):
+    options = read_options(argv)
+    machine = runtime.Machine(options.device, options.dtype)
+    machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
+    try:
+        train(options, machine)
+    finally:
+        machine.close()
+
+
+if __name__ == "__main__":
+    runtime.run(main)
