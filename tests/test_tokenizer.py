@@ -32,7 +32,7 @@ scraps = st.sampled_from(
     + ["<|end_of_text|>", "<|begin_of_text|>", "<|"]
 )
 texts = st.lists(scraps | st.text(max_size=4), max_size=12).map("".join)
-quick = settings(max_examples=80, deadline=None)
+quick = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -253,14 +253,15 @@ def test_save_and_load(small, folder, tmp_path):
     assert pickle.loads(pickle.dumps(small)).encode("pickled") == small.encode("pickled")  # for worker processes
 
 
-def test_a_failed_save_leaves_the_old_files(small, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("where", "name"), [(Path, "write_bytes"), (os, "replace")])
+def test_a_failed_save_leaves_the_old_files(small, tmp_path, monkeypatch, where, name):
     small.save(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(where, name, full)
     with pytest.raises(OSError, match="No space"):
         train_bpe(["other"], 270).save(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -304,6 +305,32 @@ def test_other_layouts_load(folder, tmp_path, change):
     if change is llama_layout:
         assert (loaded.bos_id, loaded.eos_id, loaded.vocab_size) == (2000, 2001, 2009)
         one_line(lambda: loaded.decode([1500]), "1500")  # a hole among the ids
+
+
+def test_a_token_that_no_merges_lead_to(small, folder, tmp_path):
+    """Published vocabularies have some. It is found where it is a whole chunk, if the file says ignore_merges."""
+    document = json.loads((folder / "tokenizer.json").read_bytes())
+    document["model"]["vocab"]["ĠZqXj"] = 1000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    loaded = Tokenizer.load(tmp_path)
+    Tokenizer(loaded._ranks, loaded.special_tokens, PATTERN).save(tmp_path / "again")
+    for text in (" ZqXj", " ZqXjs", "a ZqXj ZqXj\n"):
+        for file in (tmp_path / "tokenizer.json", tmp_path / "again" / "tokenizer.json"):
+            assert loaded.encode(text) == reference(file).encode(text, add_special_tokens=False).ids
+    assert loaded.encode(" ZqXj") == [1000] != small.encode(" ZqXj")
+    document["model"]["ignore_merges"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    one_line(lambda: Tokenizer.load(tmp_path), "ZqXj")
+
+
+def test_of_two_special_tokens_the_longer(folder, tmp_path):
+    document = json.loads((folder / "tokenizer.json").read_bytes())
+    document["added_tokens"].append({**document["added_tokens"][0], "id": 1000, "content": "<|pad|>ding"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    ours, other = Tokenizer.load(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours.chat_template = "<|pad|>ding <|pad|>din {{ messages[0]['content'] }}"
+    ids, _ = ours.render([{"role": "user", "content": "x"}])
+    assert ids == other.encode("<|pad|>ding <|pad|>din x", add_special_tokens=False).ids and ids[0] == 1000
 
 
 def set_at(*path_and_value):
@@ -450,7 +477,7 @@ def test_tiktoken_encodings_survive_saving(no_download, name, tmp_path):
     assert again.digest == ours.digest and again.vocab_size == ours.vocab_size == original.n_vocab
 
     @given(texts)
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=40, deadline=None)
     def same(text):
         expected = original.encode_ordinary(text)
         assert ours.encode(text) == again.encode(text) == expected
@@ -546,7 +573,7 @@ def test_chats_of_the_published_doge_tokenizer():
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(DOGE)
 
     @given(chats, st.booleans())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     def same(messages, prompt):
         ids, mask = doge.render(messages, add_generation_prompt=prompt)
         assert ids == theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
