@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 import typing
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -73,6 +74,11 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def one_line(error):
+    """The first line of what an exception says, its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def parse_options(options_class, argv, positional=None, base=None):
@@ -407,10 +413,12 @@ def load_training_state(folder):
     path = checkpoint_file(folder, "training_state.pt")
     if not path.is_file():
         return None
+    if not zipfile.is_zipfile(path):  # what torch.save writes, with its table of contents at the end
+        raise ValueError(f"{path} is damaged or not ours: it is not a whole zip archive")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or not ours: {str(error).splitlines()[0]}") from None
+    except (UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or not ours: {one_line(error)}") from None
 
 
 def optimizer_state(optimizers, names):
@@ -510,7 +518,7 @@ def try_out(machine, model, loss_of, mode):
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what dynamo and inductor raise, a missing C++ compiler among it
-                line = f"eager, since torch.compile failed here: {str(error).strip().splitlines()[0][:150]}"
+                line = f"eager, since torch.compile failed here: {one_line(error)[:150]}"
         return model, timed(model), line
     except (torch.OutOfMemoryError, MemoryError):
         raise ValueError("out of memory: lower --batch_size, or --gradient_checkpointing=true") from None

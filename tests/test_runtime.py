@@ -1,0 +1,292 @@
+"""runtime.py: options that complain well, checkpoints that survive a crash at any moment and open in transformers, a
+log without a torn or doubled row."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+import torch
+from helpers import texts
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import runtime
+import tokenizer
+from model import Doge, DogeConfig
+
+
+@dataclass
+class Options:
+    steps: int = 10  # how many
+    rate: float = 0.5  # how fast
+    name: str = "run"  # what to call it
+    loud: bool = False  # say so
+    shape: Literal["round", "square"] = "round"  # which
+    parts: list[str] = field(default_factory=lambda: ["a"])  # of what
+
+
+def parse(*argv, **keywords):
+    return runtime.parse_options(Options, list(argv), **keywords)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_values_come_from_defaults_files_and_the_command_line_in_this_order(tmp_path):
+    config = tmp_path / "c.py"
+    config.write_text('"""why"""\nsteps = 1_000  # a comment\nrate = 2\nname = "file"\nparts = ["x", "y"]\n')
+    options = parse(str(config), "--name=line", "--loud", "--shape=square")
+    assert options == Options(1000, 2.0, "line", True, "square", ["x", "y"])
+    assert isinstance(options.rate, float)
+    assert parse("--parts=b,c", "--rate=1e-3", "--loud=false") == Options(rate=1e-3, parts=["b", "c"])
+    assert parse("--name=a=b").name == "a=b"
+    assert parse("--steps=3", base=dict(steps=5, rate=9.0)) == Options(steps=3, rate=9.0)
+    assert parse("one", "two", f"--config={config}", positional="parts").parts == ["one", "two"]
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--stesp=3", "did you mean 'steps'"), ("--zzzzz=3", "--help lists the options"), ("--steps", "--steps=..."),
+    ("--steps=many", "'many' is not a whole number"), ("--steps=1.5", "'1.5' is not a whole number"),
+    ("--steps=", "is not a whole number"), ("--rate=x", "'x' is not a number"), ("--loud=maybe", "not true or false"),
+    ("--shape=oval", "not one of round, square"), ("absent.py", "no config file 'absent.py'"),
+])  # fmt: skip
+def test_a_wrong_option_is_named_with_what_would_be_right(argument, words):
+    with pytest.raises(ValueError) as error:
+        parse(argument)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("steps = ", "not a file of assignments"), ("import os", "only plain assignments"), ("steps += 1", "only plain"),
+    ("steps = len('abc')", "must be a literal"), ("steps = '3x'", "'3x' is not a whole number"),
+    ("step = 3", "'steps'"),
+    ("\nsteps = True", ":2: 'True' is not"), ("\0", "not a file of assignments"),
+    ("(" * 999, "not a file"),
+])  # fmt: skip
+def test_a_config_file_is_read_and_never_run(tmp_path, text, words):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(ValueError) as error:
+        parse(str(tmp_path / "c.py"))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_lists_every_option_with_default_and_comment():
+    text = runtime.help_text(Options)
+    for line in ("--steps=10", "how many", "--shape=round", "which [round, square]", "--parts=['a']"):
+        assert line in text
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("stage", ["train", "sample", "prepare_data"])
+def test_every_option_of_every_stage_has_a_comment(stage):
+    module = __import__(stage)
+    own = [value for value in vars(module).values() if getattr(value, "__module__", "") == stage]
+    [options] = [value for value in own if value.__name__.endswith("Options")]
+    comments = runtime.field_comments(options)
+    assert {f.name for f in dataclasses.fields(options)} <= comments.keys()
+
+
+def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback():
+    def exit_of(body):
+        code = f"import runtime\ndef main(argv):\n    {body}\nruntime.run(main)"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runtime.HERE)
+
+    mistake = exit_of("runtime.read_config('absent.py')")
+    assert mistake.returncode == 2 and mistake.stderr.startswith("error: ") and mistake.stderr.count("\n") == 1
+    missing = exit_of("open('/absent/file')")
+    assert missing.returncode == 2 and missing.stderr == "error: /absent/file: No such file or directory\n"
+    bug = exit_of("import json; json.loads('{')")
+    assert bug.returncode == 1 and "Traceback" in bug.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model and a tokenizer that belong together."""
+    tok = tokenizer.train_bpe(texts(50), 280)
+    torch.manual_seed(0)
+    model = Doge(DogeConfig(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape)
+    return model, tok
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    runtime.save_checkpoint(tmp_path / "checkpoint", *small, dict(step=1))
+    return tmp_path / "checkpoint"
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(small, folder):
+    model, tok = runtime.load_model(folder)
+    assert model.config == small[0].config and tok.digest == small[1].digest
+    for name, w in small[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], w)
+    assert runtime.load_training_state(folder) == dict(step=1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_dense_checkpoint_opens_in_transformers(small, tmp_path, tied):
+    torch.manual_seed(1)
+    model = Doge(dataclasses.replace(small[0].config, tie_word_embeddings=tied)).eval()
+    runtime.save_checkpoint(tmp_path, model, small[1])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 20))
+    torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, atol=1e-5, rtol=0)
+    reader = AutoTokenizer.from_pretrained(tmp_path)
+    assert reader("the red dog").input_ids == [small[1].bos_id, *small[1].encode("the red dog")]
+
+
+def test_a_model_transformers_would_compute_differently_does_not_open_there(small, tmp_path):
+    for change in (dict(qk_norm=False), dict(is_moe=True, num_experts=16, num_experts_per_tok=2)):
+        model = Doge(dataclasses.replace(small[0].config, **change))
+        runtime.save_checkpoint(tmp_path, model, small[1])
+        assert runtime.load_model(tmp_path)[0].config == model.config
+        with pytest.raises(ValueError, match="nanodoge"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_whole(small, folder, monkeypatch):
+    """Every call to the file system while saving is, in turn, the last one the process makes."""
+    old_model, tok = small
+    new_model = Doge(old_model.config)
+    seen = set()
+    for last in range(60):
+        shutil.rmtree(folder)
+        runtime.save_checkpoint(folder, old_model, tok, dict(step=1))
+        count = iter(range(10**6))
+
+        def dying(real, count=count, last=last):
+            def call(*args, **keywords):
+                if next(count) == last:
+                    raise KeyboardInterrupt
+                return real(*args, **keywords)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("rename", "replace", "fsync", "open"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            patch.setattr(runtime, "save_file", dying(save_file))
+            patch.setattr(torch, "save", dying(torch.save))
+            try:
+                runtime.save_checkpoint(folder, new_model, tok, dict(step=2))
+                break
+            except KeyboardInterrupt:
+                pass
+        for settled in (False, True):  # read as it lies, and after the next run has tidied up
+            if settled:
+                runtime.settle(folder)
+                assert not (folder / "saving").exists() and not (folder / "saved").exists()
+            step = runtime.load_training_state(folder)["step"]
+            weights = runtime.load_model(folder)[0].state_dict()
+            expected = (old_model if step == 1 else new_model).state_dict()
+            assert all(torch.equal(weights[name], expected[name]) for name in expected)
+            seen.add((step, settled))
+    else:
+        pytest.fail("saving never finished")
+    assert seen == {(1, False), (1, True), (2, False), (2, True)} and last > 10
+
+
+def damage(folder, what):
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    if what == "missing tensor":
+        del weights["model.layers.1.self_attn.A"]
+    if what == "extra tensor":
+        weights["model.layers.7.self_attn.A"] = torch.zeros(1)
+    if what == "wrong shape":
+        weights["model.norm.weight"] = torch.zeros(7)
+    save_file(weights, folder / "model.safetensors")
+    if what == "truncated":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-50])
+    if what == "no header":
+        (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    if what == "no weights":
+        (folder / "model.safetensors").unlink()
+    if what == "other kind":
+        (folder / "config.json").write_text(json.dumps(config | dict(model_type="llama")))
+    if what == "bad value":
+        (folder / "config.json").write_text(json.dumps(config | dict(hidden_size="wide")))
+    if what == "small vocabulary":
+        (folder / "config.json").write_text(json.dumps(config | dict(vocab_size=100)))
+    if what == "torn config":
+        (folder / "config.json").write_text('{"model_type": "do')
+    if what == "list config":
+        (folder / "config.json").write_text("[]")
+    if what == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    if what == "no config":
+        (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize("what, words", [
+    ("missing tensor", "lacks model.layers.1.self_attn.A"), ("extra tensor", "has model.layers.7.self_attn.A"),
+    ("wrong shape", r"model.norm.weight of shape \[7\], not \[32\]"), ("truncated", "is damaged"),
+    ("no header", "is damaged"), ("no weights", "has no model.safetensors"), ("other kind", "'llama'"),
+    ("bad value", "hidden_size: 'wide'"), ("small vocabulary", "config.json 100"), ("torn config", "damaged"),
+    ("list config", "damaged"), ("no tokenizer", "tokenizer.json"), ("no config", "no config.json"),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_refused_with_what_and_where(folder, what, words):
+    damage(folder, what)
+    with pytest.raises(ValueError, match=words) as error:
+        runtime.load_model(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo pwned",)
+
+
+@pytest.mark.parametrize("what", ["empty", "junk", "pickle", "evil", "cut"])
+def test_a_training_state_is_never_executed(folder, what):
+    path = folder / "training_state.pt"
+    plain = dict(empty=b"", junk=b"junk", pickle=pickle.dumps(Evil()), cut=path.read_bytes()[:-9])
+    if what == "evil":
+        torch.save(Evil(), path)
+    else:
+        path.write_bytes(plain[what])
+    with pytest.raises(ValueError, match="damaged or not ours"):
+        runtime.load_training_state(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
+
+
+def test_the_log_drops_a_torn_line_and_what_the_checkpoint_does_not_know(tmp_path):
+    path = tmp_path / "log.csv"
+    log = runtime.Log(path, 0)
+    for step in (1, 2, 3, 4):
+        log.write(dict(step=step, loss=0.5 * step))
+    path.write_text(path.read_text() + "5,20")  # the crash came in the middle of a line
+    assert [row["step"] for row in runtime.read_log(path)] == ["1", "2", "3", "4"]
+    log = runtime.Log(path, 3)
+    log.write(dict(step=4, loss=9))
+    assert [(row["step"], row["loss"]) for row in runtime.read_log(path)] == [
+        ("1", "0.5"), ("2", "1.0"), ("3", "1.5"), ("4", "9"),
+    ]  # fmt: skip
+
+
+def test_an_unknown_gpu_has_no_mfu():
+    machine = runtime.Machine("cpu")
+    assert machine.peak_flops() is None
+    known = {"NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12, "GTX 970": None}
+    for name, flops in known.items():
+        machine.device, machine.name = torch.device("cuda"), name
+        assert machine.peak_flops() == flops
