@@ -393,6 +393,8 @@ def download(url, cache, quiet):
             attempt = 0 if part.exists() and part.stat().st_size > before else attempt + 1
             if attempt == TRIES:
                 raise ValueError(f"{address}: {runtime.one_line(error)} (run again to continue)") from None
+            if not quiet:
+                tqdm.write(f"{address}: {runtime.one_line(error)[:200]}; trying again in {WAIT * 2**attempt:.0f} s")
             time.sleep(WAIT * 2**attempt)
     return path
 

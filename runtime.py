@@ -349,6 +349,15 @@ def settle(folder):
         shutil.rmtree(saving)
 
 
+def clear(folder):
+    """Removes what a run writes, and nothing else, from its folder."""
+    for path in [*Path(folder).glob("*/training_state.pt"), Path(folder) / "training_state.pt"]:
+        for name in ("training_state.pt", "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+            (path.parent / name).unlink(missing_ok=True)
+    for name in ("log.csv", "loss.png"):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
 def checkpoint_file(folder, name):
     """The path of a checkpoint's file, which is in folder/saved if a save was cut off right after it was complete."""
     path = Path(folder) / "saved" / name
@@ -560,6 +569,8 @@ class Run:
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             settle(self.folder)
+            if not self.step:
+                clear(self.folder)  # of a run that --overwrite gave up: no mixture of two runs
             self.log = Log(self.folder / "log.csv", self.step)
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)

@@ -1,7 +1,7 @@
 """Pretraining: a model learns to continue text, one row of tokens at a time.
 
     python train.py                                          the tiny model on the built-in stories, five minutes
-    python train.py config/doge20m.py --data=data/smollm     a real recipe
+    python train.py config/doge20m.py --data=data/web        a real recipe
     torchrun --nproc_per_node=8 train.py config/doge20m.py   the same on eight GPUs: same batches, same losses
     python train.py --out_dir=out/tiny --resume              go on as if it had never stopped
 
@@ -25,6 +25,7 @@ the loss a token, it does not depend on the tokenizer.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from contextlib import nullcontext
@@ -319,7 +320,7 @@ def train(options, machine):
     example = train_rows.batch(rows_of_step(0, train_rows.count, options.batch_size, options.seed))
     network, seconds, which = runtime.try_out(machine, model, lambda n: forward(*example, n), options.compile)
     announce(options, machine, model, train_rows, tokenizer, accumulation, seconds, which)
-    evaluate = make_evaluate(machine, lambda *batch: forward(*batch, network), val_rows, tokenizer, options)
+    evaluate = make_evaluate(machine, functools.partial(forward, network=network), val_rows, tokenizer, options)
     warmup_steps = 0 if options.init_from else options.warmup_steps
     stable_until = options.max_steps - options.decay_steps
     milestones = {stable_until: Path(options.out_dir) / "stable"} if options.decay_steps and stable_until else {}

@@ -7,7 +7,7 @@ first step computes exactly what the dense model did.
 """
 
 out_dir = "out/doge160m_moe"
-data = "data/smollm"
+data = "data/smollm_corpus"
 
 # experts: 9,216 = 96 x 96 product keys
 is_moe = True

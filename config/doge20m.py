@@ -4,7 +4,7 @@
 """
 
 out_dir = "out/doge20m"
-data = "data/smollm"  # python prepare_data.py --config=config/smollm_corpus.py --out=data/smollm
+data = "data/smollm_corpus"  # python prepare_data.py --config=config/smollm_corpus.py
 
 # shape: heads of 128 throughout the family, two query heads a key/value head, an MLP twice the width
 vocab_size = 32768  # the Doge tokenizer's

@@ -7,7 +7,7 @@ first step computes exactly what the dense model did.
 """
 
 out_dir = "out/doge20m_moe"
-data = "data/smollm"
+data = "data/smollm_corpus"
 
 # experts: 1,024 = 32 x 32 product keys
 is_moe = True

@@ -7,7 +7,7 @@ first step computes exactly what the dense model did.
 """
 
 out_dir = "out/doge320m_moe"
-data = "data/smollm"
+data = "data/smollm_corpus"
 
 # experts: 16,384 = 128 x 128 product keys
 is_moe = True

@@ -7,7 +7,7 @@ first step computes exactly what the dense model did.
 """
 
 out_dir = "out/doge60m_moe"
-data = "data/smollm"
+data = "data/smollm_corpus"
 
 # experts: 4,096 = 64 x 64 product keys
 is_moe = True

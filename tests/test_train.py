@@ -348,8 +348,11 @@ def test_what_exists_is_not_overwritten_unasked(data, tmp_path):
     with pytest.raises(ValueError, match="hidden_size=64: the model of"):
         run_from_config(data, tmp_path / "run2", f"--init_from={tmp_path / 'run'}", "--hidden_size=64")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
-    run(data, tmp_path / "run", "--overwrite", "--max_steps=6")
+    (tmp_path / "run" / "mine.txt").write_text("not the run's")
+    run(data, tmp_path / "run", "--overwrite", "--max_steps=6", "--decay_steps=0")
     assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 6
+    assert (tmp_path / "run" / "mine.txt").exists()
+    assert not (tmp_path / "run" / "stable" / "model.safetensors").exists()  # that of the run that was given up
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
@@ -410,3 +413,30 @@ def test_every_recipe_is_valid(path):
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Doge(DogeConfig(**fields)).parameters())
         assert f"{parameters / 1e6:,.1f}" == size[1]
+
+
+@pytest.mark.parametrize("extra", [[], MOE, ["--keep_window_size=5"]], ids=["dense", "moe", "beyond the window"])
+def test_bf16_autocast_learns_like_fp32(data, tmp_path, extra):
+    full, half = (run(data, tmp_path / dtype, f"--dtype={dtype}", *extra) for dtype in ("float32", "bfloat16"))
+    assert float(half[-1]["loss"]) == pytest.approx(float(full[-1]["loss"]), rel=0.01)
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bfloat16").values())
+
+
+def test_where_torch_compile_fails_the_run_goes_on_and_says_so(data, tmp_path, monkeypatch, capsys):
+    def broken(*batch):
+        raise RuntimeError("No working C++ compiler found\nand a page of details")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    rows = run(data, tmp_path / "run", "--compile=on")
+    assert "eager, since torch.compile failed here: No working C++ compiler found\n" in capsys.readouterr().out
+    assert len(rows) == 12
+
+
+def test_out_of_memory_is_known_before_the_first_step(data, tmp_path, monkeypatch):
+    def full(*rest):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(Doge, "forward", full)
+    with pytest.raises(ValueError, match="out of memory: lower --batch_size"):
+        run(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
