@@ -103,7 +103,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        mean_square = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square() / x.shape[-1]
+        return self.weight * (x * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,10 +142,10 @@ def causal_attention(q, k, v, s):
     column = s[..., None] * math.sqrt(size)
     high = column.to(q.dtype)
     low = (column - high.float()).to(q.dtype)
-    zeros = high.new_zeros(()).expand(*high.shape[:-1], 6)
-    k = torch.cat((k, high, low, zeros), dim=-1)
-    q = F.pad(q, (0, 2), value=1.0)
-    q, v = F.pad(q, (0, 6)), F.pad(v, (0, 8))
+    ones, zeros = q.new_ones(2), q.new_zeros(8)
+    q = torch.cat((q, torch.cat((ones, zeros[:6])).expand(*q.shape[:-1], 8)), dim=-1)
+    k = torch.cat((k, high, low, zeros[:6].expand(*k.shape[:-1], 6)), dim=-1)
+    v = torch.cat((v, zeros.to(v.dtype).expand(*v.shape[:-1], 8)), dim=-1)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=size**-0.5, enable_gqa=True)
     return out[..., :size]
 
@@ -545,20 +546,41 @@ def sample(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, generator=None):
 
 def linear_cross_entropy(x, weight, targets):
     """Mean cross-entropy of the logits x @ weight.T in nats, over the targets that are not -100; 0 if there are none.
+    x (N, C), weight (V, C), targets (N,) int64."""
+    return LinearCrossEntropy.apply(x, weight, targets) / (targets != -100).sum().clamp(min=1)
 
-    x (N, C), weight (V, C), targets (N,) int64. The logits of all rows would be by far the largest tensor of a
-    training step (2 GB for 16,384 rows of 32,768), so they are made a piece at a time and again in the backward pass.
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the cross-entropies, with its gradient made on the way.
+
+    The logits of all rows would be by far the largest tensor of a training step: 2 GB for 16,384 rows of 32,768. But
+    all that the backward pass wants of them is their gradient, softmax - onehot, and of that only its products with x
+    and with weight. So the rows are taken a few at a time, and for each the logits turn into their gradient in place,
+    are multiplied twice, and are forgotten. Nothing is computed a second time. (The idea is Liger-Kernel's, arXiv
+    2410.10989.) What backward receives is one number to scale both products by.
     """
-    rows = max(1, LOSS_ELEMENTS // len(weight))
-    if len(x) <= rows:
-        total = piece_cross_entropy(x, weight, targets)
-    else:
-        total = sum(
-            checkpoint(piece_cross_entropy, x[i : i + rows], weight, targets[i : i + rows], use_reentrant=False)
-            for i in range(0, len(x), rows)
-        )
-    return total / (targets != -100).sum().clamp(min=1)
 
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        rows = max(1, LOSS_ELEMENTS // len(weight))
+        wants_gradient = any(ctx.needs_input_grad)
+        total = torch.zeros((), device=x.device)
+        if wants_gradient:
+            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for i in range(0, len(x), rows):
+            piece, target = x[i : i + rows], targets[i : i + rows, None]
+            ignored, target = target == -100, target.clamp(min=0)
+            logp = F.linear(piece, weight).float().log_softmax(dim=-1)  # (rows, V)
+            total -= logp.gather(1, target).masked_fill(ignored, 0.0).sum()
+            if wants_gradient:
+                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1])).to(x.dtype)
+                dx[i : i + rows] = (dlogits @ weight.to(x.dtype)).masked_fill(ignored, 0.0)
+                dweight += dlogits.T @ piece.masked_fill(ignored, 0.0)
+        if wants_gradient:
+            ctx.save_for_backward(dx, dweight.to(weight.dtype))
+        return total
 
-def piece_cross_entropy(x, weight, targets):
-    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-100, reduction="sum")
+    @staticmethod
+    def backward(ctx, scale):
+        dx, dweight = ctx.saved_tensors
+        return dx * scale, dweight * scale, None

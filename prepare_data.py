@@ -88,7 +88,7 @@ class PrepareOptions:
     sources: list[str] = field(default_factory=lambda: ["stories"])  # where the text comes from, see above
     out: str = ""  # the folder to write; empty: data/ and the name of the first source
     tokenizer: str = ""  # a tokenizer.json, its folder, or an encoding of tiktoken (gpt2); empty: train one
-    vocab_size: int = 2048  # of the tokenizer to train; small, or a tiny model is all embedding; real runs use 32768
+    vocab_size: int = 4096  # of the tokenizer to train; small, or a tiny model is all embedding; real runs use 32768
     tokens: int = 0  # training tokens to write; 0: every document of every source, once
     val_fraction: float = 0.05  # share of the documents kept for validation; enough for a book, large corpora need less
     text_column: str = "text"  # the column of .jsonl, .parquet and datasets

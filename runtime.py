@@ -350,12 +350,11 @@ def settle(folder):
 
 
 def clear(folder):
-    """Removes what a run writes, and nothing else, from its folder."""
-    for path in [*Path(folder).glob("*/training_state.pt"), Path(folder) / "training_state.pt"]:
-        for name in ("training_state.pt", "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
-            (path.parent / name).unlink(missing_ok=True)
-    for name in ("log.csv", "loss.png"):
-        (Path(folder) / name).unlink(missing_ok=True)
+    """Removes what a run writes, and nothing else, from its folder and from the milestones below it."""
+    written = "training_state.pt model.safetensors config.json tokenizer.json tokenizer_config.json log.csv loss.png"
+    for place in [Path(folder), *(path.parent for path in Path(folder).glob("*/training_state.pt"))]:
+        for name in written.split():
+            (place / name).unlink(missing_ok=True)
 
 
 def checkpoint_file(folder, name):

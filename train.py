@@ -1,6 +1,6 @@
 """Pretraining: a model learns to continue text, one row of tokens at a time.
 
-    python train.py                                          the tiny model on the built-in stories, five minutes
+    python train.py                                          the tiny model on the built-in stories, minutes
     python train.py config/doge20m.py --data=data/web        a real recipe
     torchrun --nproc_per_node=8 train.py config/doge20m.py   the same on eight GPUs: same batches, same losses
     python train.py --out_dir=out/tiny --resume              go on as if it had never stopped
