@@ -47,7 +47,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # queries handled together beyond the window: c keys are read per W kept, and the mask is c x (W + c)
-LOSS_ELEMENTS = 2**24  # logits alive at once in the loss: 64 MB of fp32, large enough to keep the matrix product busy
+LOSS_ELEMENTS = 2**20  # logits alive at once in the loss: 4 MB, so that they stay in a processor's cache
+LOSS_ROWS = 256  # but at least these rows of them, to keep the matrix product busy
 NEVER = -1e30  # score of a slot without a key: exp(NEVER - anything) is 0, and it is finite, so no inf - inf = nan
 
 
@@ -562,7 +563,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        rows = max(1, LOSS_ELEMENTS // len(weight))
+        budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU wants large pieces
+        rows = max(LOSS_ROWS, budget // len(weight))
         wants_gradient = any(ctx.needs_input_grad)
         total = torch.zeros((), device=x.device)
         if wants_gradient:

@@ -450,7 +450,8 @@ def check_space(folder, need, purpose):
 
 
 def progress(quiet, title, unit, total=None, start=0):
-    return tqdm(desc=title, unit=unit, unit_scale=True, total=total, initial=start, disable=quiet, smoothing=0.05)
+    hidden = True if quiet else None  # None: shown on a terminal, and no litter in a file
+    return tqdm(desc=title, unit=unit, unit_scale=True, total=total, initial=start, disable=hidden, smoothing=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

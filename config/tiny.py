@@ -19,12 +19,12 @@ batch_tokens = 4096  # 16 rows of 256
 # schedule: the peak that suits Muon here; the decay takes the last third, where much of the gain is
 optimizer = "muon"
 learning_rate = 6e-3
-max_steps = 480
+max_steps = 440
 warmup_steps = 15
-decay_steps = 160
+decay_steps = 150
 decay = "1-sqrt"
 
 log_every = 10
-eval_every = 120
+eval_every = 110
 eval_tokens = 65536
-save_every = 120
+save_every = 110

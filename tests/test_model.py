@@ -245,7 +245,7 @@ def test_moe_gradients_equal_brute_force_over_all_experts():
     parameters = [x, *layer.parameters()]
     for ours, theirs in zip(torch.autograd.grad(out.sum(), parameters), torch.autograd.grad(expected.sum(), parameters),
                             strict=True):  # fmt: skip
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+        assert (ours - theirs).norm() < 1e-6 * theirs.norm()  # the router's softmax is in fp32
 
 
 def test_load_balance_of_a_uniform_and_of_a_collapsed_router():
@@ -331,13 +331,14 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch):
     targets = torch.randint(0, 97, (50,))
     targets[::7] = -100
     expected = F.cross_entropy(x @ w.T, targets)
-    whole = m.linear_cross_entropy(x, w, targets)
-    monkeypatch.setattr(m, "LOSS_ELEMENTS", 97 * 8)
-    pieces = m.linear_cross_entropy(x, w, targets)
-    for loss in (whole, pieces):
+    for rows in (50, 8):
+        monkeypatch.setattr(m, "LOSS_ROWS", rows)
+        monkeypatch.setattr(m, "LOSS_ELEMENTS", 1)
+        loss = m.linear_cross_entropy(x, w, targets)
         torch.testing.assert_close(loss, expected)
-        for a, b in zip(torch.autograd.grad(loss, (x, w), retain_graph=True),
-                        torch.autograd.grad(expected, (x, w), retain_graph=True), strict=True):  # fmt: skip
+        torch.testing.assert_close(m.linear_cross_entropy(x.detach(), w.detach(), targets), expected)
+        for a, b in zip(torch.autograd.grad(3 * loss, (x, w)),
+                        torch.autograd.grad(3 * expected, (x, w), retain_graph=True), strict=True):  # fmt: skip
             torch.testing.assert_close(a, b)
 
 
