@@ -458,7 +458,9 @@ class Doge(nn.Module):
         if targets is None:
             return F.linear(x, self.output_weight), None
         loss = linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten())
-        return None, loss + self.config.router_aux_loss_coef * balance
+        if torch.is_grad_enabled():  # the balance is there for its gradient; a validation loss is that of the text
+            loss = loss + self.config.router_aux_loss_coef * balance
+        return None, loss
 
     def flops_per_token(self, length):
         """Floating-point operations to train on one token of a row of `length`: 6 a weight that is used (2 forward, 4

@@ -204,7 +204,7 @@ def help_text(options_class, positional=None):
 class RunOptions:
     """The options that every training stage has."""
 
-    out_dir: str = "out/run"  # where checkpoints, log.csv and loss.png go
+    out_dir: str = ""  # where checkpoints, log.csv and loss.png go; empty = out/ and the name of the data
     resume: bool = False  # continue the run in out_dir as if it had never stopped
     max_steps: int = 8000  # optimizer steps in all
     learning_rate: float = 8e-3  # peak learning rate

@@ -1,9 +1,9 @@
 """Generation: what a trained model writes, from a prompt or in a conversation.
 
-    python sample.py out/tiny                                  a document from its very beginning
-    python sample.py out/tiny --prompt="Once upon a time"      from a prompt; --prompt=- reads standard input
-    python sample.py out/tiny --file=beginning.txt --num_samples=3
-    python sample.py out/tiny_sft --chat                       a conversation; Ctrl-D or /quit ends it
+    python sample.py out/stories                               a document from its very beginning
+    python sample.py out/stories --prompt="The Lost Kite"      from a prompt; --prompt=- reads standard input
+    python sample.py out/stories --file=beginning.txt --num_samples=3
+    python sample.py out/chat --chat                           a conversation; Ctrl-D or /quit ends it
 
 A model gives a probability to every possible next token, and generating means drawing one, appending it, and asking
 again. Drawing from the bare probabilities lets the many unlikely tokens derail a text now and then; always taking the
@@ -27,7 +27,7 @@ import runtime
 
 @dataclass
 class SampleOptions:
-    checkpoint: list[str] = field(default_factory=lambda: ["out/tiny"])  # folder of the model
+    checkpoint: list[str] = field(default_factory=lambda: ["out/stories"])  # folder of the model
     prompt: str = ""  # text to continue; - reads standard input; empty: the beginning of a document
     file: str = ""  # a file with the text to continue
     chat: bool = False  # hold a conversation in the terminal

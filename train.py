@@ -3,7 +3,7 @@
     python train.py                                          the tiny model on the built-in stories, minutes
     python train.py config/doge20m.py --data=data/web        a real recipe
     torchrun --nproc_per_node=8 train.py config/doge20m.py   the same on eight GPUs: same batches, same losses
-    python train.py --out_dir=out/tiny --resume              go on as if it had never stopped
+    python train.py --out_dir=out/stories --resume           go on as if it had never stopped
 
 The data is one long line of token ids on the disk, documents one after the other. It is cut into rows of T tokens,
 and at every place of a row the model is asked for the next token. One step: take the rows of this step, compute the
@@ -60,18 +60,20 @@ class TrainOptions(DogeConfig, runtime.RunOptions):
     beta1: float = 0.9  # Adam: memory of the gradient
     beta2: float = 0.95  # Adam: memory of its square
     weight_decay: float = 0.01  # of the matrices; A, the residual scales and the norms are not decayed
-    warmup_steps: int = 800  # steps of rising learning rate
+    warmup_steps: int = 800  # steps of rising learning rate; none after --init_from
     decay_steps: int = 800  # steps of falling learning rate at the end
     decay: Literal["linear", "cosine", "1-sqrt"] = "linear"  # shape of the fall
     moe_warmup_steps: int = 0  # first steps that train the router and the experts only
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third slower
     eval_tokens: int = 1_000_000  # validation tokens, always the first ones of val.bin
-    sample_tokens: int = 160  # length of the sample printed at the end; 0 = none
+    sample_tokens: int = 240  # longest sample printed at the end (a story of the built-in world has about 180); 0 = none
 
     def __post_init__(self):
         """The checks that need no data; DogeConfig's own wait until the vocabulary is known."""
         self.check()
+        self.out_dir = self.out_dir or f"out/{Path(self.data).name}"
         self.sequence_length = self.sequence_length or self.max_position_embeddings
+        self.warmup_steps = 0 if self.init_from else self.warmup_steps  # a checkpoint is warm
         for name in ("sequence_length", "batch_size", "batch_tokens", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
@@ -301,7 +303,7 @@ def announce(options, machine, model, train_rows, tokenizer, accumulation, secon
         f"device    {machine.summary}; {which}\n"
         f"attention {attention}\n"
         f"cost      {steps:,} steps, {tokens:,} tokens, {model.flops_per_token(T) * tokens / 1e15:.3g} PFLOP; about "
-        f"{duration / 3600:.0f} h {duration / 60 % 60:.0f} min and {memory / 1e9:.2g} GB a process"
+        f"{duration // 3600:.0f} h {duration // 60 % 60 + 1:.0f} min and {memory / 1e9:.2g} GB a process"
     )
 
 
@@ -321,7 +323,6 @@ def train(options, machine):
     network, seconds, which = runtime.try_out(machine, model, lambda n: forward(*example, n), options.compile)
     announce(options, machine, model, train_rows, tokenizer, accumulation, seconds, which)
     evaluate = make_evaluate(machine, functools.partial(forward, network=network), val_rows, tokenizer, options)
-    warmup_steps = 0 if options.init_from else options.warmup_steps
     stable_until = options.max_steps - options.decay_steps
     milestones = {stable_until: Path(options.out_dir) / "stable"} if options.decay_steps and stable_until else {}
     run = runtime.Run(options, machine, model, tokenizer, optimizers, evaluate,
@@ -335,7 +336,8 @@ def train(options, machine):
 
     with run:
         for step in run.steps():
-            lr = options.learning_rate * wsd(step, options.max_steps, warmup_steps, options.decay_steps, options.decay)
+            schedule = options.max_steps, options.warmup_steps, options.decay_steps, options.decay
+            lr = options.learning_rate * wsd(step, *schedule)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr if group["routed"] or step >= options.moe_warmup_steps else 0.0
             rows, loss = rows_of_step(step, train_rows.count, rows_per_step, options.seed), 0.0

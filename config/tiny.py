@@ -1,8 +1,7 @@
 """A Doge for a laptop's processor: some four minutes on two cores, on the built-in stories. NOTES.md says what else was
 tried in its place."""
 
-out_dir = "out/tiny"
-data = "data/stories"
+data = "data/stories"  # or any other: the run goes to out/ and the name of its data
 
 # shape: the family's proportions (MLP twice the width, two query heads a key/value head) at half the 20M's width
 hidden_size = 128

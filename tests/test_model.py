@@ -270,6 +270,11 @@ def test_the_balance_loss_joins_the_loss_and_reaches_the_router():
     balanced.load_state_dict(plain.state_dict())
     difference = balanced(tokens, tokens)[1] - plain(tokens, tokens)[1]
     assert difference.item() == pytest.approx(0.1 * plain.hidden(tokens)[1].item(), rel=1e-4)
+    together, alone = (torch.autograd.grad(net(tokens, tokens)[1], net.layers[0].mlp.router_gate.weight)[0]
+                       for net in (balanced, plain))  # fmt: skip
+    assert (together - alone).norm() > 0
+    with torch.no_grad():  # and stays out of a validation loss
+        assert torch.equal(balanced(tokens, tokens)[1], plain(tokens, tokens)[1])
 
 
 def test_from_dense_is_bit_identical_and_learns():
