@@ -79,6 +79,11 @@ class DogeConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} must be a number from 0 up")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % (2 * heads):
             raise ValueError(f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads={heads}")
@@ -301,7 +306,7 @@ class DynamicMaskAttention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
         values = self.v_proj(x)  # (B, T, K D)
         v = values.view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = (rotate(x, *rotary).to(v.dtype) for x in (q, k))  # under autocast the norms gave fp32
         s = torch.exp(self.A.float() * F.softplus(self.dt_proj(values).float())).transpose(1, 2)  # (B, K, T)
         if padding is not None:
             s = s.masked_fill(padding[:, None], NEVER)

@@ -61,6 +61,9 @@ def run(main):
     """
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # whoever read our output, `head` for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, OSError) as error:
         frame = error.__traceback__
         while frame.tb_next:
@@ -92,9 +95,14 @@ def parse_options(options_class, argv, positional=None, base=None):
     if "--help" in argv or "-h" in argv:
         print(help_text(options_class, positional))
         sys.exit(0)
+    return options_class(**dict(base or {}) | read_values(options_class, argv, positional))
+
+
+def read_values(options_class, argv, positional=None):
+    """What `argv` says, as {option: value}: the types are checked, the ranges are not."""
     hints = typing.get_type_hints(options_class)
     names = [field.name for field in dataclasses.fields(options_class)]
-    values, words = dict(base or {}), []
+    values, words = {}, []
 
     def assign(name, value, where):
         if name not in names:
@@ -121,7 +129,7 @@ def parse_options(options_class, argv, positional=None, base=None):
             assign(name, text if equals else "true", f"--{name}")
     if words:
         values[positional] = words
-    return options_class(**values)
+    return values
 
 
 def read_config(path):
@@ -166,7 +174,7 @@ def convert(value, hint, where):
             raise ValueError(f"{where}: {text!r} is not {kind}") from None
     if hint is str and isinstance(value, str):
         return value
-    if hint == list[str]:
+    if hint == list[str] and isinstance(value, (str, list, tuple)):
         return value.split(",") if isinstance(value, str) else [str(item) for item in value]
     raise ValueError(f"{where}: {text!r} is not of type {getattr(hint, '__name__', hint)}")
 
@@ -219,6 +227,8 @@ class RunOptions:
 
     def check(self):
         """Raises ValueError for values no run can have. Called by a stage once its options are complete."""
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed={self.seed} must be from 0 up and below 2^63")
         for name in ("max_steps", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
@@ -240,6 +250,9 @@ class Machine:
             raise ValueError(f"--device={device} is not available here; --device=cpu always is")
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
         if kind == "cuda":
+            if self.device.index >= torch.cuda.device_count():
+                raise ValueError(f"process {self.device.index + 1} of this machine has no GPU: there are "
+                                 f"{torch.cuda.device_count()}; start as many processes")  # fmt: skip
             torch.cuda.set_device(self.device)
         has_bf16 = kind == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)  # Ampere or newer
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if has_bf16 else torch.float32
@@ -263,9 +276,9 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, values):
-        """A list of numbers or 0-d tensors, added up over all processes -> list of floats (float64 on the way)."""
-        total = torch.stack([torch.as_tensor(value, device=self.device).detach().float() for value in values])
-        total = total if self.device.type == "mps" else total.double()  # MPS has no float64
+        """A list of numbers or 0-d tensors, added up over all processes -> list of floats."""
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        total = torch.stack([torch.as_tensor(value).detach().to(self.device, exact) for value in values])
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -294,7 +307,8 @@ class Machine:
         table = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12,
                  "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e12, "RTX A6000": 155e12}  # fmt: skip
         known = [flops for name, flops in table.items() if re.search(rf"\b{name}\b", self.name)]
-        return known[0] * self.world_size if known and self.device.type == "cuda" else None
+        other = self.dtype != torch.bfloat16 or re.search(r"MIG|Laptop|NVL|4090 D", self.name)  # slower relatives
+        return known[0] * self.world_size if known and not other and self.device.type == "cuda" else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,21 +328,24 @@ def hugging_face_config(config, tokenizer):
 def save_checkpoint(folder, model, tokenizer, state=None):
     """Writes model.safetensors, config.json, tokenizer.json and, if given, training_state.pt into `folder`.
 
-    The files must change together. They are written to folder/saving, flushed to the disk, and the rename of `saving`
-    to `saved` is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a
-    `saved` folder that every reader looks into first and the next save moves into place.
+    The files must change together. They are written to folder/.saving, flushed to the disk, and the rename of that
+    to .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a
+    .saved folder that every reader looks into first and the next save moves into place.
     """
     folder = Path(folder)
-    saving, saved = folder / "saving", folder / "saved"
+    saving, saved = folder / ".saving", folder / ".saved"
     settle(folder)
     saving.mkdir(parents=True)
     weights = {hf_name(name): w.detach().contiguous().cpu() for name, w in model.state_dict().items()}
-    save_file(weights, saving / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, saving / "model.safetensors", metadata={"format": "pt"})
+        if state is not None:
+            torch.save(state, saving / "training_state.pt")
+    except (SafetensorError, RuntimeError) as error:  # what these libraries make of a full disk
+        raise OSError(f"cannot write {saving}: {one_line(error)}; {folder} holds the last checkpoint") from None
     text = json.dumps(hugging_face_config(model.config, tokenizer), indent=2)
     (saving / "config.json").write_text(text, encoding="utf-8")
     tokenizer.save(saving)
-    if state is not None:
-        torch.save(state, saving / "training_state.pt")
     for path in [*saving.iterdir(), saving]:
         if path.is_file() or os.name == "posix":  # Windows cannot flush a folder
             descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
@@ -339,8 +356,8 @@ def save_checkpoint(folder, model, tokenizer, state=None):
 
 
 def settle(folder):
-    """Finishes or undoes what an interrupted save left behind: a `saved` folder is whole, a `saving` folder is not."""
-    saving, saved = Path(folder) / "saving", Path(folder) / "saved"
+    """Finishes or undoes what an interrupted save left behind: a .saved folder is whole, a .saving folder is not."""
+    saving, saved = Path(folder) / ".saving", Path(folder) / ".saved"
     if saved.is_dir():
         for path in saved.iterdir():
             os.replace(path, Path(folder) / path.name)
@@ -350,16 +367,15 @@ def settle(folder):
 
 
 def clear(folder):
-    """Removes what a run writes, and nothing else, from its folder and from the milestones below it."""
-    written = "training_state.pt model.safetensors config.json tokenizer.json tokenizer_config.json log.csv loss.png"
-    for place in [Path(folder), *(path.parent for path in Path(folder).glob("*/training_state.pt"))]:
-        for name in written.split():
-            (place / name).unlink(missing_ok=True)
+    """Removes a checkpoint, and nothing else, from a folder."""
+    settle(folder)
+    for name in "training_state.pt model.safetensors config.json tokenizer.json tokenizer_config.json".split():
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def checkpoint_file(folder, name):
-    """The path of a checkpoint's file, which is in folder/saved if a save was cut off right after it was complete."""
-    path = Path(folder) / "saved" / name
+    """The path of a checkpoint's file, which is in folder/.saved if a save was cut off right after it was complete."""
+    path = Path(folder) / ".saved" / name
     return path if path.is_file() else Path(folder) / name
 
 
@@ -381,6 +397,11 @@ def load_config(folder):
         raise ValueError(f"{path} is damaged or not a model's config ({type(error).__name__}: {error})") from None
     if kind not in ("doge", "nanodoge"):
         raise ValueError(f"{path}: model_type is {kind!r}, not 'doge' or 'nanodoge'")
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # where newer and older files keep it
+    fields = {"rope_theta": rope.get("rope_theta", DogeConfig.rope_theta)} | fields
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ValueError(f"{path}: rope_type is {rope_type!r}, and only 'default' is computed here")
     hints = typing.get_type_hints(DogeConfig)
     return DogeConfig(**{n: convert(fields[n], hints[n], f"{path}: {n}") for n in hints if n in fields})
 
@@ -424,7 +445,10 @@ def load_training_state(folder):
     if not zipfile.is_zipfile(path):  # what torch.save writes, with its table of contents at the end
         raise ValueError(f"{path} is damaged or not ours: it is not a whole zip archive")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
     except (UnpicklingError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged or not ours: {one_line(error)}") from None
 
@@ -436,11 +460,17 @@ def optimizer_state(optimizers, names):
 
 
 def load_optimizer_state(optimizers, names, state):
-    """Gives every parameter that `state` knows its part of it back, and leaves the others to start afresh."""
+    """Gives every parameter that `state` knows its part of it back. The others start afresh, and so do those whose
+    state another kind of optimizer left."""
     for optimizer in optimizers:
-        for p in (p for group in optimizer.param_groups for p in group["params"] if names[p] in state):
-            values = {k: v.clone() if torch.is_tensor(v) else v for k, v in state[names[p]].items()}
-            optimizer.state[p] = {k: v.to(p.device) if torch.is_tensor(v) and v.dim() else v for k, v in values.items()}
+        own = "momentum_buffer" if isinstance(optimizer, torch.optim.Muon) else "exp_avg"
+        for group in optimizer.param_groups:
+            for p in (p for p in group["params"] if own in state.get(names[p], ())):
+                optimizer.state[p] = {
+                    # a step counter stays on the host, but for fused kernels, which read it themselves
+                    k: v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
+                    for k, v in state[names[p]].items()
+                }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,6 +486,7 @@ class Log:
     def __init__(self, path, last_step, columns=COLUMNS):
         self.path, self.columns = Path(path), columns
         rows = [row for row in read_log(path) if int(row["step"]) <= last_step] if self.path.is_file() else []
+        rows = [{column: row.get(column, "") for column in columns} for row in rows]
         self.steps = {int(row["step"]) for row in rows}
         temporary = self.path.with_name(self.path.name + ".new")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -491,7 +522,8 @@ def plot_loss(log_path, picture_path):
             axes.plot(*zip(*points, strict=True), style, label=column, linewidth=1, markersize=3)
     axes.set(xlabel="tokens", ylabel="nats a token", title=str(Path(log_path).parent))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(picture_path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -549,27 +581,28 @@ class Run:
         self.folder, self.milestones = Path(options.out_dir), milestones or {}
         self.names = {p: name for name, p in model.named_parameters()}
         self.step, self.tokens, self.seconds, self.row = 0, 0, 0.0, None  # step = how many are done
-        self.log = self.signal = None
+        self.log, self.fresh = None, True  # fresh: nothing saved yet
+        self.signal = self.stop = 0  # the signal this process got; the one all processes know of
         self.peak_flops = machine.peak_flops()
+        # Reading the loss makes the host wait for the device, and for the other processes: not in every step then.
+        self.reads_every_step = machine.device.type == "cpu" and machine.world_size == 1
 
     def restore(self, state):
         """Takes a training state up where it was left. (The weights come from load_model.)"""
         load_optimizer_state(self.optimizers, self.names, state["optimizer"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.row = state["row"]
+        self.row, self.fresh = state["row"], False
 
     def state(self):
         options = {k: v for k, v in dataclasses.asdict(self.options).items() if k != "resume"}
         return dict(optimizer=optimizer_state(self.optimizers, self.names), step=self.step, tokens=self.tokens,
-                    seconds=self.seconds, row=self.row, options=options, tokenizer=self.tokenizer.digest)  # fmt: skip
+                    seconds=self.seconds, row=self.row, options=options)  # fmt: skip
 
     def __enter__(self):
         """Opens the log and starts to listen for Ctrl-C and SIGTERM, which end the run after a whole step."""
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             settle(self.folder)
-            if not self.step:
-                clear(self.folder)  # of a run that --overwrite gave up: no mixture of two runs
             self.log = Log(self.folder / "log.csv", self.step)
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)
@@ -596,7 +629,7 @@ class Run:
         bar = tqdm(total=self.options.max_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
         with bar as self.bar:
             self.mark = time.perf_counter(), self.tokens
-            while self.step < self.options.max_steps and not self.signal:
+            while self.step < self.options.max_steps and not self.stop:
                 yield self.step
 
     def end_step(self, tokens, loss, grad_norm, lr):
@@ -607,18 +640,17 @@ class Run:
         self.bar.update()
         logs, saves = self.is_due("log_every") or self.is_due("eval_every"), self.is_due("save_every")
         milestone = self.milestones.get(self.step)
-        if self.machine.device.type != "cpu" and not (logs or saves or milestone):
-            return  # reading the loss would make the host wait for the device
-        if self.machine.world_size > 1 and not (logs or saves or milestone):
+        must_stop = self.signal and self.machine.world_size == 1  # several processes agree at the next logged step
+        if not (logs or saves or milestone or must_stop or self.reads_every_step):
             return
-        loss, signals = self.machine.sum([loss, float(self.signal or 0)])
-        self.signal = self.signal or int(signals)
+        loss, signals = self.machine.sum([loss, float(self.signal)])
+        self.stop = self.signal or (signal.SIGTERM if signals else 0)
         norm = float(grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             where = f"{self.folder} holds the last good checkpoint" if self.folder.exists() else "nothing was saved yet"
             raise ValueError(f"loss {loss}, gradient norm {norm} at step {self.step}: stopped; {where}. "
                              "A lower --learning_rate or a longer warm-up usually cures this")  # fmt: skip
-        saves = saves or bool(self.signal)
+        saves = saves or bool(self.stop)
         if not (logs or saves or milestone):
             return
         (before, seen), now = self.mark, time.perf_counter()
@@ -630,7 +662,10 @@ class Run:
                         memory=self.machine.peak_memory())  # fmt: skip
         self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
         if self.machine.is_main and (saves or milestone):
-            for folder in [self.folder] * saves + [milestone] * bool(milestone):
+            if self.fresh:
+                clear(self.folder / "stable")  # of a run that --overwrite gave up: no mixture of two runs
+            self.fresh = False
+            for folder in [milestone] * bool(milestone) + [self.folder] * saves:  # resumed after it, a run needs both
                 save_checkpoint(folder, self.model, self.tokenizer, self.state())
         if logs:
             self.write_row()
@@ -651,7 +686,7 @@ class Run:
         self.machine.barrier()
         if self.machine.is_main:
             plot_loss(self.folder / "log.csv", self.folder / "loss.png")
-        if self.signal:
+        if self.stop:
             self.machine.print(f"stopped and saved after step {self.step}; to go on: "
                                f"python {Path(sys.argv[0]).name} --out_dir={self.folder} --resume")  # fmt: skip
-            sys.exit(128 + self.signal)
+            sys.exit(128 + self.stop)

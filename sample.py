@@ -51,6 +51,12 @@ class SampleOptions:
             value = getattr(self, name)
             if not (value >= low and value < float("inf") and (high is None or value <= high)):
                 raise ValueError(f"--{name}={value} must be from {low} {f'to {high}' if high is not None else 'up'}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"--seed={self.seed} must fit into 64 bits")
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"--temperature={self.temperature} must be 0 or at least 0.001")
+        if self.system and not self.chat:
+            raise ValueError("--system is the system message of a conversation: it needs --chat")
         if self.repetition_penalty == 0:
             raise ValueError("--repetition_penalty=0 would divide by zero; 1 has no effect, above 1 discourages")
         if len(self.checkpoint) != 1:

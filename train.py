@@ -66,12 +66,13 @@ class TrainOptions(DogeConfig, runtime.RunOptions):
     moe_warmup_steps: int = 0  # first steps that train the router and the experts only
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third slower
     eval_tokens: int = 1_000_000  # validation tokens, always the first ones of val.bin
-    sample_tokens: int = 240  # longest sample printed at the end (a story of the built-in world has about 180); 0 = none
+    sample_tokens: int = 240  # longest sample printed at the end (a built-in story has about 180); 0 = none
 
     def __post_init__(self):
         """The checks that need no data; DogeConfig's own wait until the vocabulary is known."""
         self.check()
-        self.out_dir = self.out_dir or f"out/{Path(self.data).name}"
+        self.data = Path(self.data).as_posix()  # ./data/x is data/x
+        self.out_dir = Path(self.out_dir or f"out/{Path(self.data).name}").as_posix()
         self.sequence_length = self.sequence_length or self.max_position_embeddings
         self.warmup_steps = 0 if self.init_from else self.warmup_steps  # a checkpoint is warm
         for name in ("sequence_length", "batch_size", "batch_tokens", "eval_tokens"):
@@ -145,7 +146,7 @@ def open_data(options, machine):
             source = Path(options.data).name
             machine.print(f"preparing the built-in {source} in {options.data}")
             prepare_data.prepare(prepare_data.PrepareOptions(sources=[source], out=options.data))
-        machine.barrier()
+    machine.barrier()
     meta = read_meta(options.data)
     train, val = (Rows(options.data, split, options.sequence_length) for split in ("train", "val"))
     tokenizer = Tokenizer.load(options.data)
@@ -192,12 +193,13 @@ def rows_of_step(step, count, rows_per_step, seed):
 def wsd(step, max_steps, warmup_steps, decay_steps, decay="linear"):
     """The Warmup-Stable-Decay multiple of the peak learning rate at `step` (from 0): a line up to 1 over warmup_steps,
     1, and over the last decay_steps down to 0 along a line, half a cosine, or 1 - sqrt. 0 from max_steps on."""
+    if step >= max_steps:
+        return 0.0
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    left = max_steps - step
-    if left >= decay_steps:
+    if max_steps - step >= decay_steps:
         return 1.0
-    p = 1 - max(left, 0) / decay_steps
+    p = 1 - (max_steps - step) / decay_steps
     return {"linear": 1 - p, "cosine": 0.5 + 0.5 * math.cos(math.pi * p), "1-sqrt": 1 - math.sqrt(p)}[decay]
 
 
@@ -259,6 +261,8 @@ def start(options, machine, tokenizer):
             torch.manual_seed(options.seed)
             model = Doge.from_dense(model, options.num_experts, options.num_experts_per_tok)
         model.config.router_aux_loss_coef = options.router_aux_loss_coef
+        if Path(options.out_dir).resolve() in [place := Path(folder).resolve(), *place.parents]:
+            raise ValueError(f"--out_dir={options.out_dir} holds --init_from={folder}: give the new run another folder")
     return model.train().to(machine.device), state
 
 
@@ -289,7 +293,7 @@ def announce(options, machine, model, train_rows, tokenizer, accumulation, secon
     c, T, steps = model.config, options.sequence_length, options.max_steps
     parameters, tokens = sum(p.numel() for p in model.parameters()), steps * options.batch_tokens
     kind = f"MoE, {c.num_experts_per_tok} of {c.num_experts:,} experts" if c.is_moe else "dense"
-    attention = "fused causal kernel, scores folded into the keys"
+    attention = "causal scaled_dot_product_attention, scores folded into the keys"
     if T > c.keep_window_size:
         attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
     duration = seconds * accumulation * steps
@@ -312,6 +316,8 @@ def train(options, machine):
     train_rows, val_rows, tokenizer = open_data(options, machine)
     model, state = start(options, machine, tokenizer)
     model.gradient_checkpointing = options.gradient_checkpointing
+    if options.moe_warmup_steps and not model.config.is_moe:
+        raise ValueError(f"--moe_warmup_steps={options.moe_warmup_steps}: this model has no experts to train first")
     rows_per_step, accumulation = divide_batch(options, machine)
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
 
@@ -386,22 +392,36 @@ MAY_CHANGE = set("""resume out_dir overwrite max_steps decay_steps log_every eva
 
 
 def read_options(argv):
-    """The options of this run. Without a config file they are those of config/tiny.py, and with --init_from the shape
-    of the model is the checkpoint's."""
-    default = [] if any(not argument.startswith("--") for argument in argv) else [str(TINY)]
-    start = [argument.partition("=")[2] for argument in argv if argument.startswith("--init_from=")]
-    base = dataclasses.asdict(runtime.load_config(start[-1])) if start and start[-1] else None
-    options = runtime.parse_options(TrainOptions, argv if base else default + argv, base=base)
+    """The options of this run. Without a config file they are those of config/tiny.py; with --init_from those of the
+    checkpoint's run, with --resume those of the run itself. What `argv` says comes last, and wins."""
+    tiny = [] if any(not argument.startswith("--") for argument in argv) else [str(TINY)]
+    asked = runtime.read_values(TrainOptions, tiny + argv)
+    if asked.get("resume"):
+        return resumed_options(argv, Path(asked.get("out_dir") or f"out/{Path(asked.get('data', '')).name}"))
+    base = {}
+    if source := asked.get("init_from"):
+        state = runtime.load_training_state(source) or {}
+        where = ("out_dir", "data", "init_from", "overwrite")
+        base = {name: value for name, value in state.get("options", {}).items() if name not in where}
+        base |= dataclasses.asdict(runtime.load_config(source))
+    options = runtime.parse_options(TrainOptions, argv if base else tiny + argv, base=base)
     out = Path(options.out_dir)
-    if not options.resume:
-        if runtime.checkpoint_file(out, "training_state.pt").is_file() and not options.overwrite:
+    if any(runtime.checkpoint_file(out, name).is_file() for name in ("training_state.pt", "model.safetensors")):
+        if not options.overwrite:
             raise ValueError(f"--out_dir={out} holds a run already: --resume goes on with it, --overwrite replaces it, "
                              "or choose another folder")  # fmt: skip
-        return options
+    return options
+
+
+def resumed_options(argv, out):
+    """The options of the run in the folder `out`, with the changes of `argv`. Raises ValueError for a change that
+    would make it another run."""
     state = runtime.load_training_state(out)
     if state is None:
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
-    options = runtime.parse_options(TrainOptions, argv, base=state["options"])
+    if not {"options", "optimizer", "step", "tokens", "seconds", "row"} <= state.keys():
+        raise ValueError(f"--resume: {out}/training_state.pt is not that of a training run")
+    options = runtime.parse_options(TrainOptions, argv, base=state["options"] | dict(out_dir=str(out)))
     for name, before in state["options"].items():
         if name not in MAY_CHANGE and getattr(options, name) != before:
             raise ValueError(f"--{name}={getattr(options, name)}: the run in {out} has {before}; a resumed run cannot "

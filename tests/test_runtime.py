@@ -191,7 +191,7 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_wh
         for settled in (False, True):  # read as it lies, and after the next run has tidied up
             if settled:
                 runtime.settle(folder)
-                assert not (folder / "saving").exists() and not (folder / "saved").exists()
+                assert not (folder / ".saving").exists() and not (folder / ".saved").exists()
             step = runtime.load_training_state(folder)["step"]
             weights = runtime.load_model(folder)[0].state_dict()
             expected = (old_model if step == 1 else new_model).state_dict()
@@ -286,7 +286,8 @@ def test_the_log_drops_a_torn_line_and_what_the_checkpoint_does_not_know(tmp_pat
 def test_an_unknown_gpu_has_no_mfu():
     machine = runtime.Machine("cpu")
     assert machine.peak_flops() is None
-    known = {"NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12, "GTX 970": None}
+    known = {"NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12, "GTX 970": None,
+             "NVIDIA H100 NVL": None, "RTX 4090 Laptop GPU": None}  # fmt: skip
     for name, flops in known.items():
-        machine.device, machine.name = torch.device("cuda"), name
+        machine.device, machine.name, machine.dtype = torch.device("cuda"), name, torch.bfloat16
         assert machine.peak_flops() == flops

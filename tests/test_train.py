@@ -72,7 +72,7 @@ def test_wsd_is_never_negative_and_zero_past_the_end():
     for decay in ("linear", "cosine", "1-sqrt"):
         assert [train.wsd(step, 100, 0, 30, decay) for step in (100, 101, 10**12)] == [0, 0, 0]
         assert all(0 < train.wsd(step, 100, 0, 30, decay) <= 1 for step in range(100))
-    assert train.wsd(50, 50, 0, 0) == 1  # without a decay there is nothing to fall
+    assert [train.wsd(step, 50, 0, 0) for step in (48, 49, 50)] == [1, 1, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,6 +294,9 @@ def test_gradient_checkpointing_and_long_rows_change_nothing_else(data, tmp_path
     (["--resume"], "no run to go on with"),
     (["config/nothing.py"], "no config file 'config/nothing.py'"),
     (["--beta1=1"], "beta1=1"),
+    (["--moe_warmup_steps=3"], "no experts to train first"),
+    (["--initializer_range=-1"], "initializer_range=-1.0"),
+    (["--seed=100000000000000000000"], "seed=100000000000000000000"),
 ])  # fmt: skip
 def test_bad_options_are_named(data, tmp_path, options, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -440,3 +443,50 @@ def test_out_of_memory_is_known_before_the_first_step(data, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="out of memory: lower --batch_size"):
         run(data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_init_from_goes_on_with_the_recipe_of_its_checkpoint(data, tmp_path):
+    """The README's line: no config, no option but the checkpoint, the data and the place."""
+    run(data, tmp_path / "first", "--optimizer=muon")
+    stable = tmp_path / "first" / "stable"
+    options = train.read_options([f"--init_from={stable}", f"--data={data}", f"--out_dir={tmp_path / 'second'}"])
+    assert (options.optimizer, options.batch_tokens, options.max_steps, options.hidden_size) == ("muon", 64, 12, 32)
+    (tmp_path / "c.py").write_text(f"init_from = {str(stable)!r}\nmax_steps = 6\ndecay_steps = 2\n")
+    assert train.read_options([str(tmp_path / "c.py")]).hidden_size == 32
+    rows = run_from_config(data, tmp_path / "other", f"--init_from={stable}")  # adamw now: Muon's state is not for it
+    assert len(rows) == 12
+    with pytest.raises(ValueError, match="give the new run another folder"):
+        run_from_config(data, tmp_path / "first", f"--init_from={stable}", "--overwrite")
+
+
+def test_a_resumed_run_may_become_longer(data, tmp_path):
+    run(data, tmp_path / "run")
+    train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_steps=14"])
+    assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 14
+
+
+def test_a_run_touches_no_other_run(data, tmp_path):
+    """A run in the folder that holds other runs leaves them alone."""
+    run(data, tmp_path / "out" / "one")
+    before = weights(tmp_path / "out" / "one")
+    run(data, tmp_path / "out")
+    assert_same_weights(weights(tmp_path / "out" / "one"), before)
+    assert runtime.load_training_state(tmp_path / "out" / "one")["step"] == 12
+
+
+def test_a_signal_is_obeyed_where_the_loss_is_not_read_in_every_step(data, tmp_path, monkeypatch):
+    """As on a GPU: the run ends after that step with a checkpoint all the same."""
+    rows = train.rows_of_step
+
+    def interrupted(step, *rest):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rows(step, *rest)
+
+    monkeypatch.setattr(train, "rows_of_step", interrupted)
+    enter = runtime.Run.__enter__
+    monkeypatch.setattr(runtime.Run, "__enter__", lambda self: setattr(self, "reads_every_step", False) or enter(self))
+    with pytest.raises(SystemExit) as stop:
+        run(data, tmp_path / "run", "--log_every=100", "--save_every=100", "--eval_every=100", "--decay_steps=0")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert runtime.load_training_state(tmp_path / "run")["step"] == 7
