@@ -408,7 +408,7 @@ class Doge(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third slower
+        self.gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -90,16 +90,16 @@ def parse_options(options_class, argv, positional=None, base=None):
 
     Bare words are config files; where `positional` names a list field (the SOURCES of prepare_data.py) they fill that
     field and a config file is given as `--config=FILE`. `--name` alone sets a boolean. Raises ValueError for an
-    unknown name (with the nearest valid one), a wrong type, a missing file. `--help` prints every option and exits.
+    unknown name (with the nearest valid one), a wrong type, a missing file.
     """
-    if "--help" in argv or "-h" in argv:
-        print(help_text(options_class, positional))
-        sys.exit(0)
     return options_class(**dict(base or {}) | read_values(options_class, argv, positional))
 
 
 def read_values(options_class, argv, positional=None):
-    """What `argv` says, as {option: value}: the types are checked, the ranges are not."""
+    """What `argv` says, as {option: value}: the types are checked, the ranges are not. --help prints and exits."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text(options_class, positional))
+        sys.exit(0)
     hints = typing.get_type_hints(options_class)
     names = [field.name for field in dataclasses.fields(options_class)]
     values, words = {}, []

@@ -64,7 +64,7 @@ class TrainOptions(DogeConfig, runtime.RunOptions):
     decay_steps: int = 800  # steps of falling learning rate at the end
     decay: Literal["linear", "cosine", "1-sqrt"] = "linear"  # shape of the fall
     moe_warmup_steps: int = 0  # first steps that train the router and the experts only
-    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third slower
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
     eval_tokens: int = 1_000_000  # validation tokens, always the first ones of val.bin
     sample_tokens: int = 240  # longest sample printed at the end (a built-in story has about 180); 0 = none
 
@@ -397,7 +397,7 @@ def read_options(argv):
     tiny = [] if any(not argument.startswith("--") for argument in argv) else [str(TINY)]
     asked = runtime.read_values(TrainOptions, tiny + argv)
     if asked.get("resume"):
-        return resumed_options(argv, Path(asked.get("out_dir") or f"out/{Path(asked.get('data', '')).name}"))
+        return resumed_options(argv, Path(asked.get("out_dir") or f"out/{Path(asked.get('data', TrainOptions.data)).name}"))
     base = {}
     if source := asked.get("init_from"):
         state = runtime.load_training_state(source) or {}

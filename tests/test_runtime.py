@@ -94,6 +94,9 @@ def test_every_option_of_every_stage_has_a_comment(stage):
     [options] = [value for value in own if value.__name__.endswith("Options")]
     comments = runtime.field_comments(options)
     assert {f.name for f in dataclasses.fields(options)} <= comments.keys()
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
 
 
 def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback():
