@@ -397,7 +397,8 @@ def read_options(argv):
     tiny = [] if any(not argument.startswith("--") for argument in argv) else [str(TINY)]
     asked = runtime.read_values(TrainOptions, tiny + argv)
     if asked.get("resume"):
-        return resumed_options(argv, Path(asked.get("out_dir") or f"out/{Path(asked.get('data', TrainOptions.data)).name}"))
+        data = asked.get("data", TrainOptions.data)
+        return resumed_options(argv, Path(asked.get("out_dir") or f"out/{Path(data).name}"))
     base = {}
     if source := asked.get("init_from"):
         state = runtime.load_training_state(source) or {}
