@@ -415,14 +415,15 @@ def read_options(argv):
 
 
 def resumed_options(argv, out):
-    """The options of the run in the folder `out`, with the changes of `argv`. Raises ValueError for a change that
-    would make it another run."""
+    """The options of the run in the folder `out`, with the changes that `argv` names as --name=value (a config file
+    only tells where the run is). Raises ValueError for a change that would make it another run."""
     state = runtime.load_training_state(out)
     if state is None:
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
     if not {"options", "optimizer", "step", "tokens", "seconds", "row"} <= state.keys():
         raise ValueError(f"--resume: {out}/training_state.pt is not that of a training run")
-    options = runtime.parse_options(TrainOptions, argv, base=state["options"] | dict(out_dir=str(out)))
+    changes = [argument for argument in argv if argument.startswith("--") and not argument.startswith("--config=")]
+    options = runtime.parse_options(TrainOptions, changes, base=state["options"] | dict(out_dir=str(out)))
     for name, before in state["options"].items():
         if name not in MAY_CHANGE and getattr(options, name) != before:
             raise ValueError(f"--{name}={getattr(options, name)}: the run in {out} has {before}; a resumed run cannot "

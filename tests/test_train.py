@@ -460,7 +460,10 @@ def test_init_from_goes_on_with_the_recipe_of_its_checkpoint(data, tmp_path):
 
 
 def test_a_resumed_run_may_become_longer(data, tmp_path):
+    """By --max_steps; the config file it was started with, given again, does not change what the run is."""
     run(data, tmp_path / "run")
+    train.main([str(train.TINY), f"--out_dir={tmp_path / 'run'}", "--resume"])
+    assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 12
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_steps=14"])
     assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 14
 
