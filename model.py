@@ -49,6 +49,7 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 256  # queries handled together beyond the window: c keys are read per W kept, and the mask is c x (W + c)
 LOSS_ELEMENTS = 2**20  # logits alive at once in the loss: 4 MB, so that they stay in a processor's cache
 LOSS_ROWS = 256  # but at least these rows of them, to keep the matrix product busy
+LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
 NEVER = -1e30  # score of a slot without a key: exp(NEVER - anything) is 0, and it is finite, so no inf - inf = nan
 
 
@@ -229,40 +230,33 @@ def dynamic_mask_attention(q, k, v, s, window):
 class Cache:
     """What generation remembers: for each layer the W strongest keys so far, whatever the length of the text.
 
-    Slots are filled in any order, so each key's position is kept to break ties. There is one slot more than W: a new
-    key goes to a free slot, and if no other is free the weakest key, the new one included, gives its slot up.
-    k, v (L, B, K, N, D); s (L, B, K, N) fp32, NEVER where a slot is free; when (L, B, K, N) positions; length (B,).
+    While there is room a key goes to the slot of its position. After that the new key takes the place of the weakest
+    one, or, if it is weaker still, goes to the spare slot at the end, which nobody ever reads. So no shape changes from
+    token to token, nothing is allocated, and rows of a batch may stand at different positions.
+
+    layers: for each one k, v (B, K, N, D), s (B, K, N) fp32, NEVER where a slot holds no key, and when (B, K, N), the
+    positions, which break ties. length (B,): tokens read so far, whether or not their keys were kept.
     """
 
     def __init__(self, config, batch_size, max_length, device=None, dtype=None):
         self.window = config.keep_window_size
-        slots = min(self.window, max_length) + 1
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, slots)
-        self.k = torch.zeros(*shape, config.head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-        self.s = torch.full(shape, NEVER, device=device)
-        self.when = torch.full(shape, -1, device=device)
+        self.evicts = max_length > self.window  # else no key ever has to leave
+        shape = batch_size, config.num_key_value_heads, min(self.window, max_length) + 1
+        self.layers = [
+            (torch.zeros(*shape, config.head_dim, device=device, dtype=dtype),
+             torch.zeros(*shape, config.head_dim, device=device, dtype=dtype),
+             torch.full(shape, NEVER, device=device), torch.full(shape, -1, device=device))
+            for _ in range(config.num_hidden_layers)
+        ]  # fmt: skip
         self.length = torch.zeros(batch_size, dtype=torch.long, device=device)
 
     def attend(self, layer, q, k, v, s):
         """Adds keys and values (B, K, T, D) with scores s (B, K, T) to a layer and returns what the queries (B, H, T,
         D) see, themselves included. Padded places have the score NEVER, hence no say."""
-        step = self.step if q.shape[2] == 1 else self.extend
-        return step(self.k[layer], self.v[layer], self.s[layer], self.when[layer], q, k, v, s)
-
-    def step(self, slot_k, slot_v, slot_s, slot_when, q, k, v, s):
-        (B, H, _, D), K = q.shape, k.shape[1]
-        free = slot_s.argmin(-1, keepdim=True)  # (B, K, 1)
-        rows = free[..., None].expand(B, K, 1, D)
-        slot_k.scatter_(2, rows, k.to(slot_k.dtype))
-        slot_v.scatter_(2, rows, v.to(slot_v.dtype))
-        slot_s.scatter_(2, free, s)
-        slot_when.scatter_(2, free, self.length[:, None, None].expand(B, K, 1))
-        weakest = slot_s == slot_s.amin(-1, keepdim=True)
-        leaves = slot_when.masked_fill(~weakest, torch.iinfo(torch.long).max).argmin(-1, keepdim=True)
-        slot_s.scatter_(2, leaves, NEVER)
-        logits = (q.reshape(B, K, H // K, D) @ slot_k.transpose(-1, -2)).float() * D**-0.5 + slot_s[:, :, None]
-        return (logits.softmax(-1).to(slot_v.dtype) @ slot_v).reshape(B, H, 1, D)
+        if q.shape[2] > 1:
+            return self.extend(*self.layers[layer], q, k, v, s)
+        remember(*self.layers[layer], self.length, self.evicts, k, v, s)
+        return recall(*self.layers[layer][:3], q)
 
     def extend(self, slot_k, slot_v, slot_s, slot_when, q, k, v, s):
         T, D = k.shape[2:]
@@ -276,11 +270,38 @@ class Cache:
             s = torch.cat((slot_s.gather(2, order), s), dim=2)
             when = torch.cat((slot_when.gather(2, order), when), dim=2)
         out, kept = dynamic_mask_attention(q, k, v, s, self.window)
+        # Keys before padding: then a row that is not full has its keys in the slots 0, 1, 2 ...
+        kept = kept.gather(-1, (s.gather(-1, kept) == NEVER).byte().argsort(dim=-1, stable=True))
         n, rows = kept.shape[-1], kept[..., None].expand(-1, -1, -1, D)
         slot_k[:, :, :n], slot_v[:, :, :n] = k.gather(2, rows), v.gather(2, rows)
         slot_s[:, :, :n], slot_when[:, :, :n] = s.gather(2, kept), when.gather(2, kept)
         slot_s[:, :, n:], slot_when[:, :, n:] = NEVER, -1
         return out
+
+
+def remember(slot_k, slot_v, slot_s, slot_when, length, evicts, k, v, s):
+    """Puts one key and value (B, K, 1, D) of score s (B, K, 1) into the slots of a layer (see Cache), in place."""
+    spare = slot_s.shape[-1] - 1
+    slot = position = length[:, None, None].expand(s.shape)
+    if evicts:
+        held = slot_s[..., :spare]
+        weakest = held == held.amin(-1, keepdim=True)
+        oldest = slot_when[..., :spare].masked_fill(~weakest, torch.iinfo(torch.long).max).argmin(-1, keepdim=True)
+        full = position >= spare
+        loses = full & (s < held.gather(-1, oldest))
+        slot = torch.where(loses, spare, torch.where(full, oldest, position))
+        s = s.masked_fill(loses, NEVER)
+    B, K = s.shape[:2]
+    place = torch.arange(B, device=s.device)[:, None], torch.arange(K, device=s.device), slot[..., 0]
+    slot_k[place], slot_v[place] = k[:, :, 0].to(slot_k.dtype), v[:, :, 0].to(slot_v.dtype)
+    slot_s[place], slot_when[place] = s[..., 0], position[..., 0]
+
+
+def recall(slot_k, slot_v, slot_s, q):
+    """What one query a head (B, H, 1, D) finds in the slots of a layer: (B, H, 1, D)."""
+    (B, H, _, D), K = q.shape, slot_k.shape[1]
+    logits = (q.reshape(B, K, H // K, D) @ slot_k.transpose(-1, -2)).float() * D**-0.5 + slot_s[:, :, None]
+    return (logits.softmax(-1).to(slot_v.dtype) @ slot_v).reshape(B, H, 1, D)
 
 
 class DynamicMaskAttention(nn.Module):
@@ -478,27 +499,33 @@ class Doge(nn.Module):
         keys = (window * (window + 1) / 2 + (length - window) * window) / length
         return 6 * weights + 12 * config.hidden_size * keys * len(self.layers)
 
+    def next_logits(self, token, cache):
+        """token (B,), the cache before it -> the logits (B, V) of what follows; the cache then holds the token."""
+        return F.linear(self.hidden(token[:, None], None, cache)[0][:, -1], self.output_weight)
+
     @torch.inference_mode()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-               lengths=None, generator=None, vocab_size=None, dtype=None):
+               lengths=None, generator=None, vocab_size=None, dtype=None, decoder=None):
         """Continues tokens (B, T), yielding the next token of every row (B,) int64, max_new_tokens times.
 
         temperature 0 takes the likeliest token; else see `sample`. Rows of different length are padded on the right,
         `lengths` (B,) says how long each is. Ids from vocab_size on are never produced (a vocabulary rounded up has
-        rows without a token). Memory is fixed from the first token on.
+        rows without a token). Memory is fixed from the first token on. `decoder`: a Decoder of decode.py, faster.
         """
         B, T = tokens.shape
         if T == 0 or (lengths is not None and int(lengths.min()) < 1):
             raise ValueError("the prompt is empty: generation needs at least one token, for example the BOS token")
-        cache = Cache(self.config, B, T + max_new_tokens, tokens.device, dtype or self.embed_tokens.weight.dtype)
+        room = T + max_new_tokens if decoder is None else decoder.room(T + max_new_tokens)
+        cache = Cache(self.config, B, room, tokens.device, dtype or self.embed_tokens.weight.dtype)
         last = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
         x = self.hidden(tokens, lengths, cache)[0][torch.arange(B, device=tokens.device), last - 1]
+        logits = F.linear(x, self.output_weight)
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=tokens.device)
         if repetition_penalty != 1.0:
             real = torch.arange(T, device=tokens.device) < last[:, None]
             seen.scatter_(1, torch.where(real, tokens, tokens[:, :1]), True)
         for count in range(max_new_tokens):
-            logits = F.linear(x, self.output_weight).float()
+            logits = logits.float()
             if vocab_size is not None:
                 logits[:, vocab_size:] = -math.inf
             if repetition_penalty != 1.0:
@@ -506,8 +533,9 @@ class Doge(nn.Module):
             token = sample(logits, temperature, top_k, top_p, min_p, generator)
             yield token
             if count + 1 < max_new_tokens:
-                seen.scatter_(1, token[:, None], True)
-                x = self.hidden(token[:, None], None, cache)[0][:, -1]
+                if repetition_penalty != 1.0:
+                    seen.scatter_(1, token[:, None], True)
+                logits = (decoder or self.next_logits)(token, cache)
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), **options):
         """Collects `stream` into (B, n) int64, n <= max_new_tokens. A row ends with its first id of `stop_ids`, which
@@ -541,11 +569,13 @@ def sample(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, generator=None):
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1.0:
-        values, order = logits.sort(dim=-1, descending=True)
-        p = values.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p  # the likeliest itself always stays
-        outside[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -math.inf)
+        p = logits.softmax(-1)
+        values, order = p.topk(min(LIKELY, p.shape[-1]))
+        if bool((values.sum(-1) < top_p).any()):  # a flat distribution: the likeliest few do not reach top_p
+            values, order = p.sort(dim=-1, descending=True)
+        inside = values.cumsum(-1) - values < top_p
+        inside[:, 0] = True  # the likeliest itself always stays
+        logits = logits.masked_fill(~torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, inside), -math.inf)
     p = logits.softmax(-1)
     if min_p > 0.0:
         p = p * (p >= min_p * p.amax(-1, keepdim=True))

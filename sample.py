@@ -14,6 +14,8 @@ Text appears as it is made. A token may end in the middle of a character, and a 
 what is known: both are held back until it is clear what they are.
 """
 
+import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from typing import Literal
 import torch
 
 import runtime
+from decode import Decoder
 
 
 @dataclass
@@ -42,7 +45,8 @@ class SampleOptions:
     stop: list[str] = field(default_factory=list)  # end at any of these strings (separated by commas)
     seed: int = 0  # of the draws; the same seed gives the same text
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights and the cache
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of the weights; int8: a byte each, see decode.py
+    compile: bool = False  # torch.compile: takes half a minute the first time, then two to three times as fast on a CPU
 
     def __post_init__(self):
         limits = dict(num_samples=(1, None), max_new_tokens=(1, None), temperature=(0, None), top_k=(0, None),
@@ -85,13 +89,13 @@ class Stopper:
         return shown
 
 
-def write(model, tokenizer, ids, options, generator, show):
+def write(model, decoder, tokenizer, ids, options, generator, show):
     """Continues `ids` (a list of token ids), calling show(text) with each new piece. -> text, number of tokens."""
     stopper, decode, text, count = Stopper(options.stop), tokenizer.stream(), "", 0
     tokens = torch.tensor([ids], device=model.embed_tokens.weight.device)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     choices = {name: getattr(options, name) for name in names}
-    drawn = model.stream(tokens, **choices, generator=generator, vocab_size=tokenizer.vocab_size)
+    drawn = model.stream(tokens, **choices, generator=generator, vocab_size=tokenizer.vocab_size, decoder=decoder)
 
     def emit(piece):
         nonlocal text
@@ -133,7 +137,7 @@ def read_prompt(options):
         raise ValueError(f"{options.file or 'standard input'} is not UTF-8 text") from None
 
 
-def complete(model, tokenizer, options, generator):
+def complete(model, decoder, tokenizer, options, generator):
     """Prints num_samples continuations of the prompt, the prompt first."""
     prompt = read_prompt(options)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
@@ -145,11 +149,11 @@ def complete(model, tokenizer, options, generator):
             print(f"--- {i + 1} of {options.num_samples} ---")
         show(prompt)
         start = time.perf_counter()
-        _, count = write(model, tokenizer, ids, options, generator, show)
+        _, count = write(model, decoder, tokenizer, ids, options, generator, show)
         report(count, time.perf_counter() - start)
 
 
-def chat(model, tokenizer, options, generator):
+def chat(model, decoder, tokenizer, options, generator):
     """Reads a line, answers it, remembers both. A model that was not tuned on conversations (sft.py) will ramble."""
     messages = [dict(role="system", content=options.system)] if options.system else []
     print("Ctrl-D or /quit ends the conversation, /new begins another.", file=sys.stderr)
@@ -166,18 +170,22 @@ def chat(model, tokenizer, options, generator):
             messages.append(dict(role="user", content=line))
             ids, _ = tokenizer.render(messages, add_generation_prompt=True)
             start = time.perf_counter()
-            answer, count = write(model, tokenizer, ids, options, generator, show)
+            answer, count = write(model, decoder, tokenizer, ids, options, generator, show)
             report(count, time.perf_counter() - start)
             messages.append(dict(role="assistant", content=answer))
 
 
 def main(argv):
     options = runtime.parse_options(SampleOptions, argv, positional="checkpoint")
-    machine = runtime.Machine(options.device, options.dtype)
+    machine = runtime.Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
+    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
+    if options.compile and machine.device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile=true needs a C++ compiler, and neither g++ nor clang++ was found")
     model, tokenizer = runtime.load_model(options.checkpoint[0])
     model = model.to(machine.device, machine.dtype)
+    decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype, options.compile)
     generator = torch.Generator(machine.device).manual_seed(options.seed)
-    (chat if options.chat else complete)(model, tokenizer, options, generator)
+    (chat if options.chat else complete)(model, decoder, tokenizer, options, generator)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_the_cache_equals_no_cache_whatever_the_cut(monkeypatch, window):
             done += count
         logits = F.linear(torch.cat(pieces, dim=1), model.output_weight)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    assert cache.k.shape[3] == min(window, 60) + 1
+    assert cache.layers[0][0].shape[2] == min(window, 60) + 1
 
 
 @pytest.mark.parametrize("window", [12, 100])
@@ -403,6 +403,18 @@ def test_sampling_options_against_their_definition():
     flat = m.sample(logits.expand(20000, 50), 1.0, generator=torch.Generator().manual_seed(2))
     frequency = torch.bincount(flat, minlength=50) / 20000
     assert (frequency - p).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_top_p_of_a_large_vocabulary_peaked_or_flat(scale):
+    """Whether or not the few likeliest tokens that are looked at first reach top_p."""
+    logits = scale * torch.randn(1, 5000, generator=torch.Generator().manual_seed(0))
+    p, order = logits[0].softmax(-1).sort(descending=True)
+    count = int((p.cumsum(0) < 0.9).sum()) + 1
+    assert (count > m.LIKELY) == (scale == 0.1)
+    drawn = m.sample(logits.expand(20000, -1), 1.0, top_p=0.9, generator=torch.Generator().manual_seed(1))
+    assert set(drawn.tolist()) <= set(order[:count].tolist())
+    assert len(set(drawn.tolist())) > count * 0.9 if count < 2000 else len(set(drawn.tolist())) > 3000
 
 
 def test_repetition_penalty_equals_transformers_and_padding_ids_are_never_drawn():

@@ -1,0 +1,99 @@
+"""The fast decoder computes what the model computes, in every form it has."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import decode
+from decode import Decoder
+from model import Cache, Doge, DogeConfig
+
+SHAPE = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, keep_window_size=12)  # fmt: skip
+
+
+def make_model(**changes):
+    model = Doge(DogeConfig(**SHAPE | changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn_like(p) * 0.3)
+            elif "dt_proj" in name:
+                p.copy_(torch.randn_like(p))
+    return model.eval()
+
+
+def logits_of(model, tokens, prompt, decoder):
+    """The logits after every token from the prompt on, (B, T - prompt, V)."""
+    cache, rows = Cache(model.config, len(tokens), tokens.shape[1]), []
+    with torch.inference_mode():
+        model.hidden(tokens[:, :prompt], None, cache)
+        for t in range(prompt, tokens.shape[1]):
+            rows.append(decoder(tokens[:, t], cache))
+    return torch.stack(rows, dim=1)
+
+
+def distinct(count, length):
+    return torch.stack([torch.randperm(97)[:length] for _ in range(count)])
+
+
+@pytest.mark.parametrize("compile, changes", [
+    (False, {}), (True, {}), (False, dict(keep_window_size=64)), (False, dict(qk_norm=False, tie_word_embeddings=False))
+])  # fmt: skip
+def test_one_token_at_a_time_equals_one_full_pass(monkeypatch, compile, changes):
+    monkeypatch.setattr(decode, "LAYERS_AT_A_TIME", 1)  # the head comes with the last
+    model, tokens = make_model(num_hidden_layers=2, **changes), distinct(2, 40)
+    with torch.no_grad():
+        expected = model(tokens)[0][:, 5:]
+    got = logits_of(model, tokens, 5, Decoder(model, compile=compile))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, compile", [(torch.int8, False), (torch.int8, True), (torch.bfloat16, False)])
+def test_fewer_bits_are_rounded_weights_and_nothing_else(dtype, compile):
+    """The same logits as a model whose weights were rounded and stored in float32 again."""
+    model, rounded, tokens = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1), distinct(1, 20)
+    rounded.load_state_dict(model.state_dict())
+    for name, p in rounded.named_parameters():
+        if name.endswith("proj.weight") and "dt_proj" not in name:
+            values, scale = decode.pack(p, dtype)
+            p.data = values.float() if scale is None else values.float() * scale[:, None]
+    values, scale = decode.pack(model.output_weight, dtype)
+    head = values.float() if scale is None else values.float() * scale[:, None]
+    with torch.no_grad():
+        expected = F.linear(rounded.hidden(tokens)[0], head)[:, 5:]
+        cache = Cache(model.config, 1, 20)
+        rounded.hidden(tokens[:, :5], None, cache)
+        decoder = Decoder(model, dtype, compile)
+        got = torch.stack([decoder(tokens[:, t], cache) for t in range(5, 20)], dim=1)
+    tolerance = 1e-4 if compile else 0.02 * expected.abs().max().item()  # eager: activations are bf16 as well
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
+
+
+def test_int8_rows_keep_their_largest_entry_and_an_empty_row_stays_zero():
+    weight = torch.randn(5, 32)
+    weight[2] = 0
+    values, scale = decode.pack(weight, torch.int8)
+    assert values.abs().amax(1).tolist() == [127, 127, 0, 127, 127]
+    assert (values.float() * scale[:, None] - weight).abs().max() <= scale.max() / 2 + 1e-7
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match="float32, bfloat16 or int8"):
+        decode.pack(torch.ones(2, 2), torch.float16)
+
+
+def test_stream_gives_the_same_tokens_with_a_decoder_and_rows_of_different_length():
+    model, tokens, lengths = make_model(), distinct(3, 20), torch.tensor([20, 4, 11])
+    choices, decoder = dict(temperature=0, lengths=lengths), Decoder(model)
+    assert torch.equal(model.generate(tokens, 30, **choices), model.generate(tokens, 30, decoder=decoder, **choices))
+
+
+def test_a_token_allocates_no_cache_and_changes_no_shape():
+    model = make_model()
+    cache, decoder = Cache(model.config, 1, 50), Decoder(model)
+    before = [(t.data_ptr(), t.shape) for layer in cache.layers for t in layer]
+    for t in range(50):
+        decoder(torch.tensor([t]), cache)
+    assert before == [(t.data_ptr(), t.shape) for layer in cache.layers for t in layer]
+    assert int(cache.length) == 50
