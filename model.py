@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # queries handled together beyond the window: c keys are read per W kept, and the mask is c x (W + c)
+PIECE = 4096  # tokens of a prompt read together: two windows of the family, so that reading is mostly new tokens
 LOSS_ELEMENTS = 2**20  # logits alive at once in the loss: 4 MB, so that they stay in a processor's cache
 LOSS_ROWS = 256  # but at least these rows of them, to keep the matrix product busy
 LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
@@ -136,69 +137,137 @@ def rotate(x, cos, sin):
 # Dynamic Mask Attention
 
 
-def causal_attention(q, k, v, s):
-    """Attention with the score of each key added to its logits, every query seeing all keys up to its own.
-
-    q (B, H, T, D), k and v (B, K, T, D), s (B, K, T) fp32 -> (B, H, T, D).
+def fold(k, v, s):
+    """k and v (..., S, D) with 8 columns more, so that `attend` adds the score s (..., S) fp32 of a key to its logits.
 
     softmax(q.k / sqrt(D) + s) is plain attention over vectors one column longer: [q, 1] . [k, s sqrt(D)]. The fused
-    kernels take it with a causal flag, hence no mask tensor. They want the width a multiple of 8, and v as wide as
-    k; in bf16 the score is split over two of those columns, high part and remainder, and keeps 16 bits.
+    kernels want the width a multiple of 8, and v as wide as k; in bf16 the score is split over two of those columns,
+    high part and remainder, and keeps 16 bits.
     """
+    column = s[..., None] * math.sqrt(k.shape[-1])
+    high = column.to(k.dtype)
+    low = (column - high.float()).to(k.dtype)
+    zeros = k.new_zeros(8)
+    return (torch.cat((k, high, low, zeros[:6].expand(*k.shape[:-1], 6)), dim=-1),
+            torch.cat((v, zeros.to(v.dtype).expand(*v.shape[:-1], 8)), dim=-1))  # fmt: skip
+
+
+def attend(q, k, v, mask=None):
+    """The fused kernel over folded k, v (B, K, S, D + 8): q (B, H, T, D) -> (B, H, T, D). `mask` (B, 1, T, S) is added
+    to the logits; without one, T = S and every query sees all keys up to its own."""
     size = q.shape[-1]
-    column = s[..., None] * math.sqrt(size)
-    high = column.to(q.dtype)
-    low = (column - high.float()).to(q.dtype)
-    ones, zeros = q.new_ones(2), q.new_zeros(8)
-    q = torch.cat((q, torch.cat((ones, zeros[:6])).expand(*q.shape[:-1], 8)), dim=-1)
-    k = torch.cat((k, high, low, zeros[:6].expand(*k.shape[:-1], 6)), dim=-1)
-    v = torch.cat((v, zeros.to(v.dtype).expand(*v.shape[:-1], 8)), dim=-1)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=size**-0.5, enable_gqa=True)
-    return out[..., :size]
+    columns = torch.cat((q.new_ones(2), q.new_zeros(6)))
+    q = torch.cat((q, columns.expand(*q.shape[:-1], 8)), dim=-1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=size**-0.5, enable_gqa=True
+    )[..., :size]  # fmt: skip
 
 
-def strongest(s, count):
-    """The indices of the `count` largest of s (..., n), which stands in order of position: (..., count), strongest
-    first. Of equal scores the later key wins: a stable sort of the reversed row meets it first."""
-    order = s.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-    return s.shape[-1] - 1 - order[..., :count]
+def causal_attention(q, k, v, s):
+    """Dynamic Mask Attention within the window, where the mask is only the causal one: no T x T tensor is made.
+    q (B, H, T, D), k and v (B, K, T, D), s (B, K, T) fp32 -> (B, H, T, D)."""
+    return attend(q, *fold(k, v, s))
 
 
-def lifetimes(s_kept, s_new, window):
-    """Which of n kept keys and c new ones each of the c new queries sees.
+def strongest(s):
+    """The indices of s (..., n), which stands in order of position, from the strongest to the weakest. Of equal scores
+    the later key wins: a stable sort of the reversed row meets it first."""
+    return s.shape[-1] - 1 - s.flip(-1).sort(dim=-1, descending=True, stable=True).indices
 
-    s_kept (B, K, n) and s_new (B, K, c), both in order of position -> bool (B, K, c, n + c). Query t sees the new keys
-    up to t and the kept ones, less those already pushed out: a key is gone once `window` stronger ones have been seen.
-    At most n + c - window keys can leave, so only the weakest kept ones are at risk and need comparing.
+
+def lifetimes(order, window):
+    """When each key leaves: order (..., S), from the strongest key to the weakest -> end (..., S) int64. Key j is seen
+    by the queries i with j <= i < end_j; those with end_j = S are still kept after the last key.
+
+    A key is gone once W stronger ones have been seen. So walk from the strongest to the weakest: a key's end is the
+    W-th smallest of the positions walked before it, or its own position if that is later. The W-th smallest of every
+    such beginning of the walk is found for all at once, by halving the range it is in: count the positions in the lower
+    half; if they are W or more it is there, else seek what is left of W in the upper half. After each round the walk is
+    split by halves, in order, so that the walk within a range stands together and a running sum counts the next halves
+    (a wavelet tree; Grossi, Gupta and Vitter 2003). S log S steps, none of which waits for another key.
     """
-    n, c = s_kept.shape[-1], s_new.shape[-1]
-    at_risk = min(max(n + c - window, 0), n)
-    causal = torch.ones(c, c, dtype=torch.bool, device=s_new.device).tril()  # (query, new key)
-    visible = F.pad(causal, (n, 0), value=True).expand(*s_new.shape[:-1], c, n + c)
-    if n + c <= window:
-        return visible
-    weak = strongest(s_kept, n)[..., n - at_risk :].sort(dim=-1).values  # (B, K, r), in order of position again
-    s = torch.cat((s_kept.gather(-1, weak), s_new), dim=-1)  # (B, K, r + c)
-    later = torch.ones(at_risk + c, at_risk + c, dtype=torch.bool, device=s.device).tril(-1)
-    beats = (s[..., :, None] > s[..., None, :]) | ((s[..., :, None] == s[..., None, :]) & later)  # (B, K, r+c, r+c)
-    stronger = beats[..., :at_risk, :].sum(-2, keepdim=True) + beats[..., at_risk:, :].cumsum(-2)  # (B, K, c, r+c)
-    alive = stronger < window - (n - at_risk)
-    columns = torch.cat((weak, torch.arange(n, n + c, device=s.device).expand(*s_new.shape)), dim=-1)
-    columns = columns[..., None, :].expand_as(alive)
-    return visible.scatter(-1, columns, visible.gather(-1, columns) & alive)
+    S = order.shape[-1]
+    end, place, walk = torch.full_like(order, S), torch.arange(S, device=order.device), order
+    count = place[window:].expand_as(order[..., window:])  # how much of each beginning lies in its range
+    base, rank = torch.zeros_like(count), torch.full_like(count, window)  # where the range starts; which one is sought
+    for half in [2**bit for bit in reversed(range((S - 1).bit_length()))] if S > window else []:
+        lower = walk & half == 0
+        before = F.pad(lower.cumsum(-1), (1, 0))  # lower ones ahead of a place; a range of 2 half has half of them
+        below = before.gather(-1, base + count) - base // 2
+        up = below < rank
+        base, rank, count = base + up * half, rank - up * below, torch.where(up, count - below, below)
+        start = place // (2 * half) * half  # lower ones ahead of the range that a place is in
+        target = torch.where(lower, start + before[..., :-1], start + half + place - before[..., :-1])
+        walk = torch.empty_like(walk).scatter_(-1, target, walk)
+    return end.scatter_(-1, order[..., window:], torch.maximum(base, order[..., window:]))
 
 
-def attend(q, k, v, s, kept, visible, start):
-    """One chunk of dynamic_mask_attention: the queries q (B, H, c, D) against the keys with indices `kept` (B, K, n)
-    and start .. start + c of k, v (B, K, S, D), s (B, K, S), under the mask `visible` (B, K, c, n + c)."""
-    (B, H, c, D), K = q.shape, k.shape[1]
-    index = torch.cat((kept, torch.arange(start, start + c, device=kept.device).expand(B, K, c)), dim=-1)
-    rows = index[..., None].expand(-1, -1, -1, D)
-    k, v, s = k.gather(2, rows), v.gather(2, rows), s.gather(2, index)
-    q = q.reshape(B, K, H // K, c, D)
-    logits = (q @ k[:, :, None].transpose(-1, -2)).float() * D**-0.5 + s[:, :, None, None, :]  # (B, K, G, c, n + c)
-    weights = logits.masked_fill(~visible[:, :, None], NEVER).softmax(dim=-1).to(v.dtype)
-    return (weights @ v[:, :, None]).reshape(B, H, c, D)
+def chunks(end, first, window):
+    """Cuts the queries `first` .. S, whose keys have the ends `end` (R, S), into chunks of c. Yields the queries as a
+    slice counted from `first`, the keys they may see (R, n + c) as rows of an (R S, D) matrix, and the mask
+    (R, 1, c, n + c) to add to the logits.
+
+    Those keys are the n <= W alive at the chunk's start and its own c. A new key pushes out at most one, so at most c
+    of the old leave within the chunk: put in order of their ends, those are the last c, and stand beside the new ones.
+    Only these 2 c columns need to be compared.
+    """
+    R, S = end.shape
+    kept = torch.arange(first, device=end.device).expand(R, first)
+    offset = torch.arange(0, R * S, S, device=end.device)[:, None]
+    for start in range(first, S, CHUNK):
+        new = torch.arange(start, min(start + CHUNK, S), device=end.device)
+        kept = kept.gather(-1, end.gather(-1, kept).sort(dim=-1, descending=True).indices[:, :window])
+        kept = torch.cat((kept, new.expand(R, -1)), dim=-1)
+        risk = kept[:, None, -2 * len(new) :]  # (R, 1, 2c), against the queries (c, 1)
+        visible = (risk <= new[:, None]) & (new[:, None] < end.gather(-1, risk[:, 0])[:, None])
+        mask = torch.zeros(visible.shape, device=end.device).masked_fill_(~visible, -math.inf)
+        mask = F.pad(mask, (kept.shape[1] - risk.shape[2], 0))[:, None]
+        yield slice(start - first, start - first + len(new)), kept + offset, mask
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """q (R, G, T, D), the last T queries of R rows of S keys; k, v (R S, D + 8) folded; end (R, S) -> (R, G, T, D).
+
+    A Function of its own, because the automatic gradient of picking keys would be a tensor as long as the text for each
+    chunk, T T in all; here every chunk adds to the same one. And the picked keys are not held for the backward pass,
+    which would be W / CHUNK times the text, but picked again, and the chunk computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, end, window):
+        ctx.save_for_backward(q, k, v, end)
+        ctx.window, out = window, torch.empty_like(q)
+        for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], window):
+            picked = (F.embedding(rows, x)[:, None] for x in (k, v))  # whole rows, where gather goes number by number
+            out[:, :, piece] = attend(q[:, :, piece], *picked, mask.to(q.dtype))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        q, k, v, end = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], ctx.window):
+            inputs = [q[:, :, piece].detach(), *(F.embedding(rows, x)[:, None] for x in (k, v))]
+            with torch.enable_grad():
+                out = attend(*(x.requires_grad_() for x in inputs), mask.to(q.dtype))
+            dq[:, :, piece], *parts = torch.autograd.grad(out, inputs, dout[:, :, piece])
+            for total, part in zip((dk, dv), parts, strict=True):
+                total.index_add_(0, rows.flatten(), part.flatten(0, 2).to(total.dtype))
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+@torch.compiler.disable  # the number of chunks is no constant of a graph
+def chunked_attention(q, k, v, s, window):
+    """The last T queries q (B, H, T, D) of the S keys k, v (B, K, S, D) with scores s (B, K, S), S > W or T < S."""
+    K, S = s.shape[1:]
+    order = strongest(s.detach())  # what is kept is a choice, not a quantity: it has no gradient
+    end = lifetimes(order.flatten(0, 1), window)
+    k, v = (x.flatten(0, 2) for x in fold(k, v, s))
+    rows = q.unflatten(1, (K, -1)).flatten(0, 1)  # (B K, G, T, D): the queries that share a row of keys
+    out = ChunkedAttention.apply(rows, k, v, end, window).view(q.shape)
+    return out, order[..., :window].sort(dim=-1).values
 
 
 def dynamic_mask_attention(q, k, v, s, window):
@@ -210,21 +279,12 @@ def dynamic_mask_attention(q, k, v, s, window):
     """
     T, S = q.shape[2], k.shape[2]
     done = min(T, window) if T == S else 0  # with no earlier keys, the first W queries see everything before them
-    outputs = [causal_attention(q[:, :, :done], k[:, :, :done], v[:, :, :done], s[:, :, :done])] if done else []
-    kept = torch.arange(S - T + done, device=q.device).expand(*s.shape[:2], -1)
-    scores = s.detach()  # what is kept is a choice, not a quantity: it has no gradient
-    while done < T:
-        start, c = S - T + done, min(CHUNK, T - done)
-        s_kept, s_new = scores.gather(-1, kept), scores[..., start : start + c]
-        visible = lifetimes(s_kept, s_new, window)
-        chunk = q[:, :, done : done + c], k, v, s, kept, visible, start
-        # The gathered keys are recomputed in the backward pass: held, they would be W / CHUNK times the sequence.
-        outputs.append(checkpoint(attend, *chunk, use_reentrant=False) if torch.is_grad_enabled() else attend(*chunk))
-        best = strongest(torch.cat((s_kept, s_new), dim=-1), window).sort(dim=-1).values
-        kept = torch.cat((kept, torch.arange(start, start + c, device=q.device).expand(*kept.shape[:2], c)), dim=-1)
-        kept = kept.gather(-1, best)
-        done += c
-    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], kept
+    if done == S:
+        return causal_attention(q, k, v, s), torch.arange(S, device=s.device).expand(s.shape)
+    out, kept = chunked_attention(q[:, :, done:], k, v, s, window)
+    if done:
+        out = torch.cat((causal_attention(*(x[:, :, :done] for x in (q, k, v, s))), out), dim=2)
+    return out, kept
 
 
 class Cache:
@@ -499,6 +559,18 @@ class Doge(nn.Module):
         keys = (window * (window + 1) / 2 + (length - window) * window) / length
         return 6 * weights + 12 * config.hidden_size * keys * len(self.layers)
 
+    def read(self, tokens, lengths, cache):
+        """Reads prompts (B, T) of `lengths` (B,) into a cache -> the logits (B, V) of what follows each. Takes PIECE
+        tokens at a time, so that memory does not grow with the prompt."""
+        x = self.norm.weight.new_zeros(len(tokens), self.config.hidden_size)
+        for start in range(0, tokens.shape[1], PIECE):
+            piece = tokens[:, start : start + PIECE]
+            ends = lengths - start
+            states, _ = self.hidden(piece, ends.clamp(0, piece.shape[1]), cache)
+            last = states[torch.arange(len(x), device=x.device), (ends - 1).clamp(0, piece.shape[1] - 1)]
+            x = torch.where((ends > 0)[:, None], last, x)
+        return F.linear(x, self.output_weight)
+
     def next_logits(self, token, cache):
         """token (B,), the cache before it -> the logits (B, V) of what follows; the cache then holds the token."""
         return F.linear(self.hidden(token[:, None], None, cache)[0][:, -1], self.output_weight)
@@ -515,15 +587,14 @@ class Doge(nn.Module):
         B, T = tokens.shape
         if T == 0 or (lengths is not None and int(lengths.min()) < 1):
             raise ValueError("the prompt is empty: generation needs at least one token, for example the BOS token")
+        real = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
         room = T + max_new_tokens if decoder is None else decoder.room(T + max_new_tokens)
         cache = Cache(self.config, B, room, tokens.device, dtype or self.embed_tokens.weight.dtype)
-        last = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
-        x = self.hidden(tokens, lengths, cache)[0][torch.arange(B, device=tokens.device), last - 1]
-        logits = F.linear(x, self.output_weight)
+        logits = self.read(tokens, real, cache)
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=tokens.device)
         if repetition_penalty != 1.0:
-            real = torch.arange(T, device=tokens.device) < last[:, None]
-            seen.scatter_(1, torch.where(real, tokens, tokens[:, :1]), True)
+            inside = torch.arange(T, device=tokens.device) < real[:, None]
+            seen.scatter_(1, torch.where(inside, tokens, tokens[:, :1]), True)
         for count in range(max_new_tokens):
             logits = logits.float()
             if vocab_size is not None:

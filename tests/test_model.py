@@ -2,11 +2,14 @@
 that library is wrong or arbitrary, and against itself: what must not change anything must change nothing."""
 
 import dataclasses
+import heapq
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DogeConfig as ReferenceConfig
 from transformers import DogeForCausalLM
 
@@ -155,6 +158,90 @@ def test_attention_and_its_gradients_equal_brute_force(monkeypatch, T, window, c
         assert kept[b, head].tolist() == sorted(best)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("T, held, window, chunk", [(30, 7, 64, 8), (30, 7, 13, 8), (20, 14, 13, 8), (9, 50, 5, 4)])
+def test_queries_that_continue_earlier_keys_equal_brute_force(monkeypatch, T, held, window, chunk, ties):
+    """As after a cache: T queries for the last of held + T keys, T < S."""
+    monkeypatch.setattr(m, "CHUNK", chunk)
+    q, k, v, s = inputs = attention_inputs(held + T, ties)
+    out, kept = m.dynamic_mask_attention(q[:, :, held:], k, v, s, window)
+    expected = brute_force(*inputs, window)[:, :, held:]
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert torch.equal(kept, m.strongest(s)[..., :window].sort(-1).values)
+
+
+def scores_of_a_layer(length, A=None):
+    """s as a layer makes it, from random A and dt_proj: some heads' scores spread over orders of magnitude."""
+    model = randomise(Doge(DogeConfig(**SMALL)))
+    layer, x = model.layers[0].self_attn, torch.randn(2, length, 64)
+    values = layer.v_proj(x)
+    A = 4 * layer.A if A is None else torch.full_like(layer.A, A)
+    return torch.exp(A * F.softplus(layer.dt_proj(values))).transpose(1, 2).detach()
+
+
+@pytest.mark.parametrize("window", [1, 2, 13, 64, 99, 100, 101, 300])
+@pytest.mark.parametrize("kind", ["random A", "A = 0", "few values", "rising", "falling"])
+def test_lifetimes_equal_a_heap_of_the_kept_keys(kind, window):
+    """The definition, one key after the other: a heap of W keys, out of which each new key pushes the weakest."""
+    s = scores_of_a_layer(100, A=0.0 if kind == "A = 0" else None)
+    s = s.sort(-1).values if kind == "rising" else s.sort(-1, descending=True).values if kind == "falling" else s
+    s = (4 * s / s.amax()).round() if kind == "few values" else s
+    ends = m.lifetimes(m.strongest(s), window).flatten(0, 1).tolist()
+    for row, got in zip(s.flatten(0, 1).tolist(), ends, strict=True):
+        heap, expected = [], [100] * 100
+        for j, score in enumerate(row):
+            heapq.heappush(heap, (score, j))
+            if len(heap) > window:
+                expected[heapq.heappop(heap)[1]] = j
+        assert got == expected
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the numbers in all tensors that operations return, views included."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        sizes = [x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(out) if isinstance(x, torch.Tensor)
+                 and not func.is_view and not func._schema.name.endswith("_")]  # fmt: skip
+        self.total, self.largest = self.total + sum(sizes), max([self.largest, *sizes])
+        return out
+
+
+def test_work_and_memory_grow_with_the_length_and_not_with_its_square(monkeypatch):
+    """Counted and not timed: numbers written, numbers held for the backward pass, and the largest tensor."""
+    monkeypatch.setattr(m, "CHUNK", 32)
+    counts = []
+    for T in (1024, 2048, 4096):
+        inputs, held = [x.float().detach().requires_grad_() for x in attention_inputs(T, False, B=1, H=2, K=1)], []
+        with Allocated() as counter:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):  # noqa: B023
+                out, _ = m.dynamic_mask_attention(*inputs, 64)
+            torch.autograd.grad(out.sum(), inputs)
+        storages = {x.untyped_storage().data_ptr(): x.numel() for x in held}
+        counts.append((counter.total, counter.largest, sum(storages.values())))
+        assert counter.largest < 5 * inputs[0].numel()
+        assert sum(storages.values()) < 5 * inputs[0].numel()  # q, k, v and their folded forms
+    for a, b in zip(counts, counts[1:], strict=False):
+        assert all(y < 2.2 * x for x, y in zip(a, b, strict=True)), counts
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "compile"])
+def test_beyond_the_window_recomputed_or_compiled_changes_no_gradient(how):
+    model, tokens = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=9)))), torch.randint(0, 97, (2, 20))
+    expected = torch.autograd.grad(model(tokens, tokens)[1], list(model.parameters()))
+    model.gradient_checkpointing = how == "checkpoint"
+    run = torch.compile(model, backend="eager") if how == "compile" else model
+    for a, b in zip(torch.autograd.grad(run(tokens, tokens)[1], list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_with_a_zero_the_window_slides(monkeypatch):
     """A = 0 makes all scores equal: the later key wins every tie, so the last W keys are kept."""
     monkeypatch.setattr(m, "CHUNK", 8)
@@ -209,6 +296,17 @@ def test_the_cache_takes_rows_at_different_positions(monkeypatch, window):
             x, _ = model.hidden(tokens.gather(1, place[:, None]), None, cache)
             logits = F.linear(x[:, 0], model.output_weight)
             torch.testing.assert_close(logits, expected[torch.arange(3), place], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [12, 100])
+def test_a_prompt_read_in_pieces_gives_the_same_text(monkeypatch, window):
+    """Rows that end before, at and after the borders of the pieces; alone and whole, each gives the same tokens."""
+    model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=window))))
+    tokens, lengths = distinct_tokens(4, 40, 97), torch.tensor([40, 5, 14, 22])
+    alone = [model.generate(tokens[i : i + 1, :n], 20, temperature=0)[0] for i, n in enumerate(lengths.tolist())]
+    monkeypatch.setattr(m, "PIECE", 7)
+    together = model.generate(tokens, 20, temperature=0, lengths=lengths)
+    assert torch.equal(together, torch.stack(alone))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,13 +506,13 @@ def test_sampling_options_against_their_definition():
 @pytest.mark.parametrize("scale", [0.1, 3.0])
 def test_top_p_of_a_large_vocabulary_peaked_or_flat(scale):
     """Whether or not the few likeliest tokens that are looked at first reach top_p."""
-    logits = scale * torch.randn(1, 5000, generator=torch.Generator().manual_seed(0))
+    logits = scale * torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
     p, order = logits[0].softmax(-1).sort(descending=True)
     count = int((p.cumsum(0) < 0.9).sum()) + 1
     assert (count > m.LIKELY) == (scale == 0.1)
-    drawn = m.sample(logits.expand(20000, -1), 1.0, top_p=0.9, generator=torch.Generator().manual_seed(1))
+    drawn = m.sample(logits.expand(3000, -1), 1.0, top_p=0.9, generator=torch.Generator().manual_seed(1))
     assert set(drawn.tolist()) <= set(order[:count].tolist())
-    assert len(set(drawn.tolist())) > count * 0.9 if count < 2000 else len(set(drawn.tolist())) > 3000
+    assert len(set(drawn.tolist())) > count / 2
 
 
 def test_repetition_penalty_equals_transformers_and_padding_ids_are_never_drawn():
