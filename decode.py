@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import recall, remember, rotary_table, rotate
+from model import CDMoE, recall, remember, rotary_table, rotate
 
 LAYERS_AT_A_TIME = 8  # compiled as one function: 8 fit a 20M model whole; more layers call it again, compiled once
 
@@ -72,18 +72,20 @@ def materialise(x):
     return x.as_strided(x.shape, x.stride())
 
 
+@torch.no_grad()
 def layer_weights(block, dtype):
     """The weights of a block of model.py as one tuple, projections of the same input joined."""
     attention, mlp = block.self_attn, block.mlp
     join = lambda *layers: pack(torch.cat([layer.weight for layer in layers]), dtype)  # noqa: E731
     small = block.input_layernorm, attention.q_norm, attention.k_norm, attention.dt_proj, block.post_attention_layernorm
     return (
-        [getattr(module, "weight", None) for module in small],  # no weight: a model without q/k norm
-        [attention.A, block.input_residual, block.post_attention_residual],
+        [module.weight.float() if hasattr(module, "weight") else None for module in small],  # q/k norm may be missing
+        [x.float() for x in (attention.A, block.input_residual, block.post_attention_residual)],
         join(attention.q_proj, attention.k_proj, attention.v_proj),
         join(attention.o_proj),
         join(mlp.gate_proj, mlp.up_proj),
         join(mlp.down_proj),
+        mlp if isinstance(mlp, CDMoE) else None,  # of the experts' tables only a few rows are read: left as they are
     )
 
 
@@ -94,7 +96,7 @@ def norm(x, weight, eps):
 def layer_step(x, rotary, length, evicts, slots, weights, sizes):
     """One block for one token a row: x (B, C) -> (B, C). Computes what Block of model.py computes."""
     (H, K, D), eps = sizes
-    norms, (A, input_residual, post_attention_residual), qkv, out, gate_up, down = weights
+    norms, (A, input_residual, post_attention_residual), qkv, out, gate_up, down, experts = weights
     B = len(x)
     q, k, v = product(norm(x, norms[0], eps), qkv).split((H * D, K * D, K * D), dim=-1)
     s = torch.exp(A * F.softplus(F.linear(v, norms[3])))[..., None]  # (B, K, 1)
@@ -102,8 +104,12 @@ def layer_step(x, rotary, length, evicts, slots, weights, sizes):
     k = rotate(norm(k.view(B, K, 1, D), norms[2], eps), *rotary)
     remember(*slots, length, evicts, k, v.view(B, K, 1, D), s)
     x = input_residual * x + product(recall(*slots[:3], q.to(slots[0].dtype)).float().view(B, -1), out)
-    gate, up = product(norm(x, norms[4], eps), gate_up).chunk(2, dim=-1)
-    return post_attention_residual * x + product(F.silu(gate) * up, down)
+    h = norm(x, norms[4], eps)
+    gate, up = product(h, gate_up).chunk(2, dim=-1)
+    y = product(F.silu(gate) * up, down)
+    if experts is not None:
+        y = y + experts.routed(h[:, None].to(experts.up_embed.weight.dtype))[0][:, 0].float()
+    return post_attention_residual * x + y
 
 
 def layers_step(x, rotary, length, evicts, slots, weights, sizes, head=None):
@@ -123,7 +129,7 @@ class Decoder:
         config = model.config
         self.config, self.embedding = config, model.embed_tokens
         self.layers = [layer_weights(block, dtype) for block in model.layers]
-        self.head = model.norm.weight, pack(model.output_weight, dtype)
+        self.head = model.norm.weight.detach().float(), pack(model.output_weight, dtype)
         self.sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim), config.rms_norm_eps
         self.compiled = compile
         self.layers_step = torch.compile(layers_step, dynamic=False, fullgraph=True) if compile else layers_step

@@ -10,6 +10,7 @@ from model import Cache, Doge, DogeConfig
 
 SHAPE = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, keep_window_size=12)  # fmt: skip
+MOE = dict(is_moe=True, num_experts=49, num_experts_per_tok=5)
 
 
 def make_model(**changes):
@@ -38,15 +39,27 @@ def distinct(count, length):
 
 
 @pytest.mark.parametrize("compile, changes", [
-    (False, {}), (True, {}), (False, dict(keep_window_size=64)), (False, dict(qk_norm=False, tie_word_embeddings=False))
+    (False, {}), (True, {}), (False, dict(keep_window_size=64)),
+    (False, dict(qk_norm=False, tie_word_embeddings=False)),
+    (False, MOE), (True, MOE),
 ])  # fmt: skip
 def test_one_token_at_a_time_equals_one_full_pass(monkeypatch, compile, changes):
     monkeypatch.setattr(decode, "LAYERS_AT_A_TIME", 1)  # the head comes with the last
-    model, tokens = make_model(num_hidden_layers=2, **changes), distinct(2, 40)
+    model = make_model(num_hidden_layers=1 if compile else 2, **changes)
+    tokens = distinct(1 if changes == MOE else 2, 40)
     with torch.no_grad():
         expected = model(tokens)[0][:, 5:]
     got = logits_of(model, tokens, 5, Decoder(model, compile=compile))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [{}, MOE])
+def test_a_bfloat16_model_is_decoded_as_it_is(changes):
+    model, tokens = make_model(**changes).bfloat16(), distinct(2, 20)
+    with torch.no_grad():
+        expected = model(tokens)[0][:, 5:].float()
+    got = logits_of(model, tokens, 5, Decoder(model, torch.bfloat16))
+    assert (got - expected).pow(2).mean() < 0.001 * expected.pow(2).mean()
 
 
 @pytest.mark.parametrize("dtype, compile", [(torch.int8, False), (torch.int8, True), (torch.bfloat16, False)])
