@@ -189,6 +189,13 @@ def test_batch_equals_single(small):
     assert small.encode_batch([]) == []
 
 
+def test_batch_in_several_threads_equals_single(small):
+    """Threads begin at a million characters each; every one has an encoding of its own."""
+    text = " ".join(TEXTS)
+    many = [f"{i} {text}" for i in range(2_100_000 // len(text) + 1)]
+    assert [ids.tolist() for ids in small.encode_batch(many, threads=3)] == [small.encode(text) for text in many]
+
+
 @pytest.mark.parametrize("character", [" ", "a"])
 def test_a_million_of_the_same_character(small, character):
     """tiktoken's regex engine aborts on a million blanks; one such document must not end a run over a corpus."""
