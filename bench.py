@@ -67,6 +67,7 @@ import torch.nn.functional as F
 import prepare_data
 import runtime
 import stories
+from decode import Decoder
 from model import Cache, CDMoE, Doge, DogeConfig, dynamic_mask_attention
 from tokenizer import SPECIAL_TOKENS, train_bpe
 from train import make_optimizers
@@ -89,7 +90,7 @@ class BenchOptions:
     batch_size: int = 1  # rows at once
     prompt: int = 32  # decode: tokens before the first new one
     new_tokens: int = 128  # decode: tokens to write (64 are enough behind a long text)
-    engine: list[str] = field(default_factory=lambda: ["model"])  # decode: model (Doge.stream), decoder (decode.py)
+    engine: list[str] = field(default_factory=lambda: ["decoder"])  # decode: decoder (decode.py), model (the model itself)
     compile: bool = False  # torch.compile (train; decode with the decoder)
     rounds: int = 5  # turns; of what takes over 20 seconds, one
     attention: list[str] = field(default_factory=lambda: ATTENTION)  # the peer's settings to choose from
@@ -326,7 +327,7 @@ def model_engine(model, dtype, compile):
 
 
 def decoder_engine(model, dtype, compile):
-    decoder = importlib.import_module("decode").Decoder(model, getattr(torch, dtype), compile)
+    decoder = Decoder(model, getattr(torch, dtype), compile)
     return functools.partial(model.stream, decoder=decoder)
 
 
