@@ -90,7 +90,7 @@ class BenchOptions:
     batch_size: int = 1  # rows at once
     prompt: int = 32  # decode: tokens before the first new one
     new_tokens: int = 128  # decode: tokens to write (64 are enough behind a long text)
-    engine: list[str] = field(default_factory=lambda: ["decoder"])  # decode: decoder (decode.py), model (the model itself)
+    engine: list[str] = field(default_factory=lambda: ["decoder"])  # decode: decoder (decode.py) or model
     compile: bool = False  # torch.compile (train; decode with the decoder)
     rounds: int = 5  # turns; of what takes over 20 seconds, one
     attention: list[str] = field(default_factory=lambda: ATTENTION)  # the peer's settings to choose from

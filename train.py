@@ -266,11 +266,16 @@ def start(options, machine, tokenizer):
     return model.train().to(machine.device), state
 
 
+def bytes_of_tokens(tokenizer):
+    """(V,) int64: how many bytes of text each token stands for; a special token for none."""
+    special = set(tokenizer.special_tokens.values())
+    return torch.tensor([0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+
+
 def make_evaluate(machine, forward, rows, tokenizer, options):
     """-> evaluate(): mean loss and bits per byte over the first eval_tokens of the validation text, which all
     processes share. Bits count every token, the end of a document too; bytes are those of the text alone."""
-    special = set(tokenizer.special_tokens.values())
-    sizes = torch.tensor([0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    sizes = bytes_of_tokens(tokenizer)
     count = min(math.ceil((len(rows.tokens) - 1) / rows.length), math.ceil(options.eval_tokens / rows.length))
     mine = range(count)[machine.rank :: machine.world_size]
 
