@@ -69,7 +69,7 @@ def document(row, kind, system, where):
         raise ValueError(f"{where}: not a row of columns but {type(row).__name__}")
     made = {"chat": chat_of, "preferences": preference_of, "problems": problem_of}[kind](row, where)
     if made is None:
-        raise ValueError(f"{where}: no --kind={kind} in the columns {', '.join(map(str, row))}; one of these is needed: "
+        raise ValueError(f"{where}: no --kind={kind} in the columns {', '.join(map(str, row))}; needed is one of "
                          f"{SCHEMAS[kind]}")  # fmt: skip
     if "left_out" not in made:
         system = row.get("system") or system
@@ -239,8 +239,8 @@ class TokenSet:
         for name, dtype in names.items():
             path, size = self.folder / f"{split}.{name}.bin", meta["sizes"].get(f"{split}.{name}.bin")
             if not path.is_file() or path.stat().st_size != size:
-                raise ValueError(f"{path} is not the {size} bytes that meta.json says: it was not written to its end, or "
-                                 "changed; prepare the data again")  # fmt: skip
+                raise ValueError(f"{path} has not the {size} bytes that meta.json says: it was not written to its end, "
+                                 "or changed; prepare the data again")  # fmt: skip
             dtype = np.dtype(dtype).newbyteorder("<")
             setattr(self, name, np.memmap(path, dtype, "r") if size else np.zeros(0, dtype))
         if len(self.offsets) < 2 or self.offsets[-1] != len(self.ids) or len(self.mask) != len(self.ids):
@@ -260,8 +260,8 @@ class TokenSet:
 
 
 def open_sets(options, kind, machine):
-    """-> training TokenSet, validation TokenSet, tokenizer of options.data. Built-in data is prepared, with the tokenizer
-    of the model to be tuned, if it is not there."""
+    """-> training TokenSet, validation TokenSet, tokenizer of options.data. Built-in data is prepared if it is not
+    there, with the tokenizer of the model to be tuned."""
     if options.data in BUILT_IN and not Path(options.data, "meta.json").is_file():
         folder = options.out_dir if options.resume else options.init_from
         runtime.load_config(folder)  # whose first complaint is of a checkpoint that is not there
@@ -269,16 +269,16 @@ def open_sets(options, kind, machine):
             import prepare_data
 
             machine.print(f"preparing the built-in {options.data}")
-            made = prepare_data.PrepareOptions(kind=kind, sources=BUILT_IN[options.data], out=options.data,
-                                               tokenizer=str(runtime.checkpoint_file(folder, "tokenizer.json")))  # fmt: skip
-            prepare_data.prepare(made)
+            tokenizer = str(runtime.checkpoint_file(folder, "tokenizer.json"))
+            names = BUILT_IN[options.data]
+            prepare_data.prepare(prepare_data.PrepareOptions(names, options.data, tokenizer, kind=kind))
     machine.barrier()
     train, val = (TokenSet(options.data, split, kind) for split in ("train", "val"))
     tokenizer = Tokenizer.load(options.data)
     if tokenizer.digest != train.meta["tokenizer_sha256"]:
         raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 differs)")
     if tokenizer.chat_template != train.meta.get("chat_template"):
-        raise ValueError(f"{options.data}: its chat template is not the one its tokens were made with; prepare it again")
+        raise ValueError(f"{options.data}: its chat template is not the one of its tokens; prepare the data again")
     return train, val, tokenizer
 
 
@@ -303,8 +303,8 @@ def divide(lengths, limit, parts=1):
 
 
 def pad(rows, pad_id):
-    """[(ids (n,), mask (n,)), ...] -> tokens, targets (B, T) int64 and lengths (B,): what goes into the model, for every
-    place the token it is to predict there (-100 where that token is not the assistant's), and each row's own length.
+    """[(ids (n,), mask (n,)), ...] -> tokens, targets (B, T) int64 and lengths (B,): what goes into the model, for
+    every place the token it is to predict there (-100 where that is not the assistant's), and each row's own length.
 
     Rows are filled up on the right. A token never sees what comes after it, so what stands there changes nothing: no
     mask is needed, and no conversation can see another.

@@ -10,9 +10,17 @@ into memory and read any window of it, even when it is larger than the machine's
     python prepare_data.py web.jsonl@0.7 code/@0.3 --tokens=1_000_000   two sources, mixed 70 to 30 by tokens
     python prepare_data.py --config=config/smollm_corpus.py             what Doge was trained on
 
+and the other data, that sft.py, dpo.py and grpo.py read, made with the tokenizer of the model that is to be tuned:
+
+    python prepare_data.py --kind=chat stories sums --tokenizer=out/stories                  built-in conversations
+    python prepare_data.py --kind=chat hf:HuggingFaceTB/smoltalk:all --tokenizer=out/doge20m --out=data/smoltalk
+    python prepare_data.py --kind=preferences pairs.jsonl --tokenizer=out/chat               prompt, chosen, rejected
+    python prepare_data.py --kind=problems hf:openai/gsm8k:main --tokenizer=out/chat         question, answer
+
 A SOURCE is one of these. An existing file or folder always wins over the other meanings of a name.
 
     stories                      the built-in world of stories.py, the same on every machine
+    sums                         problems of adding and counting from that world (--kind=chat or problems)
     stdlib                       the language reference and the sources of this Python's standard library
     FILE                         .txt .md .py .jsonl .parquet, the text ones also as .gz or .zst
     FOLDER                       every such file below it, in sorted order (names that start with a dot are passed over)
@@ -20,13 +28,15 @@ A SOURCE is one of these. An existing file or folder always wins over the other 
     hf:NAME[:SUBSET[:SPLIT]]     a dataset of the Hugging Face hub, or a local folder of one, streamed; split "train"
     swh:NAME[:SUBSET[:SPLIT]]    the same for a dataset whose rows name files of the Software Heritage archive (blob_id)
 
+What a row of another --kind is: conversations.py lists the schemas it reads, and what the written files hold.
+
 What a document is. A row of a .jsonl, .parquet or dataset is one (--text_column), a .py file is one, a piece of text up
 to --document_separator is one. Without a separator, .txt and .md files are cut into pieces of at most --piece_chars
 characters, after the last blank line in the second half of the piece, else after a line, else after a space. No
 character is lost. Nothing is truncated; empty documents are left out and counted.
 
 Train or validation? The hash of a document's text decides, so a document stays on its side when data is added, and two
-copies of it are never on both sides.
+copies of it are never on both sides. Of a row it is the hash of the user's first words.
 
 Mixing. `SOURCE@RATIO` gives every source a share of the --tokens training tokens. A source that is used up starts
 again, and its number of epochs is reported. Without ratios the shares follow the sizes (equal if one is unknown), and
@@ -447,13 +457,16 @@ def replace_folder(new, out):
 
 
 def report(out, meta, say):
+    kind = meta.get("kind", "text")
     for split in ("train", "val"):
-        count, kind = meta[split], meta.get("kind", "text")
-        name = f"{split}.bin" if kind == "text" else f"{split}.*"
-        parts = [f"{count['tokens']:,} tokens"] + [f"{count['targets']:,} of them to learn"] * (kind != "text")
-        parts += [f"{count['documents']:,} {dict(text='documents', chat='conversations').get(kind, kind)}"]
-        parts += [f"{count['bytes'] / count['tokens']:.2f} bytes a token"] * (kind == "text")
-        say(f"{out / name}: {', '.join(parts)}")
+        count = meta[split]
+        documents = f"{count['documents']:,} {dict(text='documents', chat='conversations').get(kind, kind)}"
+        if kind == "text":
+            rate = f"{count['bytes'] / count['tokens']:.2f} bytes a token"
+            say(f"{out / split}.bin: {count['tokens']:,} tokens, {documents}, {rate}")
+        else:
+            learned = f", {count['targets']:,} of them to learn" if kind != "problems" else ""
+            say(f"{out / split}.*: {documents}, {count['tokens']:,} tokens{learned}")
     for mix in meta["mix"]:
         if len(meta["mix"]) > 1 or mix["epochs"] > 1:
             again = f", read {mix['epochs']} times" if mix["epochs"] > 1 else ""

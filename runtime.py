@@ -231,7 +231,8 @@ class RunOptions:
         """Raises ValueError for values no run can have. Called by a stage once its options are complete."""
         if self.out_dir and (source := getattr(self, "init_from", "")) and not self.resume:
             if Path(self.out_dir).resolve() in [place := Path(source).resolve(), *place.parents]:
-                raise ValueError(f"--out_dir={self.out_dir} holds --init_from={source}: give the new run another folder")
+                raise ValueError(f"--out_dir={self.out_dir} holds --init_from={source}: "
+                                 "give the new run another folder")  # fmt: skip
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed={self.seed} must be from 0 up and below 2^63")
         for name in ("max_steps", "log_every", "eval_every", "save_every"):
@@ -325,8 +326,8 @@ def start_tuning(options, machine, tokenizer):
 def count_steps(options, count, machine):
     """Fills in max_steps, for `count` rows of training data."""
     if count < 1 or options.batch_rows < machine.world_size:
-        raise ValueError(f"--batch_rows={options.batch_rows}: there are {count} rows and {machine.world_size} processes, "
-                         "each of which needs one")  # fmt: skip
+        raise ValueError(f"--batch_rows={options.batch_rows}: there are {count} rows and {machine.world_size} "
+                         "processes, each of which needs one")  # fmt: skip
     options.max_steps = options.max_steps or math.ceil(options.epochs * count / options.batch_rows)
 
 

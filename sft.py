@@ -155,12 +155,12 @@ def announce(options, machine, model, train_rows, val_rows, seconds, which):
     duration = seconds * len(groups) / machine.world_size * steps
     for split, rows in (("training", train_rows), ("validation", val_rows)):
         if rows.cut or rows.left_out:
-            machine.print(f"longer than {options.sequence_length} tokens: {rows.cut:,} {split} conversations are cut after "
-                          f"an earlier answer, {rows.left_out:,} are left out, since not one answer fits")  # fmt: skip
+            machine.print(f"too long for {options.sequence_length} tokens: {rows.cut:,} {split} conversations are cut "
+                          f"after an earlier answer, {rows.left_out:,} left out, for not one answer fits")  # fmt: skip
     machine.print(
         f"model     {sum(p.numel() for p in model.parameters()):,} parameters, from {options.init_from}\n"
-        f"data      {options.data}: {train_rows.count:,} conversations, {used:,} tokens, {train_rows.targets.sum():,} of "
-        f"them learned; {steps * options.batch_rows / train_rows.count:.2f} epochs\n"
+        f"data      {options.data}: {train_rows.count:,} conversations, {used:,} tokens, {train_rows.targets.sum():,} "
+        f"of them learned; {steps * options.batch_rows / train_rows.count:.2f} epochs\n"
         f"step      {options.batch_rows} conversations in about {len(groups)} micro-batches on {machine.world_size} "
         f"processes; {1 - train_rows.lengths[step].sum() / padded:.0%} of the first step is padding\n"
         f"device    {machine.summary}; {which}\n"
@@ -174,8 +174,8 @@ def train(options, machine):
     model, state = runtime.start_tuning(options, machine, tokenizer)
     train_rows, val_rows = (Conversations(token_set, options.sequence_length) for token_set in (train_set, val_set))
     if not (train_rows.count and val_rows.count):
-        raise ValueError(f"--sequence_length={options.sequence_length}: of {len(train_set)} training and {len(val_set)} "
-                         f"validation conversations, {train_rows.count} and {val_rows.count} fit")  # fmt: skip
+        raise ValueError(f"--sequence_length={options.sequence_length}: of {len(train_set)} training and "
+                         f"{len(val_set)} validation conversations, {train_rows.count} and {val_rows.count} fit")
     runtime.count_steps(options, train_rows.count, machine)
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
 

@@ -751,7 +751,7 @@ def questions(story: Story) -> list[tuple[str, str]]:
 CHAT_SEED, PREFERENCE_SEED = 1 << 32, 2 << 32
 POLITE = ("Of course: {}.", "Gladly. It is {}.", "Happy to help: {}.")
 RUDE = ("Read it yourself, it says {}.", "What a silly question: {}.", "It is {}. Leave me alone now.")
-RAMBLING = ("Well, let me see, that is a hard one, there is so much in it, and who can tell, but maybe {}, or so I think.",
+RAMBLING = ("Well, let me see, that is a hard one, there is so much in it, who can tell, but maybe {}, or so I think.",
             "Hm, stories are long and days are short, and I once knew a baker, but that is another tale: perhaps {}.")
 
 

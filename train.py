@@ -186,8 +186,8 @@ def wsd(step, max_steps, warmup_steps, decay_steps, decay="linear"):
 
 
 def cosine(step, max_steps, warmup_steps, floor=0.1):
-    """The multiple of the peak learning rate that tuning uses at `step` (from 0): a line up to 1 over warmup_steps, then
-    half a cosine down to `floor`, reached with the last step and kept after it."""
+    """The multiple of the peak learning rate that tuning uses at `step` (from 0): a line up to 1 over warmup_steps,
+    then half a cosine down to `floor`, reached with the last step and kept after it."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = min(1.0, (step + 1 - warmup_steps) / max(1, max_steps - warmup_steps))
