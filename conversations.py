@@ -38,7 +38,7 @@ import runtime
 from tokenizer import Tokenizer
 
 # Made on the spot when they are not there: no network is needed.
-BUILT_IN = {"data/stories-chat": ["stories", "sums"], "data/stories-preferences": ["stories"],
+BUILT_IN = {"data/stories-chat": ["stories"], "data/stories-preferences": ["stories"], "data/sums-chat": ["sums"],
             "data/sums-problems": ["sums"]}  # fmt: skip
 # How data sets call the speakers: the roles of the template, and ShareGPT's and OpenThoughts' names for them.
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}

@@ -304,19 +304,17 @@ def read_tune_options(options_class, argv, default_config, may_change=()):
 
 
 def start_tuning(options, machine, tokenizer):
-    """-> the model to tune, and the training state of a resumed run (else None). Fills in sequence_length. tokenizer:
-    that of the data. Raises ValueError if the checkpoint has another one, or another chat template."""
+    """-> the model to tune, and the training state of a resumed run (else None). Fills in sequence_length; rows longer
+    than the model was made for make it one of that length. tokenizer: that of the data. Raises ValueError if the
+    checkpoint has another one, or another chat template."""
     folder = options.out_dir if options.resume else options.init_from
     model, own = load_model(folder)
     if own.digest != tokenizer.digest or own.chat_template != tokenizer.chat_template:
         what = "tokenizer" if own.digest != tokenizer.digest else "chat template"
         raise ValueError(f"{folder} has another {what} than --data={options.data}: prepare the data with "
                          f"--tokenizer={folder}")  # fmt: skip
-    longest = model.config.max_position_embeddings
-    options.sequence_length = options.sequence_length or longest
-    if options.sequence_length > longest:
-        raise ValueError(f"--sequence_length={options.sequence_length}: the model of {folder} was made for {longest} "
-                         "tokens")  # fmt: skip
+    options.sequence_length = options.sequence_length or model.config.max_position_embeddings
+    model.config.max_position_embeddings = max(options.sequence_length, model.config.max_position_embeddings)
     if options.micro_tokens < options.sequence_length:
         raise ValueError(f"--micro_tokens={options.micro_tokens} is less than one row of {options.sequence_length}")
     model.gradient_checkpointing = options.gradient_checkpointing

@@ -1,7 +1,7 @@
-"""Questions about built-in stories, and sums, for the tiny model: minutes on a laptop's processor."""
+"""Questions about built-in stories, for the tiny model: minutes on a laptop's processor."""
 
 init_from = "out/stories"  # what `python train.py` leaves
-data = "data/stories-chat"  # made on the spot: python prepare_data.py --kind=chat stories sums --tokenizer=out/stories
+data = "data/stories-chat"  # made on the spot: python prepare_data.py --kind=chat stories --tokenizer=out/stories
 
 batch_rows = 32
 micro_tokens = 2048  # what a processor's cache likes
