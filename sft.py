@@ -187,8 +187,8 @@ def train(options, machine):
         return mean * int(rows.targets[group].sum())
 
     longest = np.argsort(-train_rows.lengths, kind="stable")[: options.micro_tokens // train_rows.lengths.max()]
-    network, seconds, which = runtime.try_out(
-        machine, model, lambda n: loss_sum(train_rows, longest, n) / 1e4, options.compile)  # fmt: skip
+    tried = runtime.try_out(machine, model, lambda network: loss_sum(train_rows, longest, network), options.compile)
+    network, seconds, which = tried
     announce(options, machine, model, train_rows, val_rows, seconds, which)
     show_example(train_rows, rows_of_step(0, train_rows.count, 1, options.seed)[0], tokenizer, machine)
     evaluate = make_evaluate(machine, model, loss_sum, val_rows, tokenizer, options)

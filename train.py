@@ -380,8 +380,10 @@ def read_options(argv):
     base = {}
     if source := asked.get("init_from"):
         state = runtime.load_training_state(source) or {}
-        where = ("out_dir", "data", "init_from", "overwrite")
-        base = {name: value for name, value in state.get("options", {}).items() if name not in where}
+        where, known = ("out_dir", "data", "init_from", "overwrite"), {f.name for f in dataclasses.fields(TrainOptions)}
+        recipe = state.get("options", {})
+        if recipe.keys() <= known:  # else it was tuned, and only its shape is of use here
+            base = {name: value for name, value in recipe.items() if name not in where}
         base |= dataclasses.asdict(runtime.load_config(source))
     options = runtime.parse_options(TrainOptions, argv if base else tiny + argv, base=base)
     runtime.refuse_to_overwrite(options)

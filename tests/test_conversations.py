@@ -339,6 +339,8 @@ def test_pad_shifts_by_one_and_targets_what_is_marked():
                                     (np.array([5, 9]), np.array([0, 1], bool))], pad_id=2)  # fmt: skip
     assert tokens.tolist() == [[5, 6, 7], [5, 2, 2]] and lengths.tolist() == [3, 1]
     assert targets.tolist() == [[-100, 7, 8], [9, -100, -100]]
+    ends = [(np.array([5, 6, 2]), np.array([0, 0, 1], bool)), (np.array([5, 2]), np.array([0, 1], bool))]
+    assert pad(ends, pad_id=2)[1].tolist() == [[-100, 2], [2, -100]]  # where padding and EOS are one token, EOS counts
 
 
 def test_generate_in_batches_equals_one_by_one(checkpoint):

@@ -268,10 +268,12 @@ def test_two_processes_equal_one(base, data, tmp_path):
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
 
 
-def test_longer_rows_make_a_longer_model(base, data, tmp_path):
-    """Beyond the window of keys that it keeps."""
-    narrow = make_checkpoint(tmp_path / "narrow", keep_window_size=16)
-    log = run(narrow, data, tmp_path / "run", "--max_steps=3", "--sequence_length=100")
+@pytest.mark.parametrize("shape", [dict(keep_window_size=16), dict(is_moe=True, num_experts=16, num_experts_per_tok=2,
+                                                                   router_aux_loss_coef=0.01)], ids=str)  # fmt: skip
+def test_longer_rows_make_a_longer_model(data, tmp_path, shape):
+    """Beyond the window of keys that it keeps too; and a model with experts is tuned like any other."""
+    start = make_checkpoint(tmp_path / "start", **shape)
+    log = run(start, data, tmp_path / "run", "--max_steps=3", "--sequence_length=100")
     assert runtime.load_config(tmp_path / "run").max_position_embeddings == 100
     assert float(log[-1]["loss"]) < float(log[0]["loss"])
 
@@ -281,6 +283,8 @@ def test_the_checkpoint_goes_on_to_the_next_stage_and_to_transformers(base, data
     run(tmp_path / "first", data, tmp_path / "second", "--max_steps=2")
     model, tokenizer = runtime.load_model(tmp_path / "second")
     ids = torch.tensor([tokenizer.render([dict(role="user", content="the cat")], add_generation_prompt=True)[0]])
+    pretrain = train.read_options([f"--init_from={tmp_path / 'second'}", f"--out_dir={tmp_path / 'third'}"])
+    assert (pretrain.hidden_size, pretrain.max_steps) == (32, train.TrainOptions.max_steps)
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "second", attn_implementation="eager")
     torch.testing.assert_close(model(ids)[0], other(ids).logits, atol=1e-4, rtol=0)
 
