@@ -10,9 +10,17 @@ into memory and read any window of it, even when it is larger than the machine's
     python prepare_data.py web.jsonl@0.7 code/@0.3 --tokens=1_000_000   two sources, mixed 70 to 30 by tokens
     python prepare_data.py --config=config/smollm_corpus.py             what Doge was trained on
 
+and the other data, that sft.py, dpo.py and grpo.py read, made with the tokenizer of the model that is to be tuned:
+
+    python prepare_data.py --kind=chat stories sums --tokenizer=out/stories                  built-in conversations
+    python prepare_data.py --kind=chat hf:HuggingFaceTB/smoltalk:all --tokenizer=out/doge20m --out=data/smoltalk
+    python prepare_data.py --kind=preferences pairs.jsonl --tokenizer=out/chat               prompt, chosen, rejected
+    python prepare_data.py --kind=problems hf:openai/gsm8k:main --tokenizer=out/chat         question, answer
+
 A SOURCE is one of these. An existing file or folder always wins over the other meanings of a name.
 
     stories                      the built-in world of stories.py, the same on every machine
+    sums                         problems of adding and counting from that world (--kind=chat or problems)
     stdlib                       the language reference and the sources of this Python's standard library
     FILE                         .txt .md .py .jsonl .parquet, the text ones also as .gz or .zst
     FOLDER                       every such file below it, in sorted order (names that start with a dot are passed over)
@@ -20,13 +28,15 @@ A SOURCE is one of these. An existing file or folder always wins over the other 
     hf:NAME[:SUBSET[:SPLIT]]     a dataset of the Hugging Face hub, or a local folder of one, streamed; split "train"
     swh:NAME[:SUBSET[:SPLIT]]    the same for a dataset whose rows name files of the Software Heritage archive (blob_id)
 
+What a row of another --kind is: conversations.py lists the schemas it reads, and what the written files hold.
+
 What a document is. A row of a .jsonl, .parquet or dataset is one (--text_column), a .py file is one, a piece of text up
 to --document_separator is one. Without a separator, .txt and .md files are cut into pieces of at most --piece_chars
 characters, after the last blank line in the second half of the piece, else after a line, else after a space. No
 character is lost. Nothing is truncated; empty documents are left out and counted.
 
 Train or validation? The hash of a document's text decides, so a document stays on its side when data is added, and two
-copies of it are never on both sides.
+copies of it are never on both sides. Of a row it is the hash of the user's first words.
 
 Mixing. `SOURCE@RATIO` gives every source a share of the --tokens training tokens. A source that is used up starts
 again, and its number of epochs is reported. Without ratios the shares follow the sizes (equal if one is unknown), and
@@ -38,49 +48,28 @@ source has been read. A killed run continues from that note and ends with the sa
 Why threads and not processes: tiktoken lets go of Python's lock while it works, and a thread costs no memory.
 """
 
-import ast
-import codecs
-import hashlib
-import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
-import sysconfig
-import time
-import tokenize
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
-import requests
-from tqdm import tqdm
 
+import conversations
 import runtime
-import stories
+from sources import Rows, check_space, in_validation, open_source, parse_source, progress, text_rows
 from tokenizer import Tokenizer, train_bpe
 
 BATCH = 1 << 19  # characters in the unit of work of a thread: some 50 ms of tokenising, so that hand-over costs nothing
 AHEAD = 64  # batches read ahead of the one being written: work for as many cores, at most 32 MB of text
 SHARD = 1 << 27  # characters between two commits: a few seconds of work are lost at most
-MAX_DOCUMENT = 1 << 24  # characters; a longer document is refused, for memory's sake (the Bible has 4.3 million)
 SAMPLE = 20_000_000  # characters a vocabulary is learned from; our trainer takes about ten seconds for 32,768 tokens
-BLOBS = "https://softwareheritage.s3.amazonaws.com/content/"  # the public bucket of archived files, each one gzipped
-FETCHES = 32  # archived files on their way at a time: each is small and takes a round trip
-TRIES, WAIT = 6, 1.0  # a connection that makes no progress is tried this often, after WAIT, 2 WAIT, 4 WAIT... seconds
-TIMEOUT = (10, 60)  # seconds to connect, and between two bytes
-TEXT = (".txt", ".md", ".py", ".jsonl")
-# Not part of the library proper (tests, an editor, tables of codecs), generated on this machine, or somebody else's.
-NOT_STDLIB = {"test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "site-packages", "dist-packages",
-              "__pycache__", "_bundled", "pydoc_data"}  # fmt: skip
 
 
 @dataclass
@@ -89,369 +78,17 @@ class PrepareOptions:
     out: str = ""  # the folder to write; empty: data/ and the name of the first source
     tokenizer: str = ""  # a tokenizer.json, its folder, or an encoding of tiktoken (gpt2); empty: train one
     vocab_size: int = 4096  # of the tokenizer to train; small, or a tiny model is all embedding; real runs use 32768
+    kind: Literal["text", "chat", "preferences", "problems"] = "text"  # what the rows are, see above
+    system: str = ""  # a system message for the conversations that have none
     tokens: int = 0  # training tokens to write; 0: every document of every source, once
     val_fraction: float = 0.05  # share of the documents kept for validation; enough for a book, large corpora need less
     text_column: str = "text"  # the column of .jsonl, .parquet and datasets
     piece_chars: int = 4096  # longest piece a .txt or .md file is cut into; 0: a file is one document
     document_separator: str = ""  # cut .txt and .md files here instead, as at <|endoftext|>
-    stories: int = 12000  # how many stories; about 9 MB of text, minutes of training on a CPU
+    stories: int = 12000  # how many stories (9 MB of text, minutes of training on a CPU), or built-in rows
     workers: int = 0  # threads; 0: one for each core; the output does not depend on it
     cache: str = ""  # folder for downloads; empty: downloads/ beside OUT
     overwrite: bool = False  # replace what an earlier, different call wrote to OUT
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading files
-
-
-def read_text(path):
-    """Yields the text of a UTF-8 file in blocks of about 1 MB, decompressed when its name ends in .gz or .zst."""
-    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
-    try:
-        with pyarrow.input_stream(str(path), compression="detect") as stream:
-            while block := stream.read(1 << 20):
-                if b"\0" in block:
-                    raise ValueError(f"{path}: a binary file (a zero byte after byte {done}), not text")
-                yield decoder.decode(block)
-                done += len(block)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} within 1 MB of byte {done})") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {runtime.one_line(error)}") from None
-
-
-def split_records(blocks, separator, path):
-    """Yields the stretches of text between separators. A file has no zero bytes, so "\\0" gives the whole file."""
-    rest = ""
-    for block in blocks:
-        *records, rest = (rest + block).split(separator)
-        yield from records
-        if len(rest) > MAX_DOCUMENT:
-            raise ValueError(f"{path}: a document of more than {MAX_DOCUMENT:,} characters; please split it")
-    if rest:
-        yield rest
-
-
-def split_pieces(blocks, size):
-    """Yields pieces of at most `size` characters that add up to the text; each ends after a blank line if it can."""
-    text = ""
-    for block in blocks:
-        text, start = text + block, 0
-        while len(text) - start > size:
-            cut = end = start + size
-            for mark in ("\n\n", "\n", " "):
-                if (at := text.rfind(mark, start + size // 2, end)) >= 0:
-                    cut = at + len(mark)
-                    break
-            yield text[start:cut]
-            start = cut
-        text = text[start:]
-    if text:
-        yield text
-
-
-def text_of(row, column, where):
-    """The text in a row; a missing value (null) is an empty document."""
-    if not isinstance(row, dict) or column not in row:
-        names = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
-        raise ValueError(f"{where}: no column {column!r}; set --text_column to one of: {names}")
-    if not isinstance(row[column], str | None):
-        raise ValueError(f"{where}: column {column!r} holds {type(row[column]).__name__}, not text")
-    return row[column] or ""
-
-
-def read_jsonl(path, column):
-    for number, line in enumerate(split_records(read_text(path), "\n", path), 1):
-        if not line.strip():
-            continue
-        try:
-            text = text_of(json.loads(line), column, f"{path}:{number}")
-            if "\\u" in line:
-                text.encode()  # JSON can spell half a surrogate pair, which no UTF-8 file can hold
-        except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
-            raise ValueError(f"{path}:{number}: {runtime.one_line(error)}") from None
-        yield text
-
-
-def read_parquet(path, column, skip):
-    """Yields the texts after the first `skip`, a few rows in memory at a time; row groups to skip are not read."""
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            if column not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise ValueError(f"{path}: no column {column!r}; set --text_column to one of: {names}")
-            row = 0
-            for group in range(file.num_row_groups):
-                row += (rows := file.metadata.row_group(group).num_rows)
-                if row <= skip:
-                    continue
-                row -= rows
-                for batch in file.iter_batches(64, row_groups=[group], columns=[column]):
-                    for value in batch.column(0).to_pylist():
-                        row += 1
-                        if row > skip:
-                            yield text_of({column: value}, column, f"{path}, row {row}")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {runtime.one_line(error)}") from None
-
-
-def read_file(path, options, skip):
-    """Yields the documents of one file after the first `skip`."""
-    suffix = kind_of(path)
-    if suffix == ".parquet":
-        return read_parquet(path, options.text_column, skip)
-    if suffix == ".jsonl":
-        documents = read_jsonl(path, options.text_column)
-    elif suffix == ".py" or not (options.document_separator or options.piece_chars):
-        documents = split_records(read_text(path), "\0", path)
-    elif options.document_separator:
-        documents = split_records(read_text(path), options.document_separator, path)
-    else:
-        documents = split_pieces(read_text(path), options.piece_chars)
-    return itertools.islice(documents, skip, None)
-
-
-def kind_of(path, required=False):
-    """The suffix that says how to read a file: `.jsonl` for `a.jsonl.gz`, "" for a kind we cannot read."""
-    packed = Path(path).suffix in (".gz", ".zst")
-    suffix = Path(Path(path).stem if packed else path).suffix
-    known = suffix in TEXT or (suffix == ".parquet" and not packed)
-    if required and not known:
-        raise ValueError(f"{path}: cannot read this kind of file; readable: {' '.join(TEXT)} (also .gz .zst) .parquet")
-    return suffix if known else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-@dataclass
-class Source:
-    """A place that documents come from. `open_source` fills in the last three fields."""
-
-    spec: str  # as the user wrote it
-    kind: str  # stories, stdlib, file, url, hf, swh
-    place: str  # path, address, name
-    ratio: float  # its share, 0 if none was given
-    inputs: list  # what tells that a later call asks for the same: names, sizes and times of files
-    parts: list = field(default_factory=list)  # files, shards: a resumed run goes straight to the right one
-    read: object = None  # read(part, skip) yields the documents of a part after the first `skip`
-    size: int = 0  # about how many bytes of text, 0 if unknown
-
-
-def parse_source(spec):
-    """Returns the Source that a SOURCE of the command line means. Looks at local files only, and opens none."""
-    place, ratio = spec, 0.0
-    head, _, tail = spec.rpartition("@")
-    if head and not os.path.exists(spec) and re.fullmatch(r"[0-9.]+", tail):
-        place, ratio = head, runtime.convert(tail, float, f"ratio of {spec!r}")
-        if ratio <= 0:
-            raise ValueError(f"ratio of {spec!r}: must be above 0")
-    kind, colon, rest = place.partition(":")
-    if os.path.exists(place):
-        stamps = [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in list_files(place)]
-        return Source(spec, "file", place, ratio, stamps)
-    if place == "stories":
-        return Source(spec, place, place, ratio, [hashlib.sha256(Path(stories.__file__).read_bytes()).hexdigest()])
-    if place == "stdlib":
-        return Source(spec, place, place, ratio, [platform.python_version()])
-    if kind in ("http", "https"):
-        if not re.fullmatch(r"[^#]+(#sha256=[0-9a-f]{64})?", place):
-            raise ValueError(f"{place}: behind the # must be sha256= and 64 hexadecimal digits")
-        kind_of(urlsplit(place).path, required=True)
-        return Source(spec, "url", place, ratio, [])
-    if kind in ("hf", "swh") and rest:
-        return Source(spec, kind, rest, ratio, [])
-    advice = f"; the dataset of that name is hf:{place}" if re.fullmatch(r"[\w.-]+/[\w.-]+", place) else ""
-    raise ValueError(f"source {place!r}: there is no such file or folder{advice} (--help lists the kinds of source)")
-
-
-def list_files(place):
-    """The file, or the readable files below the folder, in an order that no file system has a say in."""
-    if os.path.isfile(place):
-        kind_of(place, required=True)
-        if not os.path.getsize(place):
-            raise ValueError(f"{place}: the file is empty")
-        return [place]
-    below = [p.relative_to(place) for p in Path(place).rglob("*") if kind_of(p) and p.is_file()]
-    below = sorted(p.as_posix() for p in below if not any(name.startswith(".") for name in p.parts))
-    if not below:
-        raise ValueError(f"{place}: no file in this folder ends in {' '.join(TEXT)} (also .gz .zst) or .parquet")
-    return [str(Path(place) / p) for p in below]
-
-
-def open_source(source, options, cache, quiet):
-    """Downloads or connects where needed, and fills in parts, read and size. Raises ValueError if that cannot be."""
-    if source.kind == "stories":
-        source.parts, source.size = [options.stories], options.stories * 770  # bytes of a story, about
-        source.read = lambda count, skip: stories.stories(count - skip, start=skip)
-    elif source.kind == "stdlib":
-        source.parts, source.read = stdlib_parts(), read_stdlib
-        source.size = sum(map(os.path.getsize, source.parts))
-    elif source.kind in ("hf", "swh"):
-        open_dataset(source, options.text_column)
-    else:
-        is_url = source.kind == "url"
-        source.parts = [str(download(source.place, cache, quiet))] if is_url else [path for path, *_ in source.inputs]
-        source.read = lambda path, skip: read_file(path, options, skip)
-        source.size = sum(map(os.path.getsize, source.parts))
-
-
-def stdlib_parts():
-    """The language reference and the sources of the standard library: about 9 MB in 400 files on every Python."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = {p: p.relative_to(root) for p in root.rglob("*.py")}
-    paths = [p for p, below in paths.items() if not NOT_STDLIB.intersection(below.parts[:-1])
-             and not below.parts[0].startswith(("config-", "_sysconfigdata"))]  # fmt: skip
-    topics = root / "pydoc_data" / "topics.py"
-    if not paths or not topics.is_file():
-        raise ValueError(f"stdlib: this Python carries no sources of its library in {root}")
-    return [str(topics)] + sorted(map(str, paths))
-
-
-def read_stdlib(path, skip):
-    """A source file is one document. The language reference is a file that assigns a dictionary: a document a topic.
-    Nothing is imported or run."""
-    with tokenize.open(path) as file:
-        text = file.read()
-    if not path.endswith("topics.py"):
-        return itertools.islice([text], skip, None)
-    [topics] = [node.value for node in ast.parse(text).body if isinstance(node, ast.Assign)]
-    return itertools.islice([text for _, text in sorted(ast.literal_eval(topics).items())], skip, None)
-
-
-def open_dataset(source, column):
-    """Connects to a dataset of the hub. Its parts are the shards it is stored in: a resumed run fetches none twice.
-
-    python-edu of smollm-corpus has no text: its rows name files in the archive of Software Heritage (swh:).
-    """
-    import datasets
-
-    name, subset, split = (source.place.split(":") + ["", ""])[:3]
-    try:
-        data = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source.spec}: {runtime.one_line(error)}") from None
-    column = "blob_id" if source.kind == "swh" else column
-
-    def read(shard, skip):
-        try:
-            for row in data.shard(data.num_shards, shard).skip(skip):
-                yield text_of(row, column, source.spec)
-        except OSError as error:
-            raise ValueError(f"{source.spec}: {runtime.one_line(error)} (run again to continue)") from None
-
-    source.parts = list(range(data.num_shards))
-    source.read = read if source.kind == "hf" else lambda shard, skip: fetch_blobs(read(shard, skip))
-
-
-def fetch_blobs(names):
-    """Yields the contents of archived files in the order of their names, FETCHES of them on their way at a time."""
-    with ThreadPoolExecutor(FETCHES) as pool, requests.Session() as session:
-        session.mount("https://", requests.adapters.HTTPAdapter(pool_maxsize=FETCHES))
-        while some := list(itertools.islice(names, 16 * FETCHES)):
-            yield from pool.map(lambda name: fetch_blob(session, name), some)
-
-
-def fetch_blob(session, name):
-    """The text of one archived file. One that the archive no longer has is an empty document, so it is counted."""
-    for attempt in range(TRIES):
-        try:
-            response = session.get(BLOBS + name, timeout=TIMEOUT)
-            if response.status_code == 404:
-                return ""
-            response.raise_for_status()
-            return zlib.decompress(response.content, wbits=31).decode("utf-8", errors="replace")  # 31: gzip
-        except (requests.RequestException, zlib.error) as error:
-            reason = runtime.one_line(error)
-            time.sleep(WAIT * 2**attempt)
-    raise ValueError(f"{BLOBS}{name}: {reason} (run again to continue)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads
-
-
-def download(url, cache, quiet):
-    """Returns the path of the downloaded file. It has that name only once it is complete and its hash is right."""
-    address, _, digest = url.partition("#sha256=")
-    name = Path(unquote(urlsplit(address).path)).name
-    path = Path(cache) / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    attempt = 0
-    while not path.exists():
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            download_rest(address, part, quiet)
-            if digest and sha256_of(part) != digest:
-                part.unlink()
-                raise ValueError(f"{address}: the file's sha256 is not the {digest} that was asked for")
-            os.replace(part, path)
-        except requests.RequestException as error:
-            attempt = 0 if part.exists() and part.stat().st_size > before else attempt + 1
-            if attempt == TRIES:
-                raise ValueError(f"{address}: {runtime.one_line(error)} (run again to continue)") from None
-            if not quiet:
-                tqdm.write(f"{address}: {runtime.one_line(error)[:200]}; trying again in {WAIT * 2**attempt:.0f} s")
-            time.sleep(WAIT * 2**attempt)
-    return path
-
-
-def download_rest(url, part, quiet):
-    """Appends to `part` what it still lacks. Raises RequestException for what another attempt may cure.
-
-    `Range` asks for the bytes from here on (answer 206), `If-Range` for all of them (answer 200) if the file has
-    changed since; a server that knows nothing of either sends everything with 200. So 200 means: start again.
-    """
-    have = part.stat().st_size if part.exists() else 0
-    version = part.with_name(part.name + ".version")
-    headers = {"Accept-Encoding": "identity"}  # or the length would be that of a compressed stream
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if version.exists() and version.read_text(encoding="utf-8"):
-            headers["If-Range"] = version.read_text(encoding="utf-8")
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if 400 <= response.status_code < 500 and response.status_code not in (408, 416, 429):
-            raise ValueError(f"{url}: the server answers {response.status_code} {response.reason}")
-        if response.status_code == 416:  # there are no bytes from here on: not a prefix of this file
-            part.unlink()
-        response.raise_for_status()
-        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        have = have if response.status_code == 206 and resumed else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        check_space(part.parent, (total or 0) - have, f"downloading {url}")
-        tag = response.headers.get("ETag", "")
-        tag = response.headers.get("Last-Modified", "") if not tag or tag.startswith("W/") else tag
-        version.write_text(tag, encoding="utf-8")
-        with open(part, "ab" if have else "wb") as file, progress(quiet, part.stem, "B", total, have) as bar:
-            for block in response.iter_content(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-    if total is not None and part.stat().st_size != total:
-        raise requests.ConnectionError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
-    version.unlink()
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_space(folder, need, purpose):
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise ValueError(f"{folder}: {purpose} needs over {need / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free")
-
-
-def progress(quiet, title, unit, total=None, start=0):
-    hidden = True if quiet else None  # None: shown on a terminal, and no litter in a file
-    return tqdm(desc=title, unit=unit, unit_scale=True, total=total, initial=start, disable=hidden, smoothing=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,56 +154,96 @@ class Mixer:
             self.ended.add(i)
 
 
-def in_validation(utf8, fraction):
-    """True for this fraction of all possible texts, whatever else is in the data: the hash is the die."""
-    return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "big") < fraction * 2**64
+class Document(NamedTuple):
+    """What comes back from a thread: one document as tokens."""
+
+    source: int
+    epoch: int
+    characters: int  # of the text it was read as
+    size: int = 0  # bytes of text
+    is_val: bool = False
+    left_out: str = ""  # why it is not to be written
+    tokens: list = []  # an array, a preference's two
+    masks: list = []  # as many, but for plain text
+    line: bytes = b""  # for answers.jsonl
 
 
 def encode(tokenizer, options, dtype, batch):
-    """Runs in a thread. [(source, epoch, text)] -> [(source, epoch, characters, bytes, is in validation, tokens)]."""
+    """Runs in a thread. [(source, epoch, text)] -> [Document]"""
+    if options.kind != "text":
+        return [encode_row(tokenizer, options, dtype, *document) for document in batch]
     done = []
     for (source, epoch, text), ids in zip(batch, tokenizer.encode_batch([text for *_, text in batch], 1), strict=True):
-        utf8 = text.encode()
-        tokens = np.empty(len(ids) + 2, dtype)
+        utf8, tokens = text.encode(), np.empty(len(ids) + 2, dtype)
         tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
-        done.append((source, epoch, len(text) + 1, len(utf8), in_validation(utf8, options.val_fraction), tokens))
+        is_val = in_validation(utf8, options.val_fraction)
+        done.append(Document(source, epoch, len(text) + 1, len(utf8), is_val, "" if text else "empty", [tokens]))
     return done
 
 
+def encode_row(tokenizer, options, dtype, source, epoch, text):
+    """The same for a row that conversations.document has brought into form."""
+    row, start = json.loads(text), (source, epoch, len(text) + 1)
+    if "left_out" in row:
+        return Document(*start, left_out=row["left_out"])
+    is_val = row.get("held_out", in_validation(conversations.key_of(row), options.val_fraction))
+    pairs, line = conversations.encode(tokenizer, row, dtype)
+    ids, masks = map(list, zip(*pairs, strict=True))
+    return Document(*start, len(text.encode()), is_val, "", ids, masks, line)
+
+
 class Writer:
-    """The two bins and meta.json of an unfinished folder."""
+    """The files and meta.json of an unfinished folder."""
 
     def __init__(self, folder, meta, bar):
         self.folder, self.meta, self.bar, self.files = folder, meta, bar, {}
-        for split in ("train", "val"):
-            path = folder / f"{split}.bin"
+        for name, size in meta["sizes"].items():
+            path = folder / name
             path.touch()
-            os.truncate(path, meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize)  # what came after is redone
-            self.files[split] = open(path, "ab")
+            os.truncate(path, size)  # what came after is redone
+            self.files[name] = open(path, "ab")
 
     def write(self, batch, mixer):
         """Appends a batch that came back from its thread; leaves out what a share no longer needs."""
-        for source, epoch, characters, size, is_val, tokens in batch:
-            mix, split = self.meta["mix"][source], "val" if is_val else "train"
-            mixer.waiting[source] -= characters
-            mix["characters"] += characters
-            if not size:
-                self.meta["empty_documents"] += not epoch
+        for document in batch:
+            mix, split = self.meta["mix"][document.source], "val" if document.is_val else "train"
+            mixer.waiting[document.source] -= document.characters
+            mix["characters"] += document.characters
+            if document.left_out:
+                reasons = self.meta["left_out"]
+                reasons[document.left_out] = reasons.get(document.left_out, 0) + (not document.epoch)
                 continue
-            if epoch if is_val else mix["tokens"] >= mixer.quotas[source]:
+            if document.epoch if document.is_val else mix["tokens"] >= mixer.quotas[document.source]:
                 continue  # validation documents are never repeated
-            self.files[split].write(tokens)
-            for key, count in (("tokens", len(tokens)), ("bytes", size), ("documents", 1)):
-                self.meta[split][key] += count
-            if not is_val:
-                mix["tokens"] += len(tokens)
-                mix["epochs"] = epoch + 1
-            self.bar.update(size if not mixer.repeat else 0 if is_val else len(tokens))
+            count = self.append(document, split)
+            if not document.is_val:
+                mix["tokens"] += count
+                mix["epochs"] = document.epoch + 1
+            self.bar.update(document.size if not mixer.repeat else 0 if document.is_val else count)
+
+    def append(self, document, split):
+        """Writes one document and counts it. -> how many tokens it has"""
+        counts, before = self.meta[split], self.meta[split]["tokens"]
+        for tokens, mask in zip(document.tokens, document.masks or [None], strict=True):
+            counts["tokens"] += len(tokens)
+            if mask is None:
+                self.files[f"{split}.bin"].write(tokens)
+                continue
+            self.files[f"{split}.ids.bin"].write(tokens)
+            self.files[f"{split}.mask.bin"].write(mask)
+            self.files[f"{split}.offsets.bin"].write(np.array(counts["tokens"], "<i8"))
+            counts["targets"] += int(mask.sum())
+        if document.line:
+            self.files[f"{split}.answers.jsonl"].write(document.line)
+        counts["bytes"] += document.size
+        counts["documents"] += 1
+        return counts["tokens"] - before
 
     def commit(self, finished=False):
-        for file in self.files.values():
+        for name, file in self.files.items():
             file.flush()
             os.fsync(file.fileno())
+            self.meta["sizes"][name] = file.tell()
         self.meta["finished"] = finished
         write_meta(self.folder, self.meta)
 
@@ -641,6 +318,10 @@ def check_options(options, sources):
         raise ValueError(f"source {sources[ratios.index(0)].spec!r} has no @RATIO: give one to every source or to none")
     if any(ratios) and not options.tokens:
         raise ValueError("ratios need --tokens=N: the training tokens they are shares of")
+    if options.kind != "text" and not options.tokenizer:
+        raise ValueError(f"--kind={options.kind} needs the --tokenizer of the model to be tuned: its checkpoint folder")
+    if options.kind == "text" and options.system:
+        raise ValueError("--system is a message of conversations: it needs --kind=chat, preferences or problems")
 
 
 def read_meta(folder):
@@ -680,6 +361,7 @@ def differences(meta, request):
 def describe(options, sources, tokenizer):
     """Everything the output depends on: two calls with equal descriptions write the same bytes."""
     same = ("sources", "tokens", "val_fraction", "text_column", "piece_chars", "document_separator", "stories")
+    same += ("kind", "system") if options.kind != "text" else ()
     request = {name: getattr(options, name) for name in same}
     request["inputs"] = [source.inputs for source in sources]
     request["tokenizer"] = tokenizer.digest if tokenizer else f"trained, vocab_size={options.vocab_size}"
@@ -693,9 +375,18 @@ def begin(partial, request, tokenizer, sources):
     tokenizer.save(partial)
     meta = {"dtype": "uint16" if tokenizer.vocab_size <= 65536 else "uint32", "vocab_size": tokenizer.vocab_size}
     meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": tokenizer.digest, "source": request["sources"]}
-    meta |= {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("train", "val")}
+    names = ["bin"]
+    if (kind := request.get("kind", "text")) != "text":
+        meta |= {"kind": kind, "chat_template": tokenizer.chat_template}
+        names = ["ids.bin", "mask.bin", "offsets.bin"] + ["answers.jsonl"] * (kind == "problems")
+    for split in ("train", "val"):
+        meta[split] = {"tokens": 0, "bytes": 0, "documents": 0} | ({"targets": 0} if kind != "text" else {})
+    meta["sizes"] = {f"{split}.{name}": 0 for split in ("train", "val") for name in names}
+    for split in ("train", "val") if kind != "text" else ():
+        (partial / f"{split}.offsets.bin").write_bytes(bytes(8))  # the first conversation begins at 0
+        meta["sizes"][f"{split}.offsets.bin"] = 8
     start = {"tokens": 0, "characters": 0, "epochs": 1, "position": [0, 0, 0]}
-    meta |= {"mix": [{"source": source.spec, **start} for source in sources], "empty_documents": 0}
+    meta |= {"mix": [{"source": source.spec, **start} for source in sources], "left_out": {}}
     meta |= {"finished": False, "request": request}
     write_meta(partial, meta)
     return meta
@@ -710,7 +401,7 @@ def prepare(options, quiet=False):
     sources = [parse_source(spec) for spec in options.sources]
     check_options(options, sources)
     name = re.split(r"[/\\:]", sources[0].place.partition("#")[0].rstrip("/\\"))[-1].split(".")[0] or "text"
-    out = Path(options.out or f"data/{name}")
+    out = Path(options.out or f"data/{name}" + f"-{options.kind}" * (options.kind != "text"))
     if not out.name:
         raise ValueError(f"--out={options.out}: not the name of a folder of its own")
     given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
@@ -726,8 +417,11 @@ def prepare(options, quiet=False):
                              "or discard it with --overwrite")
         meta = None
     out.parent.mkdir(parents=True, exist_ok=True)
+    rows = text_rows(options.text_column)
+    if options.kind != "text":
+        rows = Rows(*conversations.rows(options.kind, options.system))
     for source in sources:
-        open_source(source, options, options.cache or out.parent / "downloads", quiet)
+        open_source(source, options, rows, options.cache or out.parent / "downloads", quiet)
     width = 2 if not given or given.vocab_size <= 65536 else 4
     size = sum(source.size for source in sources)
     check_space(out.parent, width * (options.tokens or size / 4), f"writing {out}")  # 4 bytes a token at the best
@@ -763,16 +457,22 @@ def replace_folder(new, out):
 
 
 def report(out, meta, say):
+    kind = meta.get("kind", "text")
     for split in ("train", "val"):
         count = meta[split]
-        say(f"{out / split}.bin: {count['tokens']:,} tokens, {count['documents']:,} documents, "
-            f"{count['bytes'] / count['tokens']:.2f} bytes a token")
+        documents = f"{count['documents']:,} {dict(text='documents', chat='conversations').get(kind, kind)}"
+        if kind == "text":
+            rate = f"{count['bytes'] / count['tokens']:.2f} bytes a token"
+            say(f"{out / split}.bin: {count['tokens']:,} tokens, {documents}, {rate}")
+        else:
+            learned = f", {count['targets']:,} of them to learn" if kind != "problems" else ""
+            say(f"{out / split}.*: {documents}, {count['tokens']:,} tokens{learned}")
     for mix in meta["mix"]:
         if len(meta["mix"]) > 1 or mix["epochs"] > 1:
             again = f", read {mix['epochs']} times" if mix["epochs"] > 1 else ""
             say(f"  {mix['tokens'] / meta['train']['tokens']:6.1%} {mix['source']}{again}")
-    if meta["empty_documents"]:
-        say(f"  {meta['empty_documents']:,} empty documents were left out")
+    for reason, count in meta["left_out"].items():
+        say(f"  left out: {count:,} {reason}")
 
 
 def main(argv):

@@ -30,6 +30,7 @@ import sys
 import time
 import typing
 import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,6 +40,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import Doge, DogeConfig
@@ -227,6 +229,10 @@ class RunOptions:
 
     def check(self):
         """Raises ValueError for values no run can have. Called by a stage once its options are complete."""
+        if self.out_dir and (source := getattr(self, "init_from", "")) and not self.resume:
+            if Path(self.out_dir).resolve() in [place := Path(source).resolve(), *place.parents]:
+                raise ValueError(f"--out_dir={self.out_dir} holds --init_from={source}: "
+                                 "give the new run another folder")  # fmt: skip
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed={self.seed} must be from 0 up and below 2^63")
         for name in ("max_steps", "log_every", "eval_every", "save_every"):
@@ -235,6 +241,122 @@ class RunOptions:
         for name in ("learning_rate", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name}={getattr(self, name)} must be a number from 0 up")
+
+
+@dataclass
+class TuneOptions(RunOptions):
+    """The options that the stages after pretraining share. The shape of the model, its tokenizer and its chat template
+    are the checkpoint's, so there is no option for them. A row is a conversation, a preference or a problem."""
+
+    init_from: str = "out/stories"  # checkpoint folder of the model to tune
+    data: str = ""  # folder made by prepare_data.py
+    overwrite: bool = False  # replace the run that out_dir holds
+    epochs: float = 2.0  # how often every row is seen
+    max_steps: int = 0  # optimizer steps in all; 0 = as many as the epochs take
+    batch_rows: int = 128  # rows a step, over all processes and micro-batches
+    micro_tokens: int = 16384  # tokens a process computes at once, padding included: as many as its memory holds
+    sequence_length: int = 0  # longest row in tokens (T); 0 = the model's max_position_embeddings
+    learning_rate: float = 8e-4  # peak learning rate
+    warmup: float = 0.1  # share of the steps that have a rising learning rate; then half a cosine to a tenth of it
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the hidden matrices, the rest stays with adamw
+    beta1: float = 0.9  # Adam: memory of the gradient
+    beta2: float = 0.95  # Adam: memory of its square
+    weight_decay: float = 0.01  # of the matrices; A, the residual scales and the norms are not decayed
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
+    eval_rows: int = 1000  # validation rows, always the first ones
+
+    def __post_init__(self):
+        self.data = Path(self.data).as_posix()
+        self.out_dir = Path(self.out_dir or f"out/{Path(self.data).name}").as_posix()
+        steps, self.max_steps = self.max_steps, max(self.max_steps, 1)  # 0 stands until the rows are counted
+        self.check()
+        self.max_steps = steps
+        for name in ("batch_rows", "micro_tokens", "eval_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_steps", "sequence_length", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name}={getattr(self, name)} must be a number from 0 up")
+        for name in ("beta1", "beta2", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be from 0 up and below 1")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"--epochs={self.epochs} must be a number above 0")
+
+
+# What a resumed tuning run may change: what it costs, and where and how often it reports. The rest is the run.
+TUNE_MAY_CHANGE = set("""resume out_dir overwrite log_every eval_every eval_rows save_every device dtype compile
+    micro_tokens gradient_checkpointing""".split())
+
+
+def read_tune_options(options_class, argv, default_config, may_change=()):
+    """The options of a tuning run. Without a config file they are those of `default_config` (in config/), with --resume
+    those of the run itself. What `argv` says comes last, and wins."""
+    if all(argument.startswith("--") for argument in argv):
+        argv = [str(HERE / "config" / default_config), *argv]
+    asked = read_values(options_class, argv)
+    if asked.get("resume"):
+        out = asked.get("out_dir") or f"out/{Path(asked.get('data') or options_class.data).name}"
+        return resumed_options(options_class, argv, out, TUNE_MAY_CHANGE | set(may_change))
+    options = parse_options(options_class, argv)
+    refuse_to_overwrite(options)
+    return options
+
+
+def start_tuning(options, machine, tokenizer):
+    """-> the model to tune, and the training state of a resumed run (else None). Fills in sequence_length; rows longer
+    than the model was made for make it one of that length. tokenizer: that of the data. Raises ValueError if the
+    checkpoint has another one, or another chat template."""
+    folder = options.out_dir if options.resume else options.init_from
+    model, own = load_model(folder)
+    if own.digest != tokenizer.digest or own.chat_template != tokenizer.chat_template:
+        what = "tokenizer" if own.digest != tokenizer.digest else "chat template"
+        raise ValueError(f"{folder} has another {what} than --data={options.data}: prepare the data with "
+                         f"--tokenizer={folder}")  # fmt: skip
+    options.sequence_length = options.sequence_length or model.config.max_position_embeddings
+    model.config.max_position_embeddings = max(options.sequence_length, model.config.max_position_embeddings)
+    if options.micro_tokens < options.sequence_length:
+        raise ValueError(f"--micro_tokens={options.micro_tokens} is less than one row of {options.sequence_length}")
+    model.gradient_checkpointing = options.gradient_checkpointing
+    return model.train().to(machine.device), load_training_state(folder) if options.resume else None
+
+
+def count_steps(options, count, machine):
+    """Fills in max_steps, for `count` rows of training data."""
+    if count < 1 or options.batch_rows < machine.world_size:
+        raise ValueError(f"--batch_rows={options.batch_rows}: there are {count} rows and {machine.world_size} "
+                         "processes, each of which needs one")  # fmt: skip
+    options.max_steps = options.max_steps or math.ceil(options.epochs * count / options.batch_rows)
+
+
+def refuse_to_overwrite(options):
+    """Raises ValueError if out_dir holds a run, unless --overwrite says that it may go."""
+    out = options.out_dir
+    if any(checkpoint_file(out, name).is_file() for name in ("training_state.pt", "model.safetensors")):
+        if not options.overwrite:
+            raise ValueError(f"--out_dir={out} holds a run already: --resume goes on with it, --overwrite replaces it, "
+                             "or choose another folder")  # fmt: skip
+
+
+def resumed_options(options_class, argv, out, may_change):
+    """The options of the run in the folder `out`, with the changes that `argv` names as --name=value (a config file
+    only tells where the run is). Raises ValueError for a change that would make it another run."""
+    state = load_training_state(out)
+    if state is None:
+        raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
+    if not {"options", "optimizer", "step", "tokens", "seconds", "row"} <= state.keys():
+        raise ValueError(f"--resume: {out}/training_state.pt is not that of a training run")
+    changes = [argument for argument in argv if argument.startswith("--") and not argument.startswith("--config=")]
+    names = {field.name for field in dataclasses.fields(options_class)}
+    if not state["options"].keys() <= names:
+        raise ValueError(f"--resume: the run in {out} is of another stage: it has the options "
+                         f"{' '.join(sorted(state['options'].keys() - names))}")  # fmt: skip
+    options = parse_options(options_class, changes, base=state["options"] | dict(out_dir=Path(out).as_posix()))
+    for name, before in state["options"].items():
+        if name not in may_change and getattr(options, name) != before:
+            raise ValueError(f"--{name}={getattr(options, name)}: the run in {out} has {before}; a resumed run cannot "
+                             "change it (--init_from starts a new run from its weights)")  # fmt: skip
+    return options
 
 
 class Machine:
@@ -309,6 +431,31 @@ class Machine:
         known = [flops for name, flops in table.items() if re.search(rf"\b{name}\b", self.name)]
         other = self.dtype != torch.bfloat16 or re.search(r"MIG|Laptop|NVL|4090 D", self.name)  # slower relatives
         return known[0] * self.world_size if known and not other and self.device.type == "cuda" else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data folders
+
+
+def read_meta(folder, kind="text"):
+    """meta.json of a data folder. Raises ValueError for a folder that prepare_data.py did not finish, or that holds
+    another kind of data."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        raise ValueError(f"--data={folder}: there is no {path}; python prepare_data.py SOURCE "
+                         f"--kind={kind} --out={folder} makes one")  # fmt: skip
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [meta["vocab_size"], meta["train"]["tokens"], meta["val"]["tokens"]]
+        if meta["dtype"] not in ("uint16", "uint32") or not all(type(n) is int and n >= 0 for n in numbers):
+            raise KeyError(f"dtype {meta['dtype']}, numbers {numbers}")
+        if kind != "text" and not isinstance(meta.get("sizes"), dict):
+            raise KeyError("sizes")
+        if (found := meta.get("kind", "text")) != kind:
+            raise ValueError(f"--data={folder} holds --kind={found}, and this stage reads --kind={kind}")
+        return meta | {"tokenizer_sha256": str(meta["tokenizer_sha256"])}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,14 +716,20 @@ class Run:
 
         with run:
             for step in run.steps():
-                ... forward, backward, update ...
-                run.end_step(tokens, loss, grad_norm, lr)
+                ... choose the rows of this step, divide them into micro-batches ...
+                run.update(micro_batches, loss_of, tokens, lr)
 
-    evaluate() -> dict of log columns. milestones = {steps done: folder}: checkpoints kept beside the newest one.
+    network: what the losses are computed with, the model itself or a module around it, compiled or not; run.network is
+    that, made one with those of the other processes. evaluate() -> dict of log columns. milestones = {steps done:
+    folder}: checkpoints kept beside the newest one. columns: names that a stage adds to the log.
     """
 
-    def __init__(self, options, machine, model, tokenizer, optimizers, evaluate, flops_per_token, milestones=None):
+    def __init__(self, options, machine, model, network, tokenizer, optimizers, evaluate, flops_per_token,
+                 milestones=None, columns=()):  # fmt: skip
         self.options, self.machine, self.model, self.tokenizer = options, machine, model, tokenizer
+        several = machine.world_size > 1
+        self.network = DistributedDataParallel(network, gradient_as_bucket_view=True) if several else network
+        self.columns = [*COLUMNS, *columns]
         self.optimizers, self.evaluate, self.flops_per_token = optimizers, evaluate, flops_per_token
         self.folder, self.milestones = Path(options.out_dir), milestones or {}
         self.names = {p: name for name, p in model.named_parameters()}
@@ -603,7 +756,7 @@ class Run:
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             settle(self.folder)
-            self.log = Log(self.folder / "log.csv", self.step)
+            self.log = Log(self.folder / "log.csv", self.step, self.columns)
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)
         if self.machine.sum([unlogged])[0] and (self.is_due("log_every") or self.is_due("eval_every")):
@@ -632,10 +785,35 @@ class Run:
             while self.step < self.options.max_steps and not self.stop:
                 yield self.step
 
-    def end_step(self, tokens, loss, grad_norm, lr):
+    def update(self, batches, loss_of, tokens, lr, experts_only=False):
+        """One step of the optimizers, and what is due after it.
+
+        batches: this process's micro-batches, of which it has at least one. loss_of(batch) -> that micro-batch's share
+        of the step's loss, such that the shares of all micro-batches of all processes add up to it; or (share, {column:
+        share}), which add up in the same way to what the log shows. tokens: how many the step has, of all processes.
+        experts_only: this step moves the groups that are `routed` and no others (see train.make_optimizers).
+        """
+        processes, loss, extra = self.machine.world_size, 0.0, {}
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1  # gradients are exchanged once a step
+            with nullcontext() if last or processes == 1 else self.network.no_sync():
+                share = loss_of(batch)
+                share, columns = share if isinstance(share, tuple) else (share, {})
+                (share * processes).backward()  # the exchange takes the mean over the processes, and we want the sum
+            loss = loss + share.detach()
+            extra = {name: extra.get(name, 0.0) + value for name, value in columns.items()}
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr if group["routed"] or not experts_only else 0.0
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.end_step(tokens, loss, norm, lr, extra)
+
+    def end_step(self, tokens, loss, grad_norm, lr, extra):
         """Counts a step and does what is due after it, in this order: check, save, validate, log. Saving comes before
-        validating, so that running out of memory there costs nothing. tokens: of all processes; loss: this process's
-        share of the step's mean loss, a 0-d tensor. Raises ValueError when the numbers are not finite any more."""
+        validating, so that running out of memory there costs nothing. tokens: of all processes; loss and the values of
+        extra: this process's shares. Raises ValueError when the numbers are not finite any more."""
         self.step, self.tokens = self.step + 1, self.tokens + tokens
         self.bar.update()
         logs, saves = self.is_due("log_every") or self.is_due("eval_every"), self.is_due("save_every")
@@ -643,7 +821,7 @@ class Run:
         must_stop = self.signal and self.machine.world_size == 1  # several processes agree at the next logged step
         if not (logs or saves or milestone or must_stop or self.reads_every_step):
             return
-        loss, signals = self.machine.sum([loss, float(self.signal)])
+        loss, signals, *values = self.machine.sum([loss, float(self.signal), *extra.values()])
         self.stop = self.signal or (signal.SIGTERM if signals else 0)
         norm = float(grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -659,7 +837,7 @@ class Run:
         mfu = f"{self.flops_per_token * speed / self.peak_flops:.4f}" if self.peak_flops else ""
         self.row = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 2), loss=loss, lr=lr,
                         grad_norm=norm, tokens_per_second=round(speed), mfu=mfu,
-                        memory=self.machine.peak_memory())  # fmt: skip
+                        memory=self.machine.peak_memory(), **dict(zip(extra, values, strict=True)))  # fmt: skip
         self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
         if self.machine.is_main and (saves or milestone):
             if self.fresh:

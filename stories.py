@@ -703,8 +703,9 @@ def fact_templates() -> dict[str, list[str]]:
     return {kind: rest for kind, *rest in table(FACTS)}
 
 
-def tell(seed: int, split: str) -> tuple[str, list[str], Callable[[str], str]]:
-    """The text of a story, the kinds of facts it tells, and the function that fills templates with its cast."""
+def tell(seed: int, split: str, paragraphs: int | None = None) -> tuple[str, list[str], Callable[[str], str]]:
+    """The text of a story, or its title and first paragraphs; the kinds of facts it tells; and the function that fills
+    templates with its cast."""
     if seed < 0:
         raise ValueError(f"seed={seed} is negative: choose 0 or more")
     random = Random(seed)
@@ -716,14 +717,15 @@ def tell(seed: int, split: str) -> tuple[str, list[str], Callable[[str], str]]:
         write(parse(template), slots, random, out, told)
         return tidy("".join(out))
 
-    title, *paragraphs = [fill(template) for template in choose(random, plots())]
+    title, *rest = [fill(template) for template in choose(random, plots())[: paragraphs and paragraphs + 1]]
     title = " ".join(word if word in SMALL_WORDS else word[0].upper() + word[1:] for word in title.split())
-    return "\n\n".join([title, *paragraphs]), list(dict.fromkeys(told)), fill
+    return "\n\n".join([title, *rest]), list(dict.fromkeys(told)), fill
 
 
-def story(seed: int, split: str = "train") -> Story:
-    """The story of this seed, always the same, with the names and things of `split`: "train", "test" or "all"."""
-    text, told, fill = tell(seed, split)
+def story(seed: int, split: str = "train", paragraphs: int | None = None) -> Story:
+    """The story of this seed, always the same, with the names and things of `split`: "train", "test" or "all". With
+    `paragraphs`, its first ones, and what they tell."""
+    text, told, fill = tell(seed, split, paragraphs)
     templates = fact_templates()
     facts = []
     for kind in told:
@@ -741,6 +743,76 @@ def stories(count: int, seed: int = 0, split: str = "all", start: int = 0) -> It
 def questions(story: Story) -> list[tuple[str, str]]:
     """(question, answer) for every fact of the story; each question has this one right answer."""
     return [(fact.question, fact.answer) for fact in story.facts]
+
+
+# ---- Rows to tune a model with: conversations, preferences and problems, in the form that conversations.py reads.
+# Number i is a pure function of i and the split. Their seeds begin where pretraining's stories (seed 0) never come.
+
+CHAT_SEED, PREFERENCE_SEED = 1 << 32, 2 << 32
+POLITE = ("Of course: {}.", "Gladly. It is {}.", "Happy to help: {}.")
+RUDE = ("Read it yourself, it says {}.", "What a silly question: {}.", "It is {}. Leave me alone now.")
+RAMBLING = ("Well, let me see, that is a hard one, there is so much in it, who can tell, but maybe {}, or so I think.",
+            "Hm, stories are long and days are short, and I once knew a baker, but that is another tale: perhaps {}.")
+
+
+def conversation(number: int, split: str) -> dict:
+    """One to three questions about the beginning of a story, each with its one right answer."""
+    random = Random(f"conversation {number}")
+    passage = story(CHAT_SEED + number, split, paragraphs=1)
+    facts, messages = list(passage.facts), []
+    for _ in range(min(len(facts), 1 + int(random.random() * 3))):
+        fact = facts.pop(int(random.random() * len(facts)))
+        asked = fact.question if messages else passage.text.split("\n\n", 1)[1] + "\n\n" + fact.question
+        messages += [dict(role="user", content=asked), dict(role="assistant", content=fact.answer)]
+    return dict(messages=messages)
+
+
+def preference(number: int, split: str) -> dict:
+    """A question about the beginning of a story. The right answer, politely put, is better than a wrong one (that of
+    another story), and than right ones that are rude or ramble."""
+    random = Random(f"preference {number}")
+    passage = story(PREFERENCE_SEED + number, split, paragraphs=1)
+    fact = choose(random, passage.facts)
+    wrong = fact.answer
+    while wrong == fact.answer:
+        other = tell(int(random.random() * 2**31), split, paragraphs=1)[2]
+        wrong = other(fact_templates()[fact.kind][1])
+    chosen = choose(random, POLITE).format(fact.answer)
+    flaw = random.random()
+    rejected = choose(random, POLITE).format(wrong) if flaw < 0.5 else choose(
+        random, RUDE if flaw < 0.75 else RAMBLING).format(fact.answer)  # fmt: skip
+    prompt = passage.text.split("\n\n", 1)[1] + "\n\n" + fact.question
+    return dict(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def worked_sum(number: int, split: str) -> dict:
+    """A problem of adding, taking away or counting; how a child would work it out, step by step; and the number.
+
+    The steps are one at a time, n, n + 1, n + 2, so a model that has learned to count can do pairs of numbers that it
+    never saw. One pair in five is held out: (n, m) with 2 n + m = 4 modulo 5.
+    """
+    random, lists = Random(f"sum {number}"), lexicon(split)
+    pairs = [(n, m) for n in range(2, 21) for m in range(2, 10) if ((2 * n + m) % 5 == 4) == (split == "test")]
+    n, m = choose(random, pairs)
+    a, b = choose(random, lists["girls"]), choose(random, lists["boys"])
+    items = choose(random, lists["items"])
+    others = choose(random, [name for name in lists["items"] if name != items])
+    kind = choose(random, ("add", "take away", "count"))
+    if kind == "add":
+        problem = f"{a} has {n} {items}. {b} gives her {m} more. How many {items} does {a} have now?"
+        steps, answer = ", ".join(str(n + i) for i in range(m + 1)), n + m
+    elif kind == "take away":
+        n, answer = n + m, n
+        problem = f"{b} has {n} {items}. He gives {m} of them to {a}. How many {items} does {b} have left?"
+        steps = ", ".join(str(n - i) for i in range(m + 1))
+    else:
+        row, answer = sorted([items] * m + [others] * (n % 4), key=lambda _: random.random()), m
+        problem = f"{a} sees {', '.join(row)}. How many {items} are there?"
+        steps = ", ".join(str(i + 1) for i in range(m))
+    trace = f"<|begin_of_thought|>\n{steps}\n<|end_of_thought|>\n\n"
+    solution = f"<|begin_of_solution|>\n{answer}\n<|end_of_solution|>"
+    messages = [dict(role="user", content=problem), dict(role="assistant", content=trace + solution)]
+    return dict(messages=messages, answer=str(answer))
 
 
 if __name__ == "__main__":

@@ -26,16 +26,13 @@ the loss a token, it does not depend on the tokenizer.
 
 import dataclasses
 import functools
-import json
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from model import Doge, DogeConfig
@@ -99,7 +96,7 @@ class Rows:
 
     def __init__(self, folder, split, length):
         self.folder, self.length = Path(folder), length
-        meta = read_meta(folder)
+        meta = runtime.read_meta(folder)
         path = self.folder / f"{split}.bin"
         dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), path.stat().st_size
         if size != meta[split]["tokens"] * dtype.itemsize:
@@ -122,21 +119,6 @@ class Rows:
         return tokens.clamp(min=0), targets.masked_fill(targets < 0, -100)
 
 
-def read_meta(folder):
-    """meta.json of a data folder. Raises ValueError for a folder that prepare_data.py did not finish."""
-    path = Path(folder) / "meta.json"
-    if not path.is_file():
-        raise ValueError(f"--data={folder}: there is no {path}; python prepare_data.py SOURCE --out={folder} makes one")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        numbers = [meta["vocab_size"], meta["train"]["tokens"], meta["val"]["tokens"]]
-        if meta["dtype"] not in ("uint16", "uint32") or not all(type(n) is int and n >= 0 for n in numbers):
-            raise KeyError(f"dtype {meta['dtype']}, numbers {numbers}")
-        return meta | {"tokenizer_sha256": str(meta["tokenizer_sha256"])}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
-
-
 def open_data(options, machine):
     """-> training rows, validation rows, tokenizer of options.data. Built-in data is prepared if it is not there."""
     if options.data in BUILT_IN and not Path(options.data, "meta.json").is_file():
@@ -147,7 +129,7 @@ def open_data(options, machine):
             machine.print(f"preparing the built-in {source} in {options.data}")
             prepare_data.prepare(prepare_data.PrepareOptions(sources=[source], out=options.data))
     machine.barrier()
-    meta = read_meta(options.data)
+    meta = runtime.read_meta(options.data)
     train, val = (Rows(options.data, split, options.sequence_length) for split in ("train", "val"))
     tokenizer = Tokenizer.load(options.data)
     if tokenizer.digest != meta["tokenizer_sha256"]:
@@ -201,6 +183,15 @@ def wsd(step, max_steps, warmup_steps, decay_steps, decay="linear"):
         return 1.0
     p = 1 - (max_steps - step) / decay_steps
     return {"linear": 1 - p, "cosine": 0.5 + 0.5 * math.cos(math.pi * p), "1-sqrt": 1 - math.sqrt(p)}[decay]
+
+
+def cosine(step, max_steps, warmup_steps, floor=0.1):
+    """The multiple of the peak learning rate that tuning uses at `step` (from 0): a line up to 1 over warmup_steps,
+    then half a cosine down to `floor`, reached with the last step and kept after it."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = min(1.0, (step + 1 - warmup_steps) / max(1, max_steps - warmup_steps))
+    return floor + (1 - floor) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def is_routed(name):
@@ -261,8 +252,6 @@ def start(options, machine, tokenizer):
             torch.manual_seed(options.seed)
             model = Doge.from_dense(model, options.num_experts, options.num_experts_per_tok)
         model.config.router_aux_loss_coef = options.router_aux_loss_coef
-        if Path(options.out_dir).resolve() in [place := Path(folder).resolve(), *place.parents]:
-            raise ValueError(f"--out_dir={options.out_dir} holds --init_from={folder}: give the new run another folder")
     return model.train().to(machine.device), state
 
 
@@ -336,35 +325,24 @@ def train(options, machine):
     evaluate = make_evaluate(machine, functools.partial(forward, network=network), val_rows, tokenizer, options)
     stable_until = options.max_steps - options.decay_steps
     milestones = {stable_until: Path(options.out_dir) / "stable"} if options.decay_steps and stable_until else {}
-    run = runtime.Run(options, machine, model, tokenizer, optimizers, evaluate,
+    run = runtime.Run(options, machine, model, network, tokenizer, optimizers, evaluate,
                       model.flops_per_token(options.sequence_length), milestones)  # fmt: skip
     if options.resume:
         run.restore(state)
     elif state:
         runtime.load_optimizer_state(optimizers, run.names, state["optimizer"])
-    if machine.world_size > 1:
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+    def loss_of(rows):  # a micro-batch's share of the mean over the whole step
+        return forward(*train_rows.batch(rows), run.network) / (accumulation * machine.world_size)
 
     with run:
         for step in run.steps():
             schedule = options.max_steps, options.warmup_steps, options.decay_steps, options.decay
             lr = options.learning_rate * wsd(step, *schedule)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = lr if group["routed"] or step >= options.moe_warmup_steps else 0.0
-            rows, loss = rows_of_step(step, train_rows.count, rows_per_step, options.seed), 0.0
-            for micro in range(accumulation):
-                first = (micro * machine.world_size + machine.rank) * options.batch_size
-                batch = train_rows.batch(rows[first : first + options.batch_size])
-                last = micro == accumulation - 1  # gradients are exchanged once a step
-                with nullcontext() if last or machine.world_size == 1 else network.no_sync():
-                    part = forward(*batch, network) / accumulation
-                    part.backward()
-                loss += part.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            run.end_step(options.batch_tokens, loss / machine.world_size, norm, lr)
+            rows = rows_of_step(step, train_rows.count, rows_per_step, options.seed)
+            parts = [rows[i : i + options.batch_size] for i in range(0, len(rows), options.batch_size)]
+            run.update(parts[machine.rank :: machine.world_size], loss_of, options.batch_tokens, lr,
+                       experts_only=step < options.moe_warmup_steps)  # fmt: skip
     run.finish()
     if machine.is_main and options.sample_tokens:
         print_sample(model, tokenizer, machine, options)
@@ -403,36 +381,17 @@ def read_options(argv):
     asked = runtime.read_values(TrainOptions, tiny + argv)
     if asked.get("resume"):
         data = asked.get("data", TrainOptions.data)
-        return resumed_options(argv, Path(asked.get("out_dir") or f"out/{Path(data).name}"))
+        return runtime.resumed_options(TrainOptions, argv, asked.get("out_dir") or f"out/{Path(data).name}", MAY_CHANGE)
     base = {}
     if source := asked.get("init_from"):
         state = runtime.load_training_state(source) or {}
-        where = ("out_dir", "data", "init_from", "overwrite")
-        base = {name: value for name, value in state.get("options", {}).items() if name not in where}
+        where, known = ("out_dir", "data", "init_from", "overwrite"), {f.name for f in dataclasses.fields(TrainOptions)}
+        recipe = state.get("options", {})
+        if recipe.keys() <= known:  # else it was tuned, and only its shape is of use here
+            base = {name: value for name, value in recipe.items() if name not in where}
         base |= dataclasses.asdict(runtime.load_config(source))
     options = runtime.parse_options(TrainOptions, argv if base else tiny + argv, base=base)
-    out = Path(options.out_dir)
-    if any(runtime.checkpoint_file(out, name).is_file() for name in ("training_state.pt", "model.safetensors")):
-        if not options.overwrite:
-            raise ValueError(f"--out_dir={out} holds a run already: --resume goes on with it, --overwrite replaces it, "
-                             "or choose another folder")  # fmt: skip
-    return options
-
-
-def resumed_options(argv, out):
-    """The options of the run in the folder `out`, with the changes that `argv` names as --name=value (a config file
-    only tells where the run is). Raises ValueError for a change that would make it another run."""
-    state = runtime.load_training_state(out)
-    if state is None:
-        raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
-    if not {"options", "optimizer", "step", "tokens", "seconds", "row"} <= state.keys():
-        raise ValueError(f"--resume: {out}/training_state.pt is not that of a training run")
-    changes = [argument for argument in argv if argument.startswith("--") and not argument.startswith("--config=")]
-    options = runtime.parse_options(TrainOptions, changes, base=state["options"] | dict(out_dir=str(out)))
-    for name, before in state["options"].items():
-        if name not in MAY_CHANGE and getattr(options, name) != before:
-            raise ValueError(f"--{name}={getattr(options, name)}: the run in {out} has {before}; a resumed run cannot "
-                             "change it (--init_from starts a new run from its weights)")  # fmt: skip
+    runtime.refuse_to_overwrite(options)
     return options
 
 

@@ -4,8 +4,12 @@ import json
 import random
 
 import numpy as np
+import torch
 
+import prepare_data
+import runtime
 import tokenizer
+from model import Doge, DogeConfig
 
 TINY = ["--hidden_size=32", "--intermediate_size=48", "--num_hidden_layers=2", "--num_attention_heads=2",
         "--max_position_embeddings=16", "--batch_size=2", "--batch_tokens=64", "--max_steps=12", "--warmup_steps=2",
@@ -32,3 +36,44 @@ def make_data(folder, vocab_size=300, count=60, seed=0):
         meta[split] = dict(tokens=len(ids), bytes=sum(map(len, documents)), documents=len(documents))
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
+
+
+TUNE = ["--batch_rows=8", "--micro_tokens=256", "--max_steps=12", "--learning_rate=3e-3", "--log_every=1",
+        "--eval_every=4", "--save_every=4", "--device=cpu", "--sequence_length=64", "--optimizer=adamw"]  # fmt: skip
+
+
+def make_checkpoint(folder, vocab_size=400, seed=0, **shape):
+    """A small model with random weights, and a tokenizer that can chat, as train.py leaves them."""
+    tok = tokenizer.train_bpe(texts(300, seed=2), vocab_size)
+    fields = dict(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
+    torch.manual_seed(seed)
+    runtime.save_checkpoint(folder, Doge(DogeConfig(**fields | shape)), tok)
+    return folder
+
+
+def rows_of(kind, count, seed=0):
+    """Rows of a data set of this kind: of some length, of one or several turns."""
+    words, draw = iter(texts(9 * count, seed)), random.Random(seed).random
+    for i in range(count):
+        question = f"{next(words)} {i}"
+        if kind == "preferences":
+            yield dict(prompt=question, chosen=next(words), rejected=next(words) + " not")
+        elif kind == "problems":
+            yield dict(question=question, answer=f"{next(words)}\n#### {int(draw() * 100)}")
+        else:
+            messages = [dict(role="system", content=next(words))] if draw() < 0.3 else []
+            for turn in range(1 + int(draw() * 3)):
+                messages += [dict(role="user", content=next(words) if turn else question),
+                             dict(role="assistant", content=next(words)[: 20 + 10 * turn])]  # fmt: skip
+            yield dict(messages=messages)
+
+
+def make_set(folder, checkpoint, kind="chat", count=120, rows=None, **options):
+    """A data folder of rows, made by prepare_data.py with the checkpoint's tokenizer."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source = folder.with_name(folder.name + ".jsonl")
+    if not source.exists():
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows or rows_of(kind, count)), encoding="utf-8")
+    options = dict(val_fraction=0.2, tokenizer=str(checkpoint), kind=kind) | options
+    return prepare_data.prepare(prepare_data.PrepareOptions([str(source)], str(folder), **options), quiet=True)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
+import sources as reading
 from prepare_data import PrepareOptions, prepare
 from tokenizer import Tokenizer, train_bpe
 
@@ -89,16 +90,16 @@ def test_round_trip(tmp_path, vocabulary, kind):
     hashed = [int(hashlib.blake2b(t.encode(), digest_size=8).hexdigest(), 16) < 0.05 * 2**64 for t in wanted]
     assert train == [text for text, is_val in zip(wanted, hashed, strict=True) if not is_val]
     assert val == [text for text, is_val in zip(wanted, hashed, strict=True) if is_val]
-    assert val and meta_of(out)["empty_documents"] == 2
+    assert val and meta_of(out)["left_out"] == {"empty": 2}
 
 
 @pytest.mark.parametrize("text", [
     "".join(documents(400)), "".join(map(str, range(12_000))), " ".join(map(str, range(9_000))),
     "\r\n\r\n".join(map(str, range(9_000)))])  # fmt: skip
 def test_text_files_are_cut_and_lose_nothing(tmp_path, vocabulary, text):
-    pieces = list(prepare_data.split_pieces([text[i : i + 777] for i in range(0, len(text), 777)], 1000))
+    pieces = list(reading.split_pieces([text[i : i + 777] for i in range(0, len(text), 777)], 1000))
     assert "".join(pieces) == text and max(map(len, pieces)) <= 1000 and min(map(len, pieces[:-1])) >= 500
-    assert pieces == list(prepare_data.split_pieces([text], 1000))  # whatever blocks the file was read in
+    assert pieces == list(reading.split_pieces([text], 1000))  # whatever blocks the file was read in
     (tmp_path / "x.txt").write_bytes(text.encode())
     out = run(str(tmp_path / "x.txt"), tmp_path / "out", vocabulary, val_fraction=0.3, piece_chars=1000)
     assert sorted(read_back(out, "train") + read_back(out, "val")) == sorted(pieces)
@@ -133,10 +134,10 @@ def test_vocabulary_is_trained_saved_and_uint32_when_large(tmp_path, vocabulary)
 def test_default_data_and_stdlib(tmp_path, monkeypatch, vocabulary):
     monkeypatch.chdir(tmp_path)
     out = prepare(PrepareOptions(stories=300, tokenizer=vocabulary), quiet=True)
-    texts = list(prepare_data.stories.stories(300))
+    texts = list(reading.stories.stories(300))
     assert out == Path("data/stories") and sorted(read_back(out, "train") + read_back(out, "val")) == sorted(texts)
-    parts = prepare_data.stdlib_parts()
-    topics = list(prepare_data.read_stdlib(parts[0], 0))
+    parts = reading.stdlib_parts()
+    topics = list(reading.read_stdlib(parts[0], 0))
     assert len(topics) > 70 and any(text.startswith("The \"if\" statement") for text in topics)
     assert any(path.endswith(f"json{os.sep}decoder.py") for path in parts)
     assert not any(f"{os.sep}test{os.sep}" in path or "site-packages" in path for path in parts)
@@ -152,8 +153,8 @@ def test_hub_dataset_from_local_parquet(tmp_path, vocabulary):
     name = f"hf:{tmp_path / 'hub'}"
     out = run(name, tmp_path / "out", vocabulary, val_fraction=0.3)
     assert sorted(read_back(out, "train") + read_back(out, "val")) == sorted(texts)
-    source = prepare_data.parse_source(name)
-    prepare_data.open_source(source, PrepareOptions(), tmp_path, True)
+    source = reading.parse_source(name)
+    reading.open_source(source, PrepareOptions(), reading.text_rows("text"), tmp_path, True)
     assert [list(source.read(part, 25)) for part in source.parts] == [texts[25:30], texts[55:60], texts[85:90]]
     for bad, hint in ((f"{name}:nosubset", "nosubset"), (f"{name}::nosplit", "nosplit")):
         with pytest.raises(ValueError, match=hint):
@@ -271,7 +272,7 @@ def test_same_call_does_nothing_and_another_is_refused(tmp_path, vocabulary, mon
     (tmp_path / "mine" / "thesis.doc").write_text("precious")
     with pytest.raises(ValueError, match="not made by prepare_data.py"):
         run(path, tmp_path / "mine", vocabulary, overwrite=True)
-    monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+    monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
     with pytest.raises(ValueError, match="needs over .* of disk"):
         run(path, tmp_path / "full", vocabulary)
 
@@ -331,11 +332,11 @@ def test_bad_input_is_one_line(tmp_path, vocabulary, monkeypatch, name):
     with pytest.raises(ValueError, match=message) as info:
         run(name, tmp_path / "out", vocabulary)
     assert "\n" not in str(info.value) and not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-    assert Path(info.traceback[-1].path) in (ROOT / "prepare_data.py", ROOT / "runtime.py")  # what runtime.run goes by
+    assert Path(info.traceback[-1].path).parent == ROOT  # what runtime.run goes by
 
 
 def test_a_document_beyond_memory_is_refused(tmp_path, vocabulary, monkeypatch):
-    monkeypatch.setattr(prepare_data, "MAX_DOCUMENT", 3_000_000)
+    monkeypatch.setattr(reading, "MAX_DOCUMENT", 3_000_000)
     write_jsonl(tmp_path / "x.jsonl", ["x" * 5_000_000])
     with pytest.raises(ValueError, match="more than 3,000,000 characters"):
         run(str(tmp_path / "x.jsonl"), tmp_path / "out", vocabulary)
@@ -410,8 +411,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(prepare_data, "WAIT", 0.001)
-    monkeypatch.setattr(prepare_data, "TRIES", 3)
+    monkeypatch.setattr(reading, "WAIT", 0.001)
+    monkeypatch.setattr(reading, "TRIES", 3)
     monkeypatch.setattr(Server, "files", {"x.txt": "".join(documents(3000)).encode(), "blob": b"", "one.txt": b"x"})
     monkeypatch.setattr(Server, "log", [])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
@@ -425,10 +426,10 @@ def server(monkeypatch):
 ])  # fmt: skip
 def test_download(tmp_path, server, kind, requests):
     data = Server.files["x.txt"]
-    path = prepare_data.download(f"{server}/{kind}/x.txt", tmp_path, True)
+    path = reading.download(f"{server}/{kind}/x.txt", tmp_path, True)
     assert path.read_bytes() == (data[::-1] if kind == "changes" else data)
     assert [start // 10_000 for _, start in Server.log] == requests  # up to 64 kB that had arrived may be lost
-    assert prepare_data.download(f"{server}/{kind}/x.txt", tmp_path, True) == path and len(Server.log) == len(requests)
+    assert reading.download(f"{server}/{kind}/x.txt", tmp_path, True) == path and len(Server.log) == len(requests)
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -447,21 +448,21 @@ def test_download_of_a_source_with_hash_and_failures(tmp_path, server, vocabular
 
 def test_software_heritage_rows(tmp_path, server, vocabulary, monkeypatch):
     texts = documents(60)
-    monkeypatch.setattr(prepare_data, "BLOBS", f"{server}/plain/")
-    monkeypatch.setattr(prepare_data, "FETCHES", 4)
+    monkeypatch.setattr(reading, "BLOBS", f"{server}/plain/")
+    monkeypatch.setattr(reading, "FETCHES", 4)
     monkeypatch.setattr(Server, "files", {f"b{i}": gzip.compress(text.encode()) for i, text in enumerate(texts)})
     (tmp_path / "hub").mkdir()
     names = [f"b{i}" for i in range(60)]
     pq.write_table(pa.table({"blob_id": names[:30] + ["gone"] + names[30:]}), tmp_path / "hub" / "train.parquet")
     out = run(f"swh:{tmp_path / 'hub'}", tmp_path / "out", vocabulary, val_fraction=0.3)
     assert sorted(read_back(out, "train") + read_back(out, "val")) == sorted(texts)
-    assert meta_of(out)["empty_documents"] == 1
+    assert meta_of(out)["left_out"] == {"empty": 1}
 
 
 def test_smollm_recipe_is_readable():
     options = prepare_data.runtime.parse_options(
         PrepareOptions, [f"--config={ROOT / 'config' / 'smollm_corpus.py'}"], positional="sources")  # fmt: skip
-    sources = [prepare_data.parse_source(spec) for spec in options.sources]
+    sources = [reading.parse_source(spec) for spec in options.sources]
     prepare_data.check_options(options, sources)
     assert prepare_data.shares_of(sources) == pytest.approx([0.70, 0.20, 0.05, 0.05])
     assert [source.kind for source in sources] == ["hf", "hf", "swh", "hf"]
@@ -469,10 +470,10 @@ def test_smollm_recipe_is_readable():
 
 def test_an_existing_path_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert prepare_data.parse_source("stories").kind == "stories"
+    assert reading.parse_source("stories").kind == "stories"
     for name in ("stories", "a@0.5", "b@2.txt"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.txt").write_text("text")
-        source = prepare_data.parse_source(name)
+        source = reading.parse_source(name)
         assert (source.kind, source.ratio) == ("file", 0)
-    assert prepare_data.parse_source("a@0.5@0.25").ratio == 0.25
+    assert reading.parse_source("a@0.5@0.25").ratio == 0.25

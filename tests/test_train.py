@@ -2,6 +2,7 @@
 resumed equals never stopped, two processes equal one, and nothing that exists is ever overwritten by mistake."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -403,6 +404,13 @@ def test_every_recipe_is_valid(path):
         import prepare_data
 
         runtime.parse_options(prepare_data.PrepareOptions, [f"--config={path}"], positional="sources")
+        return
+    if (stage := path.stem.split("_")[0]) in ("sft", "dpo", "grpo"):
+        [options_class] = [item for item in vars(importlib.import_module(stage)).values() if isinstance(item, type)
+                           and issubclass(item, runtime.TuneOptions) and item is not runtime.TuneOptions]  # fmt: skip
+        options = runtime.parse_options(options_class, [str(path)])
+        model = re.search(r"doge\d+m", path.stem)
+        assert not model or (model[0] in options.init_from and path.stem.endswith(model[0]))
         return
     options = runtime.parse_options(train.TrainOptions, [str(path)])
     size = re.search(r"([\d.,]+)(M) parameters", path.read_text())

@@ -1,0 +1,14 @@
+"""Questions about built-in stories, for the tiny model: minutes on a laptop's processor."""
+
+init_from = "out/stories"  # what `python train.py` leaves
+data = "data/stories-chat"  # made on the spot: python prepare_data.py --kind=chat stories --tokenizer=out/stories
+
+batch_rows = 32
+micro_tokens = 2048  # what a processor's cache likes
+learning_rate = 3e-3
+optimizer = "muon"
+
+eval_answers = 200
+log_every = 10
+eval_every = 100
+save_every = 100

@@ -1,0 +1,351 @@
+"""conversations.py and the data it makes: every schema ends in the same conversation, the mask is what the assistant
+says and nothing else, and a row that cannot be used is counted or named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import make_checkpoint, make_set, rows_of
+
+import prepare_data
+import runtime
+import stories
+from conversations import TokenSet, divide, document, final_answer, generate, pad
+from tokenizer import Tokenizer
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("out") / "base")
+
+
+def read(row, kind="chat", system=""):
+    made = json.loads(document(row, kind, system, "here:1"))
+    return made.get("left_out") or made
+
+
+ASKED = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four"}]
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": ASKED},
+    {"messages": [*ASKED, {"role": "user", "content": "Thanks"}]},  # nothing to learn after the last answer
+    {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four"}]},
+    {"conversations": [{"from": "user", "value": "Two and two?"}, {"from": "assistant", "value": "Four"}]},
+    {"instruction": "Two and two?", "input": "", "output": "Four"},
+    {"instruction": "Two and two?", "output": "Four", "text": "Below is an instruction"},
+    {"question": "Two and two?", "answer": "Four"},
+    {"problem": "Two and two?", "solution": "Four", "answer": "4"},
+])  # fmt: skip
+def test_every_schema_is_the_same_conversation(row):
+    assert read(row) == {"messages": ASKED}
+
+
+def test_input_of_an_instruction_and_system_messages():
+    row = {"instruction": "Translate.", "input": "chat", "output": "cat"}
+    assert read(row)["messages"][0]["content"] == "Translate.\n\nchat"
+    identity, own = {"role": "system", "content": "I am Doge."}, {"role": "system", "content": "Be brief."}
+    assert read(row, system="I am Doge.")["messages"][0] == identity
+    assert read({"messages": [own, *ASKED]}, system="I am Doge.")["messages"][0] == own
+    assert read({"messages": ASKED, "system": "Be brief."}, system="I am Doge.")["messages"][0] == own  # OpenThoughts
+
+
+PROMPT = [{"role": "user", "content": "Two and two?"}]
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Two and two?", "chosen": "Four", "rejected": "Five"},
+    {"prompt": "Two and two?", "chosen": ASKED, "rejected": [PROMPT[0], {"role": "assistant", "content": "Five"}],
+     "score_chosen": 9.0},
+    {"prompt": PROMPT, "chosen": ASKED[1:], "rejected": [{"role": "assistant", "content": " Five\n"}]},
+])  # fmt: skip
+def test_schemas_of_preferences(row):
+    assert read(row, "preferences") == {"messages": PROMPT, "chosen": "Four", "rejected": "Five"}
+
+
+@pytest.mark.parametrize("row", [
+    {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+    {"problem": "Two and two?", "answer": "4", "solution": "It is \\boxed{4}.", "messages": ASKED},
+    {"messages": ASKED, "answer": "4"},
+])  # fmt: skip
+def test_schemas_of_problems(row):
+    assert read(row, "problems") == {"messages": PROMPT, "answer": "4"}
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("Four", "Four"), ("so\n#### 1,000 ", "1,000"), ("<|begin_of_solution|>\n7\n<|end_of_solution|>", "7"),
+    ("<|begin_of_thought|>#### 3<|end_of_thought|><|begin_of_solution|>7<|end_of_solution|>", "7"),
+    ("<|begin_of_solution|>7", ""), ("", ""),
+    ("<|begin_of_solution|>1<|end_of_solution|> no: <|begin_of_solution|>2<|end_of_solution|>", "2"),
+])  # fmt: skip
+def test_final_answer(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("kind, row, reason", [
+    ("chat", {"messages": []}, "empty"), ("chat", {"messages": PROMPT}, "without an answer"),
+    ("chat", {"messages": [*PROMPT, {"role": "assistant", "content": " \n"}]}, "without an answer"),
+    ("chat", {"instruction": "", "input": "", "output": ""}, "empty"),
+    ("chat", {"question": "Two?", "answer": None}, "without an answer"),
+    ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": "a "}, "with two equal answers"),
+    ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": ""}, "without an answer"),
+    ("preferences", {"prompt": "Two?", "chosen": PROMPT, "rejected": PROMPT}, "without an answer"),
+    ("problems", {"problem": "Two?", "answer": None}, "without an answer"),
+    ("problems", {"problem": "", "answer": "2"}, "without an answer"),
+])  # fmt: skip
+def test_rows_that_cannot_be_used_have_a_reason(kind, row, reason):
+    assert read(row, kind) == reason
+
+
+@pytest.mark.parametrize("kind, row, message", [
+    ("chat", {"text": "Once"}, "here:1: no --kind=chat in the columns text"),
+    ("chat", ["Once"], "here:1: not a row"), ("chat", {"messages": "Once upon"}, "without an answer"),
+    ("chat", {"messages": 5}, "must be a list of messages, not int"),
+    ("chat", {"messages": [{"role": "tool", "content": "x"}]}, "message 0 is from 'tool'"),
+    ("chat", {"messages": [{"role": "user", "content": None}]}, "message 0 has no text"),
+    ("chat", {"messages": ["Hi"]}, "message 0 has no text"), ("chat", {"question": 1, "answer": "2"}, "holds int"),
+    ("preferences", {"messages": ASKED}, "no --kind=preferences"),
+    ("preferences", {"prompt": "Two?", "chosen": ASKED, "rejected": "x"}, "earlier messages differ"),
+    ("preferences", {"prompt": "Two?", "chosen": 1, "rejected": "x"}, "column 'chosen' holds int"),
+    ("problems", {"problem": "Two?", "answer": 2}, "column 'answer' holds int"),
+    ("problems", {"text": "x", "answer": "2"}, "no --kind=problems"),
+])  # fmt: skip
+def test_a_row_of_no_schema_is_named(kind, row, message):
+    if message == "without an answer":
+        assert read(row, kind) == message
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        read(row, kind)
+    assert "\n" not in str(error.value) and "here:1" in str(error.value)
+
+
+# ---- What is written is what was said
+
+
+def by_hand(tokenizer, messages):
+    """The conversation as the template writes it, and what of it is to be learned, from the definition."""
+    text, learned = "<|begin_of_text|>", []
+    for m in messages:
+        text += f"<|start_header_id|>{m['role']}<|end_header_id|>\n{m['content'].strip()}<|end_of_text|>\n\n"
+        learned += [m["content"].strip() + "<|end_of_text|>"] if m["role"] == "assistant" else []
+    return text, learned
+
+
+def learned_parts(tokenizer, ids, mask):
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return [tokenizer.decode(part) for part in np.split(ids, edges)[1::2]]
+
+
+def test_conversations_come_out_as_they_went_in(tmp_path, checkpoint):
+    rows = list(rows_of("chat", 150))
+    folder = make_set(tmp_path / "set", checkpoint, rows=[*rows, {"messages": []}, {"messages": PROMPT}])
+    tokenizer, meta = Tokenizer.load(folder), runtime.read_meta(folder, "chat")
+    assert meta["left_out"] == {"empty": 1, "without an answer": 1}
+    wanted = {text: learned for text, learned in (by_hand(tokenizer, row["messages"]) for row in rows)}
+    assert len(wanted) == len(rows)
+    for split in ("train", "val"):
+        part = TokenSet(folder, split, "chat")
+        assert len(part) == meta[split]["documents"] > 10 and part.mask.sum() == meta[split]["targets"]
+        for i in range(len(part)):
+            ids, mask = part.conversation(i)
+            assert (ids == tokenizer.bos_id).sum() == 1 and ids[0] == tokenizer.bos_id  # one BOS
+            assert learned_parts(tokenizer, ids, mask) == wanted.pop(tokenizer.decode(ids))
+            assert mask[ids == tokenizer.eos_id].any()  # the end is learned
+    assert not wanted
+
+
+def test_preferences_share_their_prompt_and_learn_the_last_answer(tmp_path, checkpoint):
+    earlier = [*ASKED, {"role": "user", "content": "And three?"}]
+    rows = [dict(prompt="x", chosen=[*earlier, dict(role="assistant", content=f"Seven {i}")],
+                 rejected=[*earlier, dict(role="assistant", content=f"Four {i}")]) for i in range(3)]  # fmt: skip
+    rows += list(rows_of("preferences", 60))
+    folder = make_set(tmp_path / "set", checkpoint, "preferences", rows=rows)
+    tokenizer = Tokenizer.load(folder)
+    seen = {}
+    for split in ("train", "val"):
+        part = TokenSet(folder, split, "preferences")
+        assert len(part) % 2 == 0
+        for i in range(0, len(part), 2):
+            (ids, mask), (other, other_mask) = part.conversation(i), part.conversation(i + 1)
+            n, m = mask.argmax(), other_mask.argmax()
+            assert n == m and (ids[:n] == other[:n]).all()
+            [chosen], [rejected] = learned_parts(tokenizer, ids, mask), learned_parts(tokenizer, other, other_mask)
+            seen[chosen.removesuffix("<|end_of_text|>")] = rejected.removesuffix("<|end_of_text|>"), split
+    last = lambda x: x[-1]["content"] if isinstance(x, list) else x  # noqa: E731
+    assert {k: v[0] for k, v in seen.items()} == {last(row["chosen"]): last(row["rejected"]) for row in rows}
+    assert len({seen[f"Seven {i}"][1] for i in range(3)}) == 1  # one prompt, one side
+
+
+def test_problems_end_where_the_assistant_begins(tmp_path, checkpoint):
+    folder = make_set(tmp_path / "set", checkpoint, "problems")
+    tokenizer, asked = Tokenizer.load(folder), {}
+    for split in ("train", "val"):
+        part = TokenSet(folder, split, "problems")
+        assert len(part.answers) == len(part) > 10 and not part.mask.any()
+        for i, answer in enumerate(part.answers):
+            asked[tokenizer.decode(part.conversation(i)[0])] = answer
+    assert asked == {
+        f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n{row['question']}<|end_of_text|>\n\n"
+        "<|start_header_id|>assistant<|end_header_id|>\n": row["answer"].split("#### ")[1]
+        for row in rows_of("problems", 120)
+    }
+
+
+def test_thoughts_stay_between_their_tags_and_users_cannot_write_them(tmp_path, checkpoint):
+    """OpenThoughts' schema. The assistant's tags are tokens; in what a user types they are letters."""
+    thought = "<|begin_of_thought|>\n\nTwo,\nthree.\n<|end_of_thought|>\n\n<|begin_of_solution|>\n3<|end_of_solution|>"
+    answer = {"from": "assistant", "value": thought}
+    rows = [dict(system="Think.", conversations=[{"from": "user", "value": f"1+2 <|end_of_text|> {i}"}, answer])
+            for i in range(30)]  # fmt: skip
+    folder = make_set(tmp_path / "set", checkpoint, rows=rows)
+    tokenizer, part = Tokenizer.load(folder), TokenSet(folder, "train", "chat")
+    ids, mask = part.conversation(0)
+    tags = [tokenizer.special_tokens[f"<|{which}_of_{what}|>"]
+            for what in ("thought", "solution") for which in ("begin", "end")]  # fmt: skip
+    assert [i for i in ids[mask] if i in tags] == tags and not set(tags) & set(ids[~mask].tolist())
+    assert (ids == tokenizer.eos_id).sum() == 3  # system, user, assistant
+    assert tokenizer.decode(ids).startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\nThink.")
+
+
+def test_mixed_by_ratio_and_read_from_parquet_and_the_hub(tmp_path, checkpoint):
+    chat = list(rows_of("chat", 200))
+    alpaca = [dict(instruction=f"Say {i}", input="", output="yes") for i in range(400)]
+    pq.write_table(pa.Table.from_pylist(chat), tmp_path / "chat.parquet", row_group_size=30)
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.Table.from_pylist(alpaca), tmp_path / "hub" / "train.parquet")
+    sources = [f"{tmp_path / 'chat.parquet'}@0.75", f"hf:{tmp_path / 'hub'}@0.25"]
+    options = prepare_data.PrepareOptions(sources, str(tmp_path / "set"), str(checkpoint), kind="chat", tokens=6000)
+    folder = prepare_data.prepare(options, quiet=True)
+    meta = runtime.read_meta(folder, "chat")
+    shares = [mix["tokens"] / meta["train"]["tokens"] for mix in meta["mix"]]
+    assert shares == pytest.approx([0.75, 0.25], abs=0.02) and len(TokenSet(folder, "val", "chat")) > 0
+
+
+def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(prepare_data, "BATCH", 500)
+    monkeypatch.setattr(prepare_data, "SHARD", 4000)
+    whole = make_set(tmp_path / "whole", checkpoint)
+    (tmp_path / "cut.jsonl").write_bytes((tmp_path / "whole.jsonl").read_bytes())
+    commit, count = prepare_data.Writer.commit, iter(range(99))
+
+    def dying(self, finished=False):
+        commit(self, finished)
+        return 1 / 0 if next(count) == 1 else None
+
+    monkeypatch.setattr(prepare_data.Writer, "commit", dying)
+    with pytest.raises(ZeroDivisionError):
+        make_set(tmp_path / "cut", checkpoint)
+    with open(tmp_path / "cut.partial" / "train.mask.bin", "ab") as file:
+        file.write(b"after the last commit")
+    assert not (tmp_path / "cut").exists()
+    cut = make_set(tmp_path / "cut", checkpoint)
+    names = [f"{split}.{name}.bin" for split in ("train", "val") for name in ("ids", "mask", "offsets")]
+    assert all((cut / name).read_bytes() == (whole / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(tokenizer=""), "--kind=chat needs the --tokenizer"), (dict(kind="text", system="x"), "needs --kind=chat"),
+    (dict(sources=["stdlib"]), "plain text"), (dict(sources=["sums"], kind="preferences"), "it has chat problems"),
+    (dict(sources=["sums"], kind="text"), "'sums' has no --kind=text"), (dict(sources=["x.txt"]), "reads rows"),
+])  # fmt: skip
+def test_wrong_calls_are_refused(tmp_path, checkpoint, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("x.txt").write_text("some text " * 100)
+    given = dict(sources=["stories"], kind="chat", tokenizer=str(checkpoint), out="set") | options
+    with pytest.raises(ValueError, match=message) as error:
+        prepare_data.prepare(prepare_data.PrepareOptions(**given), quiet=True)
+    assert "\n" not in str(error.value) and not Path("set").exists() and not Path("set.partial").exists()
+
+
+def test_a_damaged_or_other_folder_is_refused(tmp_path, checkpoint):
+    folder = make_set(tmp_path / "set", checkpoint)
+    with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=preferences"):
+        TokenSet(folder, "train", "preferences")
+    with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=text"):
+        runtime.read_meta(folder)
+    (folder / "train.mask.bin").write_bytes((folder / "train.mask.bin").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="train.mask.bin has not the .* bytes"):
+        TokenSet(folder, "train", "chat")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
+@pytest.mark.parametrize("kind, name", [("chat", "gsm8k_train"), ("problems", "gsm8k_train"),
+                                        ("preferences", "gsm8k_preferences")])  # fmt: skip
+def test_real_files(tmp_path, checkpoint, kind, name):
+    lines = (SHARED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    folder = make_set(tmp_path / "set", checkpoint, kind, rows=[json.loads(line) for line in lines])
+    meta = runtime.read_meta(folder, kind)
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 60 and not meta["left_out"]
+    if kind == "problems":
+        assert all(answer.replace(",", "").lstrip("-").isdigit() for answer in TokenSet(folder, "train", kind).answers)
+
+
+# ---- Built-in rows
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_built_in_rows_have_the_words_of_their_side(split):
+    """Names, towns and things; and pairs of numbers."""
+    other = stories.lexicon("test" if split == "train" else "train")
+    words = {w for key in ("girls", "boys", "towns", "surnames", "pet_names") for w in other[key]}
+    words -= {w for key in ("girls", "boys", "towns", "surnames", "pet_names") for w in stories.lexicon(split)[key]}
+    for i in range(400):
+        chat, pair = stories.conversation(i, split), stories.preference(i, split)
+        problem = stories.worked_sum(i, split)
+        text = " ".join(m["content"] for m in chat["messages"] + problem["messages"]) + pair["prompt"] + pair["chosen"]
+        assert not words & set(text.replace("'", " ").replace(",", " ").replace(".", " ").split())
+        numbers = [int(n) for n in problem["messages"][0]["content"].split() if n.isdigit()]
+        if numbers:
+            n, m = numbers if "more" in problem["messages"][0]["content"] else (numbers[0] - numbers[1], numbers[1])
+            assert ((2 * n + m) % 5 == 4) == (split == "test")
+
+
+def test_built_in_answers_are_right():
+    for i in range(400):
+        chat = stories.conversation(i, "train")["messages"]
+        assert [m["role"] for m in chat] == ["user", "assistant"] * (len(chat) // 2) and 2 <= len(chat) <= 6
+        assert all(m["content"] in chat[0]["content"] for m in chat[1::2])  # the passage says so
+        pair = stories.preference(i, "test")
+        assert pair["chosen"] != pair["rejected"] and len(read(pair, "preferences")) == 3
+        problem = stories.worked_sum(i, "test")
+        asked, answer = (m["content"] for m in problem["messages"])
+        assert final_answer(answer) == problem["answer"]
+        numbers = [int(n) for n in asked.split() if n.isdigit()]
+        things = asked.split("How many ")[1].split()[0]
+        right = asked.split(" sees ")[1].split(".")[0].split(", ").count(things) if not numbers else (
+            sum(numbers) if "more" in asked else numbers[0] - numbers[1])  # fmt: skip
+        assert int(problem["answer"]) == right
+
+
+# ---- Batches
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_divide_loses_nothing_and_keeps_to_the_limit(parts):
+    lengths = [3, 50, 7, 7, 100, 20, 20, 1, 64, 9, 33]
+    groups = divide(lengths, 128, parts)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths))) and all(groups)
+    assert len(groups) % parts == 0
+    assert all(len(group) * max(lengths[i] for i in group) <= 128 or len(group) == 1 for group in groups)
+
+
+def test_pad_shifts_by_one_and_targets_what_is_marked():
+    tokens, targets, lengths = pad([(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1], bool)),
+                                    (np.array([5, 9]), np.array([0, 1], bool))], pad_id=2)  # fmt: skip
+    assert tokens.tolist() == [[5, 6, 7], [5, 2, 2]] and lengths.tolist() == [3, 1]
+    assert targets.tolist() == [[-100, 7, 8], [9, -100, -100]]
+    ends = [(np.array([5, 6, 2]), np.array([0, 0, 1], bool)), (np.array([5, 2]), np.array([0, 1], bool))]
+    assert pad(ends, pad_id=2)[1].tolist() == [[-100, 2], [2, -100]]  # where padding and EOS are one token, EOS counts
+
+
+def test_generate_in_batches_equals_one_by_one(checkpoint):
+    model, tokenizer = runtime.load_model(checkpoint)
+    prompts = [tokenizer.encode(text) for text in ("the cat", "a red ball then", "over", "the dog sees a tree")]
+    together = generate(model, tokenizer, prompts, 9, rows=3, temperature=0.0)
+    alone = [generate(model, tokenizer, [prompt], 9, temperature=0.0)[0] for prompt in prompts]
+    assert together == alone and all(0 < len(ids) <= 9 for ids in alone)

@@ -1,0 +1,337 @@
+"""sft.py: its loss and gradient against transformers' Doge in float64, one conversation at a time; and a test for each
+way in which users of such stages were hurt: the mask, the end, rows too long or empty, uneven means, resuming."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TUNE, VOLATILE, make_checkpoint, make_set, rows_of
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
+
+import prepare_data
+import runtime
+import sft
+import train
+from conversations import TokenSet, pad
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("out") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, base):
+    return make_set(tmp_path_factory.mktemp("data") / "chat", base)
+
+
+def run(base, data, out, *options):
+    sft.main([*TUNE, "--eval_answers=0", f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options])
+    return runtime.read_log(out / "log.csv")
+
+
+def steady(rows):
+    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
+
+
+def assert_same_weights(a, b):
+    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is learned
+
+
+def said_by_the_assistant(text):
+    """[(text, is learned)] of a conversation as the template wrote it, read with nothing but the tags."""
+    parts, header = [], "<|start_header_id|>assistant<|end_header_id|>\n"
+    while header in text:
+        before, _, text = text.partition(header)
+        answer, end, text = text.partition("<|end_of_text|>")
+        parts += [(before + header, False), (answer + end, True)]
+    return parts
+
+
+def test_targets_are_the_answers_and_their_ends_and_nothing_else(data):
+    tokenizer, part = Tokenizer.load(data), TokenSet(data, "train", "chat")
+    rows = sft.Conversations(part, 10_000)
+    assert rows.count == len(part) and rows.cut == rows.left_out == 0
+    for i in range(rows.count):
+        tokens, targets, _ = pad([rows.row(i)], tokenizer.pad_id)
+        expected = said_by_the_assistant(tokenizer.decode(part.conversation(i)[0]))
+        learned, run_of = [], []
+        for token, target in zip(tokens[0].tolist(), targets[0].tolist(), strict=True):
+            if target >= 0:
+                run_of.append(target)
+                if target == tokenizer.eos_id:
+                    learned.append(tokenizer.decode(run_of))
+                    run_of = []
+            assert token != tokenizer.pad_id
+        assert not run_of and learned == [text for text, is_learned in expected if is_learned]
+        shifted = part.conversation(i)[0][1 : rows.lengths[i] + 1]
+        assert ((targets[0].numpy() == shifted) | (targets[0].numpy() == -100)).all()  # not off by one
+        assert rows.targets[i] == (targets >= 0).sum() > 0
+        answer = rows.row(i)[0][rows.answers[i] :]
+        assert tokenizer.decode(answer) == learned[-1]
+
+
+@pytest.mark.parametrize("length", [1, 9, 20, 30, 45, 64, 200])
+def test_long_conversations_are_cut_after_an_answer(data, length):
+    """Against a walk through every conversation."""
+    part = TokenSet(data, "train", "chat")
+    rows, kept, cut = sft.Conversations(part, length), [], 0
+    for i in range(len(part)):
+        ids, mask = part.conversation(i)
+        ends = [p for p in range(len(ids)) if mask[p] and (p + 1 == len(ids) or not mask[p + 1])]
+        fitting = [p for p in ends if p <= length]
+        if fitting:
+            kept.append((ids[: fitting[-1] + 1].tolist(), mask[: fitting[-1] + 1].tolist()))
+            cut += fitting[-1] < ends[-1]
+    assert [tuple(x.tolist() for x in rows.row(i)) for i in range(rows.count)] == kept
+    assert (rows.cut, rows.left_out) == (cut, len(part) - len(kept))
+    assert (rows.targets > 0).all() and (rows.lengths <= length).all()
+    assert rows.targets.tolist() == [sum(mask) for _, mask in kept]
+
+
+def test_runs_of_a_mask_are_found_across_pieces():
+    for seed in range(20):
+        mask = np.random.default_rng(seed).integers(0, 2, 50).astype(np.uint8)
+        whole = sft.turns(mask)
+        for piece in (1, 3, 7, 50):
+            assert all((a == b).all() for a, b in zip(sft.turns(mask, piece), whole, strict=True))
+        again = np.zeros(50, np.uint8)
+        for begin, end in zip(*whole, strict=True):
+            again[begin : end + 1] = 1
+        assert (again == mask).all()
+
+
+def reference_step(base, rows, ids_of_step):
+    """The mean loss over all targets of a step and its gradients, by transformers' model in float64, each conversation
+    by itself: no padding, no batch, no code of ours."""
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").double()
+    total, count = 0.0, 0
+    for i in ids_of_step:
+        ids, mask = (torch.from_numpy(x) for x in rows.row(i))
+        logits = model(ids[None, :-1]).logits[0]
+        losses = F.cross_entropy(logits, ids[1:], reduction="none")
+        total, count = total + losses[mask[1:]].sum(), count + int(mask[1:].sum())
+    (total / count).backward()
+    return (total / count).item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("micro_tokens", [64, 100, 100_000])
+def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(base, data, tmp_path, monkeypatch, micro_tokens):
+    seen, clip = {}, torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        seen.update(enumerate(p.grad.clone() for p in parameters))
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    log = run(base, data, tmp_path / "run", f"--micro_tokens={micro_tokens}", "--max_steps=1", "--grad_clip=0")
+    rows = sft.Conversations(TokenSet(data, "train", "chat"), 64)
+    loss, gradients = reference_step(base, rows, train.rows_of_step(0, rows.count, 8, 233))
+    assert float(log[0]["loss"]) == pytest.approx(loss, rel=1e-5)
+    model, _ = runtime.load_model(base)
+    for i, (name, _) in enumerate(model.named_parameters()):
+        wanted = gradients[f"model.{name}"]
+        assert (seen[i] - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-3), name
+    norm = torch.stack([g.norm() for name, g in gradients.items() if name != "lm_head.weight"]).norm()
+    assert float(log[0]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_conversation_sees_no_other(base, data):
+    """The loss of a conversation is the same alone, in any company, and whatever fills the row."""
+    model, tokenizer = runtime.load_model(base)
+    rows = sft.Conversations(TokenSet(data, "train", "chat"), 64)
+    order = np.argsort(rows.lengths)
+    short, long, losses = rows.row(order[0]), rows.row(order[-1]), []
+    for company, filling in (([short], 2), ([short, long], 2), ([short, long], 7)):
+        tokens, targets, lengths = pad(company, filling)
+        logits = model(tokens)[0][0, : lengths[0]]
+        losses.append(F.cross_entropy(logits, targets[0, : lengths[0]]).item())
+    assert lengths[0] < lengths[1] and losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
+def test_it_learns_to_answer_and_to_stop(base, tmp_path):
+    """And the loss says of what it is: it goes to zero, though what the users say stays as random as it was."""
+    answer = dict(role="assistant", content="a red ball")
+    rows = [dict(messages=[*row["messages"][:-1], answer]) for row in rows_of("chat", 120)]
+    rows = [dict(messages=[answer if m["role"] == "assistant" else m for m in row["messages"]]) for row in rows]
+    data = make_set(tmp_path / "set", base, rows=rows)
+    log = run(base, data, tmp_path / "run", "--max_steps=40", "--learning_rate=2e-2", "--eval_answers=20")
+    assert float(log[-1]["loss"]) < 0.01 and float(log[-1]["val_exact"]) == 1.0
+    model, tokenizer = runtime.load_model(tmp_path / "run")
+    ids, _ = tokenizer.render([dict(role="user", content="the tree 99")], add_generation_prompt=True)
+    new = model.generate(torch.tensor([ids]), 20, temperature=0.0, stop_ids=[tokenizer.eos_id])[0].tolist()
+    assert tokenizer.decode(new) == "a red ball<|end_of_text|>"
+
+
+def test_exact_match_by_hand(base, data, tmp_path):
+    """Each answer written by itself from the text of the conversation so far."""
+    rows = [dict(messages=m["messages"][:-1] + [dict(role="assistant", content="a cat")]) for m in rows_of("chat", 60)]
+    data = make_set(tmp_path / "set", base, rows=rows)
+    log = run(base, data, tmp_path / "run", "--max_steps=12", "--eval_answers=12", "--learning_rate=1e-2")
+    model, tokenizer = runtime.load_model(tmp_path / "run")
+    val, right = sft.Conversations(TokenSet(data, "val", "chat"), 64), 0
+    for i in range(min(12, val.count)):
+        text = tokenizer.decode(val.row(i)[0])
+        *_, (before, _), (answer, _) = said_by_the_assistant(text)
+        prompt = val.row(i)[0][: val.answers[i]]
+        assert tokenizer.decode(prompt).endswith(before[-20:])
+        new = model.generate(torch.from_numpy(prompt)[None], 12, temperature=0.0, stop_ids=[tokenizer.eos_id])
+        written = tokenizer.decode(new[0].tolist())
+        right += written.endswith("<|end_of_text|>") and written == answer
+    assert float(log[-1]["val_exact"]) == pytest.approx(right / min(12, val.count))
+    nats, count = 0.0, 0
+    for i in range(val.count):
+        tokens, targets, _ = pad([val.row(i)], 0)
+        nats += F.cross_entropy(model(tokens)[0][0].double(), targets[0], reduction="sum").item()
+        count += int((targets >= 0).sum())
+    assert float(log[-1]["val_loss"]) == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_cosine_equals_transformers_and_stays_at_its_floor():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 10, 100, min_lr_rate=0.1).lr_lambdas[0]
+    for step in range(99):  # ours has no step that does nothing at the start, and its last is at the floor
+        assert train.cosine(step, 100, 10) == pytest.approx(reference(step + 1), abs=1e-9), step
+    assert [train.cosine(step, 100, 10) for step in (99, 100, 101, 10**9)] == pytest.approx([0.1] * 4)
+    assert train.cosine(0, 1, 0) == pytest.approx(0.1) and train.cosine(0, 1, 1) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_before_the_first_step_an_example_shows_what_is_learned(base, data, tmp_path, capsys):
+    run(base, data, tmp_path / "run", "--max_steps=1")
+    out = capsys.readouterr().out
+    example = out.partition("marked:\n\n")[2].partition("\n\nstep ")[0]
+    text = example.replace("{+", "").replace("+}", "")
+    assert text.startswith("<|begin_of_text|><|start_header_id|>") and text.count("<|begin_of_text|>") == 1
+    marked = [part.partition("+}")[0] for part in example.split("{+")[1:]]
+    assert marked == [part for part, learned in said_by_the_assistant(text) if learned]
+    run(base, data, tmp_path / "short", "--max_steps=1", "--sequence_length=50")
+    rows = sft.Conversations(TokenSet(data, "train", "chat"), 50)
+    assert f"{rows.cut} training conversations are cut after an earlier answer, {rows.left_out} left out" in (
+        capsys.readouterr().out)  # fmt: skip
+
+
+def test_epochs_make_the_steps(base, data, tmp_path):
+    rows = sft.Conversations(TokenSet(data, "train", "chat"), 64)
+    log = run(base, data, tmp_path / "run", "--max_steps=0", "--epochs=1.5", "--eval_every=100")
+    assert len(log) == -(-rows.count * 3 // 16)
+    order = [i for step in range(len(log)) for i in train.rows_of_step(step, rows.count, 8, 233)]
+    assert sorted(order[: rows.count]) == list(range(rows.count))  # each once before any again
+    assert int(log[0]["tokens"]) == rows.lengths[order[:8]].sum()
+    assert float(log[-1]["lr"]) == pytest.approx(3e-4)  # a tenth of the peak
+
+
+@pytest.mark.parametrize("extra", [[], ["--optimizer=muon"]], ids=["adamw", "muon"])
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_path, monkeypatch, extra):
+    whole = run(base, data, tmp_path / "whole", *extra, "--eval_answers=4")
+    update = runtime.Run.update
+    monkeypatch.setattr(runtime.Run, "update", lambda self, *a: 1 / 0 if self.step == 6 else update(self, *a))
+    with pytest.raises(ZeroDivisionError):
+        run(base, data, tmp_path / "cut", *extra, "--eval_answers=4")
+    monkeypatch.undo()
+    sft.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
+    assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    with pytest.raises(ValueError, match="learning_rate=1.0: the run in .* has 0.003"):
+        sft.main([f"--out_dir={tmp_path / 'cut'}", "--resume", "--learning_rate=1"])
+    with pytest.raises(ValueError, match="is of another stage"):
+        train.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
+
+
+def test_two_processes_equal_one(base, data, tmp_path):
+    """Though they hold different numbers of targets."""
+    alone = run(base, data, tmp_path / "one", "--eval_answers=6")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sft.py", *TUNE]
+    command += [f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--eval_answers=6"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
+        for name in ("loss", "grad_norm", "val_loss", "val_exact"):
+            assert a[name] == b[name] == "" or float(a[name]) == pytest.approx(float(b[name]), abs=2e-5), name
+        assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
+
+
+@pytest.mark.parametrize("shape", [dict(keep_window_size=16), dict(is_moe=True, num_experts=16, num_experts_per_tok=2,
+                                                                   router_aux_loss_coef=0.01)], ids=str)  # fmt: skip
+def test_longer_rows_make_a_longer_model(data, tmp_path, shape):
+    """Beyond the window of keys that it keeps too; and a model with experts is tuned like any other."""
+    start = make_checkpoint(tmp_path / "start", **shape)
+    log = run(start, data, tmp_path / "run", "--max_steps=3", "--sequence_length=100")
+    assert runtime.load_config(tmp_path / "run").max_position_embeddings == 100
+    assert float(log[-1]["loss"]) < float(log[0]["loss"])
+
+
+def test_the_checkpoint_goes_on_to_the_next_stage_and_to_transformers(base, data, tmp_path):
+    run(base, data, tmp_path / "first", "--max_steps=2")
+    run(tmp_path / "first", data, tmp_path / "second", "--max_steps=2")
+    model, tokenizer = runtime.load_model(tmp_path / "second")
+    ids = torch.tensor([tokenizer.render([dict(role="user", content="the cat")], add_generation_prompt=True)[0]])
+    pretrain = train.read_options([f"--init_from={tmp_path / 'second'}", f"--out_dir={tmp_path / 'third'}"])
+    assert (pretrain.hidden_size, pretrain.max_steps) == (32, train.TrainOptions.max_steps)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "second", attn_implementation="eager")
+    torch.testing.assert_close(model(ids)[0], other(ids).logits, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"), (["--data=nowhere"], "nowhere"),
+    (["--sequence_length=2"], "0 and 0 fit"),
+    (["--micro_tokens=10"], "less than one row"), (["--batch_rows=0"], "batch_rows=0"), (["--epochs=0"], "epochs=0"),
+    (["--warmup=1"], "warmup=1"), (["--eval_answers=-1"], "eval_answers=-1"), (["--max_steps=-1"], "max_steps=-1"),
+    (["--hidden_size=9"], "no option 'hidden_size'"), (["--resume"], "no run to go on with"),
+])  # fmt: skip
+def test_bad_options_are_named(base, data, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        run(base, data, tmp_path / "run", *options)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_data_of_another_tokenizer_template_or_kind_is_refused(base, data, tmp_path, monkeypatch):
+    other = make_checkpoint(tmp_path / "other", vocab_size=300)
+    with pytest.raises(ValueError, match="has another tokenizer than --data"):
+        run(other, data, tmp_path / "run")
+    template = Tokenizer.load(base)
+    template.chat_template = template.chat_template.replace("\\n\\n", "\\n")
+    again = make_checkpoint(tmp_path / "again")
+    template.save(again)
+    with pytest.raises(ValueError, match="has another chat template than --data"):
+        run(again, data, tmp_path / "run")
+    pairs = make_set(tmp_path / "pairs", base, "preferences")
+    with pytest.raises(ValueError, match="holds --kind=preferences, and this stage reads --kind=chat"):
+        run(base, pairs, tmp_path / "run")
+    run(base, data, tmp_path / "run", "--max_steps=1")
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(base, data, tmp_path / "run")
+    with pytest.raises(ValueError, match="give the new run another folder"):
+        run(tmp_path / "run", data, tmp_path / "run", "--overwrite")
+
+
+def test_without_a_word_it_tunes_what_train_py_left(base, tmp_path, monkeypatch):
+    """`python sft.py`: the built-in conversations are prepared on the spot."""
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint(tmp_path / "out" / "stories", max_position_embeddings=256)
+    real = prepare_data.prepare
+    monkeypatch.setattr(prepare_data, "prepare", lambda options: real(dataclasses.replace(options, stories=60), True))
+    sft.main(["--max_steps=2", "--device=cpu", "--eval_answers=4"])
+    log = runtime.read_log(tmp_path / "out" / "stories-chat" / "log.csv")
+    assert len(log) == 1 and log[0]["val_exact"] != ""
