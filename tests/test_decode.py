@@ -1,5 +1,7 @@
 """The fast decoder computes what the model computes, in every form it has."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,11 @@ from model import Cache, Doge, DogeConfig
 SHAPE = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, keep_window_size=12)  # fmt: skip
 MOE = dict(is_moe=True, num_experts=49, num_experts_per_tok=5)
+
+
+def needs_compiler(compile):
+    if compile and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
 
 
 def make_model(**changes):
@@ -44,13 +51,17 @@ def distinct(count, length):
     (False, MOE), (True, MOE),
 ])  # fmt: skip
 def test_one_token_at_a_time_equals_one_full_pass(monkeypatch, compile, changes):
+    needs_compiler(compile)
     monkeypatch.setattr(decode, "LAYERS_AT_A_TIME", 1)  # the head comes with the last
     model = make_model(num_hidden_layers=1 if compile else 2, **changes)
     tokens = distinct(1 if changes == MOE else 2, 40)
     with torch.no_grad():
         expected = model(tokens)[0][:, 5:]
-    got = logits_of(model, tokens, 5, Decoder(model, compile=compile))
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    decoder = Decoder(model, compile=compile)
+    torch.testing.assert_close(logits_of(model, tokens, 5, decoder), expected, atol=1e-4, rtol=0)
+    with torch.compiler.set_stance("fail_on_recompile"):  # another text, within the window and beyond: compiled once
+        again = logits_of(model, tokens.flip(1), 3, decoder)
+    assert again.isfinite().all()
 
 
 @pytest.mark.parametrize("changes", [{}, MOE])
@@ -65,6 +76,7 @@ def test_a_bfloat16_model_is_decoded_as_it_is(changes):
 @pytest.mark.parametrize("dtype, compile", [(torch.int8, False), (torch.int8, True), (torch.bfloat16, False)])
 def test_fewer_bits_are_rounded_weights_and_nothing_else(dtype, compile):
     """The same logits as a model whose weights were rounded and stored in float32 again."""
+    needs_compiler(compile)
     model, rounded, tokens = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1), distinct(1, 20)
     rounded.load_state_dict(model.state_dict())
     for name, p in rounded.named_parameters():
