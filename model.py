@@ -747,7 +747,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             if wants_gradient:
                 dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1])).to(x.dtype)
                 dx[i : i + rows] = (dlogits @ weight.to(x.dtype)).masked_fill(ignored, 0.0)
-                dweight += dlogits.T @ piece.masked_fill(ignored, 0.0)
+                piece = piece.masked_fill(ignored, 0.0)
+                if x.dtype == dweight.dtype:
+                    dweight.addmm_(dlogits.T, piece)  # one tensor of the weight's size less
+                else:
+                    dweight += dlogits.T @ piece
         if wants_gradient:
             ctx.save_for_backward(dx, dweight.to(weight.dtype))
         return total
