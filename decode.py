@@ -10,9 +10,10 @@ divided by a scale of its own, so that its largest entry becomes 127, and rounde
 
 Too many steps. The model of model.py runs some 25 operations a layer. For a small model each takes less time than
 Python and torch need to launch it. So here the projections that share an input are one matrix, and on request
-torch.compile turns several layers at a time into one C++ function. That needs a C++ compiler and half a minute, once:
-torch keeps what it compiled on disk. One row against one matrix is then written as multiply and sum, a plain loop
-that the compiler vectorises, and which reads bfloat16 and int8 as easily as float32.
+torch.compile turns several layers at a time into one C++ function. That needs a C++ compiler, and half a minute or more
+for every length of cache, which are few (see room); torch keeps what it compiled on disk. One row against one matrix
+is then written as multiply and sum, a plain loop that the compiler vectorises, and which reads bfloat16 and int8 as
+easily as float32.
 
     decoder = Decoder(model, torch.int8, compile=True)
     for token in model.stream(prompt, 100, decoder=decoder): ...
@@ -64,6 +65,8 @@ def product(x, weight):
         return y if scale is None else y * scale
     if scale is None:
         return F.linear(x.to(values.dtype), values).float()
+    if values.shape[1] % 16:  # the kernel reads 16 inputs at a time and does not look where the row ends
+        return F.linear(x, values.float()) * scale
     return torch._weight_int8pack_mm(x.bfloat16(), values, scale.bfloat16()).float()
 
 
@@ -132,6 +135,8 @@ class Decoder:
         self.head = model.norm.weight.detach().float(), pack(model.output_weight, dtype)
         self.sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim), config.rms_norm_eps
         self.compiled = compile
+        if compile:  # a form for each length of cache (see room), dtype and model; torch gives up after 8
+            torch._dynamo.config.recompile_limit = 64
         self.layers_step = torch.compile(layers_step, dynamic=False, fullgraph=True) if compile else layers_step
 
     def room(self, length):

@@ -7,8 +7,8 @@ A model that gives the next token the probability p needs -log2(p) bits to say i
 bytes of that text, this does not depend on how the text was cut into tokens, so models of different vocabularies can be
 compared: 8 is no model at all, a good compressor of English needs about 2, and a language model less.
 
-The tokens go through decode.py one at a time, as in generation, so this is the loss of just that arithmetic: what int8
-changes here is what it changes when the model writes.
+The tokens go through decode.py one at a time, as in generation, with its eager arithmetic; embedding and cache are
+float32. So what int8 changes here is what it changes when the model writes.
 """
 
 import math
@@ -22,7 +22,7 @@ from tqdm import tqdm
 import runtime
 from decode import Decoder
 from model import Cache
-from train import Rows, bytes_of_tokens, read_meta
+from train import Rows, bytes_of_tokens
 
 DTYPES = ["float32", "bfloat16", "int8"]
 
@@ -32,7 +32,7 @@ class EvaluateOptions:
     checkpoint: list[str] = field(default_factory=lambda: ["out/stories"])  # folder of the model
     bpb: str = "data/stories"  # data folder whose validation text is measured
     dtype: list[str] = field(default_factory=lambda: ["float32"])  # of the weights: float32, bfloat16, int8
-    tokens: int = 32768  # of the validation text, at most
+    tokens: int = 32768  # of the validation text at most, rounded up to whole rows
     batch_size: int = 64  # rows at once
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
 
@@ -51,10 +51,10 @@ class EvaluateOptions:
 def nats(model, decoder, tokens, targets):
     """The sum of -log p(target) over tokens, targets (B, T), -100 = ignored, of a decoder that reads token by token."""
     cache = Cache(model.config, *tokens.shape, tokens.device, model.embed_tokens.weight.dtype)
-    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    total = 0.0
     for t in range(tokens.shape[1]):
-        total += F.cross_entropy(decoder(tokens[:, t], cache), targets[:, t], reduction="sum")
-    return total.item()
+        total += F.cross_entropy(decoder(tokens[:, t], cache), targets[:, t], reduction="sum").item()
+    return total
 
 
 def bits_per_byte(model, decoder, rows, sizes, options):
@@ -76,7 +76,7 @@ def main(argv):
     model, tokenizer = runtime.load_model(options.checkpoint[0])
     model = model.float().to(device)
     rows = Rows(options.bpb, "val", model.config.max_position_embeddings)
-    if read_meta(options.bpb)["tokenizer_sha256"] != tokenizer.digest:
+    if runtime.read_meta(options.bpb)["tokenizer_sha256"] != tokenizer.digest:
         raise ValueError(f"--bpb={options.bpb} was made with another tokenizer than {options.checkpoint[0]}'s")
     if len(rows.tokens) < 2:
         raise ValueError(f"--bpb={options.bpb}: val.bin has {len(rows.tokens)} tokens, too few to measure")

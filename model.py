@@ -427,7 +427,8 @@ class CDMoE(MLP):
         self.up_embed = nn.Embedding(config.num_experts, config.hidden_size)
         ranks = range(min(self.top_k, self.num_keys))
         pairs = [(i, j) for i in ranks for j in ranks if (i + 1) * (j + 1) <= self.top_k]
-        self.register_buffer("pairs", torch.tensor(pairs).T.contiguous(), persistent=False)  # (2, about k log k)
+        # (2, about k log k); on the CPU even where weights are only planned, since no checkpoint brings it
+        self.register_buffer("pairs", torch.tensor(pairs, device="cpu").T.contiguous(), persistent=False)
 
     def route(self, x):
         """x (B, T, C) -> weights (B, T, k) that sum to 1, expert ids (B, T, k), router logits (B, T, 2, sqrt(E)).
@@ -718,7 +719,7 @@ def sample(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, generator=None):
 def linear_cross_entropy(x, weight, targets):
     """Mean cross-entropy of the logits x @ weight.T in nats, over the targets that are not -100; 0 if there are none.
     x (N, C), weight (V, C), targets (N,) int64."""
-    return LinearCrossEntropy.apply(x, weight, targets) / (targets != -100).sum().clamp(min=1)
+    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled()) / (targets != -100).sum().clamp(min=1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -732,23 +733,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, wants_gradient):
         budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU wants large pieces
         rows = max(LOSS_ROWS, budget // len(weight))
-        wants_gradient = any(ctx.needs_input_grad)
         total = torch.zeros((), device=x.device)
         if wants_gradient:
             dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(x), rows):
             piece, target = x[i : i + rows], targets[i : i + rows, None]
             ignored, target = target == -100, target.clamp(min=0)
-            logp = F.linear(piece, weight).float().log_softmax(dim=-1)  # (rows, V)
+            logits = F.linear(piece, weight)  # (rows, V), in the precision of autocast
+            logp = logits.float().log_softmax(dim=-1)
             total -= logp.gather(1, target).masked_fill(ignored, 0.0).sum()
             if wants_gradient:
                 dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1])).to(x.dtype)
                 dx[i : i + rows] = (dlogits @ weight.to(x.dtype)).masked_fill(ignored, 0.0)
                 piece = piece.masked_fill(ignored, 0.0)
-                if x.dtype == dweight.dtype:
+                if logits.dtype == dweight.dtype:
                     dweight.addmm_(dlogits.T, piece)  # one tensor of the weight's size less
                 else:
                     dweight += dlogits.T @ piece
@@ -759,4 +760,4 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         dx, dweight = ctx.saved_tensors
-        return dx * scale, dweight * scale, None
+        return dx * scale, dweight * scale, None, None

@@ -442,7 +442,7 @@ def read_meta(folder, kind="text"):
     another kind of data."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise ValueError(f"--data={folder}: there is no {path}; python prepare_data.py SOURCE "
+        raise ValueError(f"{folder}: there is no {path}; python prepare_data.py SOURCE "
                          f"--kind={kind} --out={folder} makes one")  # fmt: skip
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -452,7 +452,7 @@ def read_meta(folder, kind="text"):
         if kind != "text" and not isinstance(meta.get("sizes"), dict):
             raise KeyError("sizes")
         if (found := meta.get("kind", "text")) != kind:
-            raise ValueError(f"--data={folder} holds --kind={found}, and this stage reads --kind={kind}")
+            raise ValueError(f"{folder} holds --kind={found}, and this stage reads --kind={kind}")
         return meta | {"tokenizer_sha256": str(meta["tokenizer_sha256"])}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None

@@ -46,7 +46,7 @@ class SampleOptions:
     seed: int = 0  # of the draws; the same seed gives the same text
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of the weights; int8: a byte each, see decode.py
-    compile: bool = False  # torch.compile: takes half a minute the first time, then two to three times as fast on a CPU
+    compile: bool = False  # torch.compile: half a minute or more for every power of two in length, then faster
 
     def __post_init__(self):
         limits = dict(num_samples=(1, None), max_new_tokens=(1, None), temperature=(0, None), top_k=(0, None),
@@ -178,9 +178,9 @@ def chat(model, decoder, tokenizer, options, generator):
 def main(argv):
     options = runtime.parse_options(SampleOptions, argv, positional="checkpoint")
     machine = runtime.Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
-    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
-    if options.compile and machine.device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise ValueError("--compile=true needs a C++ compiler, and neither g++ nor clang++ was found")
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # what torch calls
+    if options.compile and machine.device.type == "cpu" and not shutil.which(compiler):
+        raise ValueError(f"--compile=true needs a C++ compiler, and there is no {compiler} (set CXX to another)")
     model, tokenizer = runtime.load_model(options.checkpoint[0])
     model = model.to(machine.device, machine.dtype)
     decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype, options.compile)

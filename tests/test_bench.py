@@ -87,7 +87,7 @@ def test_tokenizer_and_its_peer(tmp_path, capsys):
 
 
 def test_data_reports_the_whole_process(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench.prepare_data, "stdlib_parts", lambda: [])  # the stories alone: reading 400 files is slow
+    monkeypatch.setattr(bench.sources, "stdlib_parts", lambda: [])  # the stories alone: reading 400 files is slow
     rows, _ = table(tmp_path, capsys, "data", "--megabytes=1", "--vocab_size=300", "--workers=1")
     assert 100_000 < int(rows[0]["tokens"]) < 1_000_000
     assert 50 < float(rows[0]["extra_mb"]) < 4000  # a process with torch in it
@@ -185,7 +185,7 @@ def test_a_moe_twin_has_the_shape_of_its_dense_model():
     (["decode", "--model=30m"], "--model=30m: neither a config file nor one of 160m"),
     (["train", "--dtype=int8"], "int8 is for decode with --engine=decoder"),
     (["train", "--dtype=float16"], "dtype 'float16': must be one or more of float32"),
-    (["decode", "--compile"], "decode compiles with --engine=decoder"),
+    (["decode", "--compile", "--engine=model"], "decode compiles with --engine=decoder"),
     (["decode", "--length=2k"], "'2k' is not a whole number"),
     (["decode", "--length=0"], "--length=0 must be at least 1"),
     (["decode", "--rounds=0"], "--rounds=0 must be at least 1"),

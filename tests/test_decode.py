@@ -95,6 +95,13 @@ def test_fewer_bits_are_rounded_weights_and_nothing_else(dtype, compile):
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
 
 
+def test_int8_of_sizes_that_the_kernel_does_not_take():
+    """torch's int8 kernel reads 16 inputs at a time and does not look where the row ends."""
+    x, weight = torch.randn(3, 40), torch.randn(7, 40)
+    got = decode.product(x, decode.pack(weight, torch.int8))
+    torch.testing.assert_close(got, x @ weight.T, atol=0.2, rtol=0)  # 40 roundings of up to 1/254 of a row's largest
+
+
 def test_int8_rows_keep_their_largest_entry_and_an_empty_row_stays_zero():
     weight = torch.randn(5, 32)
     weight[2] = 0

@@ -158,7 +158,8 @@ def test_a_model_transformers_would_compute_differently_does_not_open_there(smal
     for change in (dict(qk_norm=False), dict(is_moe=True, num_experts=16, num_experts_per_tok=2)):
         model = Doge(dataclasses.replace(small[0].config, **change))
         runtime.save_checkpoint(tmp_path, model, small[1])
-        assert runtime.load_model(tmp_path)[0].config == model.config
+        loaded, tokens = runtime.load_model(tmp_path)[0].to("cpu"), torch.arange(9)[None]
+        assert loaded.config == model.config and torch.equal(loaded(tokens)[0], model(tokens)[0])
         with pytest.raises(ValueError, match="nanodoge"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
 

@@ -329,7 +329,7 @@ def test_data_of_another_tokenizer_template_or_kind_is_refused(base, data, tmp_p
 def test_without_a_word_it_tunes_what_train_py_left(base, tmp_path, monkeypatch):
     """`python sft.py`: the built-in conversations are prepared on the spot."""
     monkeypatch.chdir(tmp_path)
-    make_checkpoint(tmp_path / "out" / "stories", max_position_embeddings=256)
+    make_checkpoint(tmp_path / "out" / "stories", max_position_embeddings=1024)  # its tokens are short
     real = prepare_data.prepare
     monkeypatch.setattr(prepare_data, "prepare", lambda options: real(dataclasses.replace(options, stories=60), True))
     sft.main(["--max_steps=2", "--device=cpu", "--eval_answers=4"])
