@@ -301,7 +301,8 @@ def peer_of(model):
     transformers.logging.set_verbosity_error()
     with torch.device(model.output_weight.device):
         reference = transformers.DogeForCausalLM(peer_config(model.config)).to(model.output_weight.dtype)
-    reference.load_state_dict({runtime.hf_name(key): w for key, w in model.state_dict().items()}, strict=False)
+    weights = {runtime.hf_name(key): w for key, w in model.state_dict().items()}
+    reference.load_state_dict(weights | {"lm_head.weight": model.output_weight})
     reference.tie_weights()
     return reference.eval()
 
