@@ -57,9 +57,9 @@ from conversations import divide, open_sets, pad
 from model import LOSS_ELEMENTS, LOSS_ROWS
 from train import cosine, make_optimizers, rows_of_step
 
-# Rewards that differ by less are equal. With the usual beta it is a factor of 1.01 between two answers; rounding makes
-# about 1e-5 in float32, and in bfloat16 as much as this and more for long answers.
-TIE = 1e-3
+# A reward margin up to this, with which one answer is preferred at 50.25 % and the other at 49.75 %, is a tie. Rounding
+# alone makes 3e-6 in float32 and 0.015 in bfloat16 (the tiny model, the largest of 60 pairs).
+TIE = 1e-2
 # What --beta=0 stands for: the first is the DPO paper's and everybody's; the last belongs to log-probabilities a token,
 # which are that much smaller (Tulu 3, arXiv 2411.15124).
 BETA = {"sigmoid": 0.1, "ipo": 0.1, "sigmoid_norm": 5.0}
@@ -143,31 +143,30 @@ class Answers(nn.Module):
 
     def forward(self, tokens, targets):
         """tokens, targets (B, T) int64, -100 = not of the answer -> log-probabilities (B,) fp32 of the answers, in
-        nats, and the load-balance value of the experts. Only the answers' places meet the output matrix."""
+        nats, and the load-balance value of the experts."""
         x, balance = self.model.hidden(tokens)
-        places = (targets != -100).flatten().nonzero()[:, 0]
-        x, words = x.flatten(0, 1).index_select(0, places), targets.flatten()[places]
-        logp = torch.zeros(targets.numel(), device=x.device)
-        logp = logp.index_copy(0, places, token_logp(x, self.model.output_weight, words))
-        return logp.view(targets.shape).sum(1), balance
+        return answer_logp(x, self.model.output_weight, targets), balance
 
 
 @torch.compiler.disable  # the number of pieces differs from batch to batch, and each would be compiled anew
-def token_logp(x, weight, targets):
-    """x (N, C), weight (V, C), targets (N,) -> (N,) fp32: the log-probability of each target under x @ weight.T.
+def answer_logp(x, weight, targets):
+    """x (B, T, C), weight (V, C), targets (B, T) -> (B,) fp32: the log-probabilities of a row's targets, added up.
 
-    A few rows at a time, for the logits of all would be the largest tensor of the step. They are forgotten, and
-    computed again in the backward pass: how much an answer's gradient counts is known only when both of a pair are
-    read, so it cannot be made on the way as in model.linear_cross_entropy.
+    Only places with a target meet the output matrix, a few at a time, for the logits of all would be the largest tensor
+    of the step. They are forgotten, and computed again in the backward pass: how much an answer's gradient counts is
+    known only when both of a pair are read, so it cannot be made on the way as in model.linear_cross_entropy.
     """
 
-    def piece_logp(x, targets):
-        return -F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+    def piece_logp(x, words):
+        return -F.cross_entropy(F.linear(x, weight).float(), words, reduction="none")
 
+    places = (targets != -100).flatten().nonzero()[:, 0]
+    states, words = x.flatten(0, 1).index_select(0, places), targets.flatten()[places]
     rows = max(LOSS_ROWS, (LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS) // len(weight))
-    pieces = zip(x.split(rows), targets.split(rows), strict=True)
-    return torch.cat([checkpoint(piece_logp, *piece, use_reentrant=False, preserve_rng_state=False)
-                      for piece in pieces])  # fmt: skip
+    pieces = [checkpoint(piece_logp, *piece, use_reentrant=False, preserve_rng_state=False)
+              for piece in zip(states.split(rows), words.split(rows), strict=True)]  # fmt: skip
+    logp = torch.zeros(targets.numel(), device=x.device).index_copy(0, places, torch.cat(pieces))
+    return logp.view(targets.shape).sum(1)
 
 
 def compare(logp, reference, sizes, options):
@@ -271,7 +270,7 @@ def announce(options, machine, model, train_pairs, val_pairs, which, seconds, li
         f"{1 - train_pairs.rows[step].sum() / padded:.0%} of the first step is padding\n"
         f"device    {machine.summary}; {line}\n"
         f"cost      {steps:,} steps; about {duration // 3600:.0f} h {duration // 60 % 60 + 1:.0f} min at the most, "
-        f"{first // 60 + 1:.0f} min of them before the first step, to ask the reference"
+        f"{first:.0f} s of it to ask the reference, before the first step"
     )
 
 
