@@ -57,9 +57,10 @@ from conversations import divide, open_sets, pad
 from model import LOSS_ELEMENTS, LOSS_ROWS
 from train import cosine, make_optimizers, rows_of_step
 
-# A reward margin up to this, with which one answer is preferred at 50.25 % and the other at 49.75 %, is a tie. Rounding
-# alone makes 3e-6 in float32 and 0.015 in bfloat16 (the tiny model, the largest of 60 pairs).
-TIE = 1e-2
+# Nats. A chosen answer that has gained less on the rejected one than this is in a tie with it: with the usual beta, one
+# would be preferred at 50.25 % and the other at 49.75 %. Rounding alone makes 3e-5 in float32 and 0.15 in bfloat16 (the
+# tiny model on a processor, the largest of 60 pairs), so in bfloat16 the first step may show a few wins all the same.
+TIE = 0.1
 # What --beta=0 stands for: the first is the DPO paper's and everybody's; the last belongs to log-probabilities a token,
 # which are that much smaller (Tulu 3, arXiv 2411.15124).
 BETA = {"sigmoid": 0.1, "ipo": 0.1, "sigmoid_norm": 5.0}
@@ -183,14 +184,15 @@ def compare(logp, reference, sizes, options):
     it is a gauge of how far the model has gone, in nats an answer, and not that divergence.
     """
     ratios = logp - reference
-    scored = ratios if options.loss == "sigmoid" else ratios / sizes
-    margin = options.beta * (scored[0] - scored[1])
+    sizes = torch.ones_like(sizes) if options.loss == "sigmoid" else sizes
+    scored = ratios / sizes
+    ahead = scored[0] - scored[1]
     if options.loss == "ipo":
-        loss = (scored[0] - scored[1] - 1 / (2 * options.beta)) ** 2
+        loss = (ahead - 1 / (2 * options.beta)) ** 2
     else:
-        loss = -F.logsigmoid(margin)
-    rewards, margin = options.beta * scored.detach(), margin.detach()
-    return dict(loss=loss, accuracy=(margin > TIE).float(), margin=margin, chosen_reward=rewards[0],
+        loss = -F.logsigmoid(options.beta * ahead)
+    rewards, ahead, won = options.beta * scored.detach(), ahead.detach(), ahead > TIE / sizes.amax(0)
+    return dict(loss=loss, accuracy=won.float(), margin=options.beta * ahead, chosen_reward=rewards[0],
                 rejected_reward=rewards[1], kl=ratios.detach().square().mean(0) / 2)  # fmt: skip
 
 
