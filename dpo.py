@@ -20,7 +20,7 @@ so what people chose can be made likely without a reward model and without a sam
 
     loss = -log sigmoid(reward(chosen) - reward(rejected))
 
-A small beta makes rewards cheap: the model may go far for them. Five things are easy to get wrong.
+The smaller beta, the farther must the model go from its reference to earn a margin. Five things are easy to get wrong.
 
 What is compared. log p is summed over the tokens of the answer and the EOS that ends it. The prompt does not count.
 
@@ -177,7 +177,7 @@ def compare(logp, reference, sizes, options):
     sigmoid       -log sigmoid(reward margin), rewards of whole answers (arXiv 2305.18290, eq. 7)
     sigmoid_norm  the same of means a token, so that being long is neither a merit nor a fault (arXiv 2411.15124)
     ipo           (difference of the log-ratios - 1 / (2 beta))^2: a margin to reach, where the sigmoid always wants
-                  more (arXiv 2310.12036, eq. 17; of means a token, as in TRL, by which the authors do so too)
+                  more (arXiv 2310.12036, eq. 17; of means a token, which is what its authors computed, says TRL)
 
     kl is half the squared log-ratio of an answer, the mean of the two. Over answers that the model itself writes, its
     mean is the KL divergence from the reference to second order (Schulman's k2). These are the answers of the data, so
@@ -306,6 +306,7 @@ def train(options, machine):
     which = pairs_of_run(options, train_pairs.count)
     announce(options, machine, model, train_pairs, val_pairs, which, seconds, line)
     show_example(train_pairs, rows_of_step(0, train_pairs.count, 1, options.seed)[0], tokenizer, machine)
+    # of all validation pairs, since a resumed run may raise --eval_rows
     reference = kept_reference(options, state, train_pairs, val_pairs) if options.resume else dict(
         train=reference_logp(answers, train_pairs, which, machine, options),
         val=reference_logp(answers, val_pairs, np.arange(val_pairs.count), machine, options))  # fmt: skip
