@@ -252,11 +252,13 @@ class Policy(nn.Module):
     def __init__(self, model, vocab_size, temperature):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
+        # The number of pieces changes from batch to batch, and torch.compile would make a form for each.
+        self.logprobs = torch.compiler.disable(token_logprobs)
 
     def forward(self, tokens, places, targets):
         x, balance = self.model.hidden(tokens)
         weight = self.model.output_weight[: self.vocab_size]
-        return token_logprobs(x.flatten(0, 1)[places], weight, targets, self.temperature), balance
+        return self.logprobs(x.flatten(0, 1)[places], weight, targets, self.temperature), balance
 
 
 def clipped_losses(logprobs, old, advantages, clip_low, clip_high):

@@ -10,7 +10,7 @@ rollout_rows = 64
 micro_tokens = 2048  # what a processor's cache likes
 
 max_steps = 60
-learning_rate = 1e-3
+learning_rate = 3e-4
 warmup = 0.1
 
 log_every = 1
