@@ -2,7 +2,7 @@
 
     python grpo.py                                                   the tiny model on built-in sums, minutes
     python grpo.py config/grpo_doge20m.py                            a real recipe
-    torchrun --nproc_per_node=8 grpo.py config/grpo_doge20m.py       the same on eight GPUs: same problems, same answers
+    torchrun --nproc_per_node=8 grpo.py config/grpo_doge20m.py       the same on eight GPUs: same problems, same draws
     python grpo.py --out_dir=out/sums-problems --resume              go on as if it had never stopped
 
 Fine-tuning shows a model how an answer is reached. Here nobody shows it anything. It gets problems whose answer can be
@@ -20,8 +20,8 @@ here it is an option that is off.
 How far? The loss of a token is -min(r A, clip(r) A): A is the advantage of its answer, r how much likelier the token
 has become since it was drawn, and clip holds r within 1 - clip_low .. 1 + clip_high (PPO, Schulman et al. 2017, arXiv
 1707.06347). At first r = 1 and the gradient is the plain policy gradient, -A grad log p. With several updates on the
-same answers r moves, and a token that has moved that far with its advantage is left alone. What clip_high adds to
-clip_low leaves rare tokens room to grow (DAPO, Yu et al. 2025, arXiv 2503.14476). With one update nothing is clipped.
+same answers r moves, and a token that has moved that far with its advantage is left alone. A clip_high above clip_low
+leaves rare tokens room to grow (DAPO, Yu et al. 2025, arXiv 2503.14476). With one update nothing is clipped.
 
 How much does a token count? The loss is the sum over all tokens of all answers of a step, divided by their number, as
 in DAPO. A mean within each answer first, as in the first GRPO, would make a token of a long wrong answer cheaper than
@@ -60,7 +60,9 @@ from decode import Decoder
 from model import LOSS_ELEMENTS, LOSS_ROWS
 from train import cosine, make_optimizers, rows_of_step, scramble
 
-
+# Of the answers of a step: their mean reward; the shares that are right, and in form; their mean length in tokens; the
+# share of groups without a signal; the mean of -log p over the tokens as they were drawn, which estimates the entropy.
+# Of its last update: the share of tokens clipped, and the mean k3. Then what validation finds.
 COLUMNS = "reward reward_answer reward_format length no_signal entropy clipped kl val_accuracy val_reward".split()
 
 
@@ -74,13 +76,13 @@ class GrpoOptions(runtime.TuneOptions):
     temperature: float = 1.0  # of the drawing of answers, and of the probabilities that are learned
     rollout_rows: int = 64  # answers a process writes at once: as many as its memory holds; decides what is drawn
     updates_per_rollout: int = 1  # updates of the weights a step, all on the same answers
-    clip_low: float = 0.2  # a token may become likelier than 1 - this times what it was drawn with, or is left alone
-    clip_high: float = 0.2  # the same upwards: 1 + this
+    clip_low: float = 0.2  # a token of a bad answer is left alone below 1 - this times its probability when drawn
+    clip_high: float = 0.2  # one of a good answer above 1 + this times it
     divide_by_std: bool = False  # divide advantages by the standard deviation of their group
     kl: float = 0.0  # weight of the divergence from the model at the start; 0 = that model is not held
     reward_answer: float = 1.0  # for the right answer: as a number where both are one, else as text
     reward_format: float = 0.1  # for a thought and then a solution, each once between its tags
-    reward_length: float = 0.0  # taken away from an answer of max_new_tokens; from shorter ones as much less
+    reward_length: float = 0.0  # taken from an answer of max_new_tokens, from shorter ones in proportion
     learning_rate: float = 8e-5  # peak learning rate
     eval_rows: int = 200  # validation problems, always the first ones
     eval_samples: int = 4  # of them, how many are kept in OUT_DIR/samples.jsonl with what the model writes
@@ -88,8 +90,8 @@ class GrpoOptions(runtime.TuneOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.generations < 2:
-            raise ValueError(f"--generations={self.generations} must be at least 2: an answer is judged by comparing it "
-                             "with others to the same problem")  # fmt: skip
+            raise ValueError(f"--generations={self.generations} must be at least 2: an answer is judged by comparing "
+                             "it with others to the same problem")  # fmt: skip
         for name in ("max_new_tokens", "rollout_rows", "updates_per_rollout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
@@ -107,17 +109,20 @@ class GrpoOptions(runtime.TuneOptions):
 class Problems:
     """The problems of a TokenSet that leave room for an answer in `length` tokens.
 
-    prompts: for each its ids (n,) int64, up to the place where the assistant begins. answers: for each a text.
-    left_out: how many have no room."""
+    lengths (count,) of their prompts. left_out: how many have no room."""
 
     def __init__(self, token_set, length, max_new_tokens):
         if len(token_set.answers) != len(token_set):
             raise ValueError(f"{token_set.folder}/{token_set.split}.answers.jsonl has {len(token_set.answers)} answers "
                              f"to {len(token_set)} problems; prepare the data again")  # fmt: skip
-        fits = np.flatnonzero(np.diff(token_set.offsets) <= length - max_new_tokens)
-        self.prompts = [token_set.conversation(i)[0] for i in fits]
-        self.answers = [token_set.answers[i] for i in fits]
-        self.count, self.left_out = len(fits), len(token_set) - len(fits)
+        lengths = np.diff(token_set.offsets)
+        self.set, self.fits = token_set, np.flatnonzero(lengths <= length - max_new_tokens)
+        self.lengths, self.count = lengths[self.fits], len(self.fits)
+        self.left_out = len(token_set) - self.count
+
+    def some(self, which):
+        """-> the prompts, ids (n,) int64 up to where the assistant begins, and the right answers, texts."""
+        return zip(*((self.set.conversation(i)[0], self.set.answers[i]) for i in self.fits[which]), strict=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +207,18 @@ def write_answers(machine, model, tokenizer, prompts, options, key=None):
     return [written[i] for i in range(len(prompts))]
 
 
+def rollout(machine, model, tokenizer, problems, options, step):
+    """The answers that step `step` learns from -> prompts and written (lists of ids, one for each answer), advantages
+    (n,), and the log's columns {name: (n,)}. The answers to a problem stand together."""
+    chosen = rows_of_step(step, problems.count, options.batch_rows, options.seed)
+    prompts, wanted = problems.some(np.repeat(chosen, options.generations))
+    written = write_answers(machine, model, tokenizer, prompts, options, scramble(scramble(options.seed) + step))
+    columns = judge(written, wanted, tokenizer, options)
+    above = advantages(columns["reward"].reshape(-1, options.generations), options.divide_by_std)
+    columns["no_signal"] = np.repeat((above == 0).all(axis=1), options.generations).astype(float)
+    return prompts, written, above.flatten(), columns
+
+
 @dataclass
 class Batch:
     """A micro-batch of answers with their prompts. Its N tokens are those of the answers, row after row."""
@@ -215,15 +232,19 @@ class Batch:
     start: torch.Tensor | None = None  # (N,) their log-probabilities under the model at the start
 
 
-def make_batch(rows, prompts, written, advantages, tokenizer, device):
-    """prompts, written: lists of ids of all answers, advantages (n,) -> Batch of the answers `rows`."""
-    lengths = torch.tensor([len(written[i]) for i in rows])
-    pairs = [(np.concatenate((prompts[i], written[i])),
-              np.arange(len(prompts[i]) + len(written[i])) >= len(prompts[i])) for i in rows]  # fmt: skip
-    tokens, targets, _ = pad(pairs, tokenizer.pad_id)
-    places = (targets.flatten() != -100).nonzero()[:, 0]
-    per_token = torch.as_tensor(advantages[rows], dtype=torch.float32).repeat_interleave(lengths)
-    return Batch(rows, *(x.to(device) for x in (tokens, places, targets.flatten()[places], per_token)))
+def make_batches(machine, prompts, written, above, tokenizer, options):
+    """-> this process's micro-batches of a rollout, and how many tokens go into the model on all processes."""
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, written, strict=True)]
+    batches = []
+    for group in divide(lengths, options.micro_tokens, machine.world_size)[machine.rank :: machine.world_size]:
+        pairs = [(np.concatenate((prompts[i], written[i])),
+                  np.repeat((False, True), (len(prompts[i]), len(written[i])))) for i in group]  # fmt: skip
+        tokens, targets, _ = pad(pairs, tokenizer.pad_id)
+        places = (targets.flatten() != -100).nonzero()[:, 0]
+        per_token = torch.tensor(np.repeat(above[group], [len(written[i]) for i in group]), dtype=torch.float32)
+        tensors = tokens, places, targets.flatten()[places], per_token
+        batches.append(Batch(np.array(group), *(x.to(machine.device) for x in tensors)))
+    return batches, sum(lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,23 +291,24 @@ def clipped_losses(logprobs, old, advantages, clip_low, clip_high):
 
 
 def divergence(logprobs, start):
-    """k3 (N,): an estimate, from the tokens that were drawn, of KL(now || at the start), from the log-probabilities."""
+    """k3 (N,) of the log-probabilities of drawn tokens now and at the start. Its mean over what is drawn now is
+    KL(now || start); the mean of its gradient is that of KL(start || now). Both are 0 only where the two agree."""
     difference = start - logprobs
     return torch.expm1(difference) - difference
 
 
-def make_loss(machine, policy_now, reference, coefficient, columns, tokens, options):
-    """-> loss_of(batch): its share of the loss and of what the log shows, for Run.update. columns: {column: (n,)} of
-    all answers of the step; tokens: how many all of them have; coefficient: of the experts' load balance.
+def make_loss(machine, policy, reference, columns, coefficient, options):
+    """-> loss_of(batch): its share of the loss and of what the log shows, for Run.update. policy, reference: Policy, or
+    None for no reference; columns: {name: (n,)} of all answers of the step; coefficient: of the experts' load balance.
 
     The first update computes with the very weights that drew the answers, so its log-probabilities are the old ones.
     """
-    count = len(columns["reward"])
+    count, tokens = len(columns["length"]), columns["length"].sum()
 
     def loss_of(batch):
         inputs = batch.tokens, batch.places, batch.targets
         with machine.autocast():
-            logprobs, balance = policy_now(*inputs)
+            logprobs, balance = policy(*inputs)
             if reference is not None and batch.start is None:
                 with torch.no_grad():
                     batch.start = reference(*inputs)[0]
@@ -311,7 +333,7 @@ def make_loss(machine, policy_now, reference, coefficient, columns, tokens, opti
 def make_evaluate(machine, model, problems, tokenizer, options):
     """-> evaluate(step): the first eval_rows problems answered with the likeliest token each time; val_accuracy is the
     share of right answers, val_reward the mean reward. A few answers are kept to be looked at."""
-    prompts, wanted = problems.prompts[: options.eval_rows], problems.answers[: options.eval_rows]
+    prompts, wanted = problems.some(slice(options.eval_rows))
 
     def evaluate(step):
         written = write_answers(machine, model, tokenizer, prompts, options)
@@ -321,7 +343,7 @@ def make_evaluate(machine, model, problems, tokenizer, options):
                 dict(step=step, problem=tokenizer.decode(prompts[i]), wanted=wanted[i],
                      written=tokenizer.decode(written[i]), **{name: float(columns[name][i]) for name in columns})
                 for i in range(min(options.eval_samples, len(prompts)))])  # fmt: skip
-        return dict(val_accuracy=columns["reward_answer"].mean(), val_reward=columns["reward"].mean())
+        return dict(val_accuracy=float(columns["reward_answer"].mean()), val_reward=float(columns["reward"].mean()))
 
     return evaluate
 
@@ -329,8 +351,10 @@ def make_evaluate(machine, model, problems, tokenizer, options):
 def keep_samples(path, step, samples):
     """Adds dicts, a line of JSON each, to those of earlier steps. Lines of this step or later ones are of a run that
     was killed after it wrote them, or of one that was replaced, and a torn line is nobody's: they go."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < step]
+    kept = []
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:  # not splitlines: a model may write what that takes for a line's end
+            kept = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] < step]
     temporary = path.with_name(path.name + ".new")
     text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     temporary.write_text("".join(kept) + text, encoding="utf-8")
@@ -355,104 +379,81 @@ def load_reference(options, machine, model, tokenizer):
     return Policy(reference, tokenizer.vocab_size, options.temperature)
 
 
-def try_rollout(machine, model, tokenizer, prompts, options):
-    """Writes the first piece of answers before anything counts -> seconds. Raises ValueError if memory runs out."""
-    start = time.perf_counter()
-    try:
-        write_answers(machine, model, tokenizer, prompts[: options.rollout_rows * machine.world_size], options, key=0)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise ValueError(f"out of memory: lower --rollout_rows={options.rollout_rows}") from None
-    return time.perf_counter() - start
-
-
-def announce(options, machine, model, train, val, seconds, which):
-    """Prints, before the first step, what is going to happen, on what, and what it will cost. seconds: of a piece of
-    rollouts, and of a micro-batch."""
-    answers, longest = options.batch_rows * options.generations, max(map(len, train.prompts)) + options.max_new_tokens
-    pieces = math.ceil(answers / options.rollout_rows)
-    batches = math.ceil(answers * longest / options.micro_tokens)
-    turns = [math.ceil(count / machine.world_size) for count in (pieces, batches)]
-    duration = options.max_steps * (turns[0] * seconds[0] + turns[1] * seconds[1] * options.updates_per_rollout)
+def announce(options, machine, model, train, val, batches, seconds, which):
+    """Prints, before the first step, what is going to happen, on what, and what it will cost. batches: micro-batches of
+    the first step on this process; seconds: to write its answers, and to learn from one micro-batch."""
+    duration = options.max_steps * (seconds[0] + seconds[1] * batches * options.updates_per_rollout)
+    answers = options.batch_rows * options.generations
     for split, problems in (("training", train), ("validation", val)):
         if problems.left_out:
             machine.print(f"too long for {options.sequence_length} tokens with an answer of {options.max_new_tokens}: "
                           f"{problems.left_out:,} {split} problems are left out")  # fmt: skip
     machine.print(
         f"model     {sum(p.numel() for p in model.parameters()):,} parameters, from {options.init_from}\n"
-        f"data      {options.data}: {train.count:,} problems, of which a run sees "
-        f"{options.max_steps * options.batch_rows / train.count:.2f} times as many\n"
-        f"step      {options.batch_rows} problems, {options.generations} answers to each, written in {pieces} pieces, "
-        f"learned from in up to {batches} micro-batches, on {machine.world_size} processes\n"
+        f"data      {options.data}: {train.count:,} problems; "
+        f"{options.max_steps * options.batch_rows / train.count:.2f} epochs\n"
+        f"step      {options.generations} answers to each of {options.batch_rows} problems, written in "
+        f"{math.ceil(answers / options.rollout_rows)} pieces on {machine.world_size} processes, "
+        f"{batches} micro-batches a process\n"
         f"device    {machine.summary}; {which}\n"
-        f"cost      {options.max_steps:,} steps; about {duration // 3600:.0f} h {duration // 60 % 60 + 1:.0f} min at the "
-        "most, without validations"
+        f"cost      {options.max_steps:,} steps; about {duration // 3600:.0f} h {duration // 60 % 60 + 1:.0f} min, and "
+        "the validations"
     )
 
 
-def rollout(machine, model, tokenizer, problems, options, step):
-    """The answers that step `step` learns from -> prompts and written (a list of ids for each answer), advantages (n,),
-    and the log's columns {name: (n,)}. The answers to a problem stand together."""
-    chosen = rows_of_step(step, problems.count, options.batch_rows, options.seed)
-    rows = [i for i in chosen for _ in range(options.generations)]
-    prompts, wanted = [problems.prompts[i] for i in rows], [problems.answers[i] for i in rows]
-    key = scramble(scramble(options.seed) + step)
-    written = write_answers(machine, model, tokenizer, prompts, options, key)
-    columns = judge(written, wanted, tokenizer, options)
-    groups = columns["reward"].reshape(-1, options.generations)
-    above = advantages(groups, options.divide_by_std)
-    columns["no_signal"] = np.repeat((above == 0).all(axis=1), options.generations).astype(float)
-    return prompts, written, above.flatten(), columns
+def open_problems(options, machine):
+    """-> training Problems, validation Problems, tokenizer, model, training state (None unless it is resumed)."""
+    *sets, tokenizer = open_sets(options, "problems", machine)
+    model, state = runtime.start_tuning(options, machine, tokenizer)
+    train, val = (Problems(token_set, options.sequence_length, options.max_new_tokens) for token_set in sets)
+    if not (train.count and val.count):
+        raise ValueError(f"--max_new_tokens={options.max_new_tokens} of --sequence_length={options.sequence_length}: "
+                         f"of {len(sets[0])} training and {len(sets[1])} validation problems, {train.count} and "
+                         f"{val.count} leave that much room")  # fmt: skip
+    runtime.count_steps(options, train.count, machine)
+    return train, val, tokenizer, model, state
 
 
 def train(options, machine):
     """Runs the whole tuning and leaves a checkpoint, log.csv, loss.png and samples.jsonl in options.out_dir."""
-    train_set, val_set, tokenizer = open_sets(options, "problems", machine)
-    model, state = runtime.start_tuning(options, machine, tokenizer)
-    limits = options.sequence_length, options.max_new_tokens
-    train_problems, val_problems = Problems(train_set, *limits), Problems(val_set, *limits)
-    if not (train_problems.count and val_problems.count):
-        raise ValueError(f"--sequence_length={limits[0]} with --max_new_tokens={limits[1]}: of {len(train_set)} training "
-                         f"and {len(val_set)} validation problems, {train_problems.count} and {val_problems.count} fit")
-    runtime.count_steps(options, train_problems.count, machine)
+    train_problems, val_problems, tokenizer, model, state = open_problems(options, machine)
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
     policy = Policy(model, tokenizer.vocab_size, options.temperature)
     reference = load_reference(options, machine, model, tokenizer)
-    coefficient = model.config.router_aux_loss_coef
+    balance = model.config.router_aux_loss_coef
 
-    longest = max(train_problems.prompts, key=len)
-    answer = np.full(options.max_new_tokens, tokenizer.eos_id)
-    rows = np.arange(max(1, options.micro_tokens // (len(longest) + len(answer))))
-    trial = make_batch(rows, [longest] * len(rows), [answer] * len(rows), np.ones(len(rows)), tokenizer, machine.device)
-    trial_of = lambda network: make_loss(  # noqa: E731
-        machine, network, reference, coefficient, {"reward": rows}, 1, options)(dataclasses.replace(trial))[0]  # fmt: skip
-    network, seconds, which = runtime.try_out(machine, policy, trial_of, options.compile)
-    first = rows_of_step(0, train_problems.count, options.batch_rows, options.seed) * options.generations
-    writing = try_rollout(machine, model, tokenizer, [train_problems.prompts[i] for i in first], options)
-    announce(options, machine, model, train_problems, val_problems, (writing, seconds), which)
+    begin = time.perf_counter()
+    try:
+        *answers, columns = rollout(machine, model, tokenizer, train_problems, options, 0)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise ValueError(f"out of memory: lower --rollout_rows={options.rollout_rows}") from None
+    writing = time.perf_counter() - begin
+    batches, _ = make_batches(machine, *answers, tokenizer, options)
+    tried = runtime.try_out(machine, policy, lambda network: make_loss(
+        machine, network, reference, columns, balance, options)(batches[0])[0], options.compile)  # fmt: skip
+    network, learning, which = tried
+    announce(options, machine, model, train_problems, val_problems, len(batches), (writing, learning), which)
 
     evaluate = make_evaluate(machine, model, val_problems, tokenizer, options)
     run = runtime.Run(options, machine, model, network, tokenizer, optimizers, lambda: evaluate(run.step),
-                      model.flops_per_token(len(longest)), columns=COLUMNS)  # fmt: skip
+                      model.flops_per_token(train_problems.lengths.mean()), columns=COLUMNS)  # fmt: skip
     if options.resume:
         run.restore(state)
     with run:
         if not run.step:
-            begin = evaluate(0)
-            machine.print("start        " + "  ".join(f"{name} {value:.4f}" for name, value in begin.items()))
+            before = evaluate(0)
+            machine.print("step      0  " + "  ".join(f"{name} {value:.4f}" for name, value in before.items())
+                          + f"; {run.folder}/samples.jsonl shows what it writes")  # fmt: skip
             if run.log:
-                run.log.write(dict(step=0, tokens=0) | begin)
+                run.log.write(dict(step=0, tokens=0) | before)
         for step in run.steps():
-            prompts, written, above, columns = rollout(machine, model, tokenizer, train_problems, options, step)
-            lengths = [len(a) + len(b) - 1 for a, b in zip(prompts, written, strict=True)]
-            groups = divide(lengths, options.micro_tokens, machine.world_size)[machine.rank :: machine.world_size]
-            batches = [make_batch(np.array(group), prompts, written, above, tokenizer, machine.device)
-                       for group in groups]  # fmt: skip
-            loss_of = make_loss(machine, run.network, reference, coefficient, columns,
-                                int(columns["length"].sum()), options)  # fmt: skip
+            *answers, columns = rollout(machine, model, tokenizer, train_problems, options, step)
+            batches, tokens = make_batches(machine, *answers, tokenizer, options)
+            loss_of = make_loss(machine, run.network, reference, columns, balance, options)
             lr = options.learning_rate * cosine(step, options.max_steps, int(options.warmup * options.max_steps))
             for _ in range(options.updates_per_rollout - 1):
                 run.move(batches, loss_of, lr)
-            run.update(batches, loss_of, sum(lengths), lr)
+            run.update(batches, loss_of, tokens, lr)
     run.finish()
 
 

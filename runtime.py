@@ -763,7 +763,7 @@ class Run:
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             settle(self.folder)
-            self.log = Log(self.folder / "log.csv", self.step or -1, self.columns)
+            self.log = Log(self.folder / "log.csv", self.step or -1, self.columns)  # -1: a new run keeps no row
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)
         if self.machine.sum([unlogged])[0] and (self.is_due("log_every") or self.is_due("eval_every")):

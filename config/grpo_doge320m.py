@@ -1,6 +1,7 @@
 """Doge-320M gets better at word problems by trying: GSM8K, whose answers are numbers, so that they can be checked.
 
-    python prepare_data.py --kind=problems hf:openai/gsm8k:main --tokenizer=out/reason_doge320m --out=data/gsm8k-problems
+    python prepare_data.py --kind=problems hf:openai/gsm8k:main --out=data/gsm8k-problems \\
+        --tokenizer=out/reason_doge320m
     torchrun --nproc_per_node=8 grpo.py config/grpo_doge320m.py
 
 Learning rate, answers a problem, and lengths (512 tokens of problem, 1,024 of answer) are the published ones; published

@@ -1,6 +1,6 @@
-"""grpo.py: its loss against numbers worked out by hand and, through a model, against transformers' Doge in float64; what
-is rewarded and what is not; and a test for each way in which users of such stages were hurt: groups without a signal,
-one answer a group, answers that never end, a reference that drifts, samples that a resumed run does not draw again."""
+"""grpo.py: its loss against numbers worked out by hand and, through a model, against transformers' Doge in float64;
+what is rewarded and what is not; and a test for each way in which users of such stages were hurt: groups without a
+signal, one answer a group, answers that never end, a reference that drifts, other samples after a resume."""
 
 import contextlib
 import json
@@ -86,7 +86,7 @@ def test_the_loss_equals_an_example_worked_out_by_hand():
     def share(rows, tokens):
         """The micro-batch of these answers, whose tokens are these."""
         batch = grpo.Batch(np.array(rows), None, None, None, per_token[tokens], old[tokens], start[tokens])
-        return grpo.make_loss(machine, lambda *_: (now[tokens], 0.0), object(), 0.0, columns, 5, options)(batch)
+        return grpo.make_loss(machine, lambda *_: (now[tokens], 0.0), object(), columns, 0.0, options)(batch)
 
     k3 = [0, math.exp(0.5) - 1.5, 0, math.exp(-1), math.e - 2]
     expected = -(0.65 + 0.5 * math.exp(-0.5) - 0.4) / 5 + 0.5 * sum(k3) / 5
@@ -122,6 +122,11 @@ def test_k3_is_never_negative_and_is_the_divergence_on_average():
     k3 = grpo.divergence(now, start)
     assert (k3 >= 0).all() and grpo.divergence(now, now).abs().max() == 0
     assert (now.exp() * k3).sum().item() == pytest.approx((now.exp() * (now - start)).sum().item(), abs=1e-12)
+    logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    now = logits.log_softmax(-1)
+    theirs = torch.autograd.grad((start.exp() * (start - now)).sum(), logits, retain_graph=True)[0]
+    ours = torch.autograd.grad((now.detach().exp() * grpo.divergence(now, start)).sum(), logits)[0]
+    torch.testing.assert_close(ours, theirs)
     assert grpo.divergence(torch.tensor(-1.0), torch.tensor(-1.0 + 1e-4)).item() == pytest.approx(5e-9, rel=1e-3)
 
 
@@ -143,17 +148,19 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data):
     ours. So the place of every token, and what counts as an answer, are right too."""
     tokenizer, problems = Tokenizer.load(data), grpo.Problems(TokenSet(data, "train", "problems"), 64, 6)
     machine = runtime.Machine("cpu", "float32")
-    prompts = [problems.prompts[i // 3] for i in range(9)]
+    prompts, _ = problems.some(np.arange(9) // 3)
     above, temperature = np.random.default_rng(0).normal(size=9), 0.7
     model = runtime.load_model(base)[0]
-    options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature)
+    options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature, micro_tokens=100)
     written = grpo.write_answers(machine, model, tokenizer, prompts, options, key=1)
     tokens = sum(map(len, written))
     policy = grpo.Policy(model, tokenizer.vocab_size, temperature)
-    loss_of = grpo.make_loss(machine, policy, None, 0.0, dict(reward=np.zeros(9)), tokens, options)
+    loss_of = grpo.make_loss(machine, policy, None, dict(length=np.array([len(w) for w in written])), 0.0, options)
     loss = entropy = 0.0
-    for rows in ([0, 4, 8, 1], [2, 3], [5, 6, 7]):
-        share, shown = loss_of(grpo.make_batch(np.array(rows), prompts, written, above, tokenizer, "cpu"))
+    batches, _ = grpo.make_batches(machine, prompts, written, above, tokenizer, options)
+    assert len(batches) > 2 and sorted(i for batch in batches for i in batch.rows) == list(range(9))
+    for batch in batches:
+        share, shown = loss_of(batch)
         share.backward()
         loss, entropy = loss + share.item(), entropy + shown["entropy"].item()
         assert shown["clipped"] == 0
@@ -353,7 +360,7 @@ def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
     (["--updates_per_rollout=0"], "updates_per_rollout=0"), (["--clip_low=1.5"], "clip_low=1.5"),
     (["--clip_high=-1"], "clip_high=-1"), (["--kl=nan"], "kl=nan"), (["--reward_format=-1"], "reward_format=-1"),
     (["--reward_answer=0", "--reward_format=0"], "nothing is rewarded"), (["--eval_samples=-1"], "eval_samples=-1"),
-    (["--max_new_tokens=63"], "max_new_tokens=63: of .* problems, 0 and 0 fit"), (["--data=nowhere"], "nowhere"),
+    (["--max_new_tokens=63"], "max_new_tokens=63: of .* problems, 0 and 0 leave that"), (["--data=nowhere"], "nowhere"),
     (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"), (["--resume"], "no run to go on with"),
 ])  # fmt: skip
 def test_bad_options_are_named(base, data, tmp_path, options, words):
@@ -376,3 +383,14 @@ def test_data_of_another_kind_or_without_its_answers_is_refused(base, data, tmp_
     run(base, data, tmp_path / "run", "--max_steps=1")
     with pytest.raises(ValueError, match="holds a run already"):
         run(base, data, tmp_path / "run")
+    log = run(base, data, tmp_path / "run", "--max_steps=1", "--overwrite", "--kl=0.1")
+    assert [row["step"] for row in log] == ["0", "1"]  # of the new run, and no row of the one it replaced
+
+
+def test_samples_are_one_line_each_whatever_is_written(tmp_path):
+    strange = "a\u2028b\x85c\x0bd\r\n\ud7ff\ufffd"
+    for step in (0, 5, 10, 5, 7):
+        grpo.keep_samples(tmp_path / "samples.jsonl", step, [dict(step=step, written=strange)] * 2)
+    lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["step"] for line in lines[:-1]] == [0, 0, 5, 5, 7, 7] and lines[-1] == ""
+    assert all(json.loads(line)["written"] == strange for line in lines[:-1])
