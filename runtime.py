@@ -405,6 +405,13 @@ class Machine:
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value):
+        """What every process calls `value`, anything that can be pickled -> a list of world_size of them."""
+        parts = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(parts, value)
+        return parts
+
     def barrier(self):
         if self.world_size > 1:
             dist.barrier()
@@ -756,7 +763,7 @@ class Run:
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             settle(self.folder)
-            self.log = Log(self.folder / "log.csv", self.step, self.columns)
+            self.log = Log(self.folder / "log.csv", self.step or -1, self.columns)  # -1: a new run keeps no row
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)
         if self.machine.sum([unlogged])[0] and (self.is_due("log_every") or self.is_due("eval_every")):
@@ -793,6 +800,12 @@ class Run:
         share}), which add up in the same way to what the log shows. tokens: how many the step has, of all processes.
         experts_only: this step moves the groups that are `routed` and no others (see train.make_optimizers).
         """
+        loss, norm, extra = self.move(batches, loss_of, lr, experts_only)
+        self.end_step(tokens, loss, norm, lr, extra)
+
+    def move(self, batches, loss_of, lr, experts_only=False):
+        """Moves the weights once -> loss, gradient norm, {column: value}. For steps of several updates: all but the
+        last are a move, the last is an update."""
         processes, loss, extra = self.machine.world_size, 0.0, {}
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1  # gradients are exchanged once a step
@@ -808,7 +821,7 @@ class Run:
                 group["lr"] = lr if group["routed"] or not experts_only else 0.0
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.end_step(tokens, loss, norm, lr, extra)
+        return loss, norm, extra
 
     def end_step(self, tokens, loss, grad_norm, lr, extra):
         """Counts a step and does what is due after it, in this order: check, save, validate, log. Saving comes before

@@ -1,0 +1,18 @@
+"""The tiny model gets better at sums by trying: minutes on a laptop's processor."""
+
+init_from = "out/sums-chat"  # what `python sft.py config/sft_reason_tiny.py` leaves
+data = "data/sums-problems"  # made on the spot: python prepare_data.py --kind=problems sums --tokenizer=out/sums-chat
+
+batch_rows = 16  # problems
+generations = 8  # answers to each
+max_new_tokens = 96  # the longest right answer has some 60
+rollout_rows = 64
+micro_tokens = 2048  # what a processor's cache likes
+
+max_steps = 60
+learning_rate = 3e-4
+warmup = 0.1
+
+log_every = 1
+eval_every = 20
+save_every = 20
