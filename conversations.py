@@ -269,7 +269,7 @@ def open_sets(options, kind, machine):
             import prepare_data
 
             machine.print(f"preparing the built-in {options.data}")
-            tokenizer = str(runtime.checkpoint_file(folder, "tokenizer.json"))
+            tokenizer = str(runtime.checkpoint_file(runtime.locate(folder), "tokenizer.json"))
             names = BUILT_IN[options.data]
             prepare_data.prepare(prepare_data.PrepareOptions(names, options.data, tokenizer, kind=kind))
     machine.barrier()

@@ -76,7 +76,7 @@ SAMPLE = 20_000_000  # characters a vocabulary is learned from; our trainer take
 class PrepareOptions:
     sources: list[str] = field(default_factory=lambda: ["stories"])  # where the text comes from, see above
     out: str = ""  # the folder to write; empty: data/ and the name of the first source
-    tokenizer: str = ""  # a tokenizer.json, its folder, or an encoding of tiktoken (gpt2); empty: train one
+    tokenizer: str = ""  # a tokenizer.json, its folder or hub name, an encoding of tiktoken (gpt2); empty: train one
     vocab_size: int = 4096  # of the tokenizer to train; small, or a tiny model is all embedding; real runs use 32768
     kind: Literal["text", "chat", "preferences", "problems"] = "text"  # what the rows are, see above
     system: str = ""  # a system message for the conversations that have none
@@ -404,7 +404,7 @@ def prepare(options, quiet=False):
     out = Path(options.out or f"data/{name}" + f"-{options.kind}" * (options.kind != "text"))
     if not out.name:
         raise ValueError(f"--out={options.out}: not the name of a folder of its own")
-    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    given = Tokenizer.load(runtime.locate(options.tokenizer)) if options.tokenizer else None
     request = describe(options, sources, given)
     if is_there(out, request, options.overwrite):
         say(f"{out} is there already, made by the same call")
