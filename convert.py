@@ -43,11 +43,11 @@ def differences(config):
     """What transformers computes differently with this model, in words. Raises ValueError if it is everything."""
     if not config.qk_norm:
         raise ValueError("--for=transformers: transformers' Doge always normalises queries and keys, and this model "
-                         "does not: there is no such folder; without --for it is converted for nanoDoge")  # fmt: skip
+                         "does not, so it cannot go there; without --for it is converted for nanoDoge")  # fmt: skip
     lines = []
     if config.is_moe:
-        lines.append("transformers' router mixes the tokens of a text and of a batch: only token by token (a cache, "
-                     "and one text from its first token) does it choose the experts that were trained here")  # fmt: skip
+        lines.append("transformers' router mixes the tokens it gets at once: it chooses the experts trained here only "
+                     "for one text, read through a cache token by token from its first one")  # fmt: skip
     if config.rope_factor:
         lines.append(f"beyond {config.max_position_embeddings} tokens transformers rotates the keys of its cache by "
                      "the length there was when each came, here all by the length the text may reach")  # fmt: skip
