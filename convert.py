@@ -61,7 +61,7 @@ def main(argv):
     lines, fields = checkpoint.notes, {}
     if options.for_ == "transformers":
         lines, fields = lines + differences(checkpoint.config), dict(model_type="doge")
-    model, tokenizer = runtime.load_model(source)
+    model, tokenizer = runtime.load_model(source, labels=() if checkpoint.labels else None)
     model = model.to(getattr(torch, options.dtype))
     print(f"{source}: " + "\n  ".join([f"{sum(p.numel() for p in model.parameters()):,} parameters", *lines]))
     runtime.save_checkpoint(target, model, tokenizer, fields=fields)

@@ -22,7 +22,8 @@ Heads.    The mask's A and dt_proj belong to key/value heads in the library, and
 Norms.    The library normalises queries and keys, the original does not: the checkpoint has `q_norm` and `k_norm`, or
           has not. That is the switch `qk_norm` of DogeConfig.
 Numbers.  bfloat16 and float16 become float32, exactly.
-Output.   A head of its own (`lm_head.weight`), or the embedding (`tie_word_embeddings`).
+Output.   A head of its own (`lm_head.weight`), or the embedding (`tie_word_embeddings`); a classifier's is
+          `score.weight`, a row a label.
 
 Nothing is guessed. What is missing, left over, of another shape, or set to what model.py does not compute, is refused
 with a line that names the file and the tensor or field.
@@ -194,6 +195,7 @@ class Checkpoint(NamedTuple):
     file: Path  # of the weights, or their index
     tensors: dict  # {our name: Stored}
     repeat: int  # how often each key/value head stands in the model for once in the file
+    labels: tuple  # of a classifier, else empty
     notes: list  # what was found, in words
 
 
@@ -228,7 +230,9 @@ def inspect(folder):
     A, heads, groups = tensors.get("layers.0.self_attn.A"), config.num_attention_heads, config.num_key_value_heads
     repeat = heads // groups if A and A.shape == (heads,) else 1
     config.num_key_value_heads = groups * repeat
-    notes = [f"{len(stored)} tensors in {len({tensor.file for tensor in stored})} file(s)"]
+    labels = read_labels(path, fields, tensors)
+    notes = [f"classifier of {len(labels)} labels"] * bool(labels)
+    notes += [f"{len(stored)} tensors in {len({tensor.file for tensor in stored})} file(s)"]
     if any(our_name(tensor.name) != tensor.name.removeprefix("model.") for tensor in stored):
         notes.append("names of the original repository")
     if repeat > 1:
@@ -236,7 +240,7 @@ def inspect(folder):
     notes += ["queries and keys without a norm"] * (not config.qk_norm)
     if config.is_moe and kind == "doge":
         notes.append("experts chosen for every token by itself, where the original's router mixed the tokens of a text")
-    return Checkpoint(config, main, tensors, repeat, notes)
+    return Checkpoint(config, main, tensors, repeat, labels, notes)
 
 
 def read_config(path, fields, tensors):
@@ -266,6 +270,18 @@ def read_config(path, fields, tensors):
     return config
 
 
+def read_labels(path, fields, tensors):
+    """The labels of a classifier, by their number. transformers calls those without a name LABEL_0, LABEL_1, ..."""
+    head = tensors.get("score.weight")
+    if head is None:
+        return ()
+    names = fields.get("id2label", {str(i): f"LABEL_{i}" for i in range(head.shape[0])})
+    numbers = list(map(str, range(head.shape[0])))
+    if not isinstance(names, dict) or sorted(names) != sorted(numbers) or len(numbers) < 2:
+        raise ValueError(f"{path}: id2label is {names!r}, and {head.name} has {len(numbers)} rows")
+    return tuple(str(names[number]) for number in numbers)
+
+
 def read_rope(path, fields):
     """The rotary embedding's settings, wherever a config.json keeps them -> {rope_theta, rope_factor}."""
     rope = fields.get("rope_parameters", fields.get("rope_scaling", {}))  # newer and older files
@@ -293,9 +309,9 @@ def read_rope(path, fields):
 def read_weights(checkpoint, device="cpu"):
     """The state dict of model.py's Doge, float32. Raises ValueError, naming file and tensor, unless the checkpoint has
     exactly the tensors of the model its config.json describes."""
-    config, main, tensors, repeat, _ = checkpoint
+    config, main, tensors, repeat, labels, _ = checkpoint
     with torch.device("meta"):
-        shapes = {name: tuple(w.shape) for name, w in Doge(config).state_dict().items()}
+        shapes = {name: tuple(w.shape) for name, w in Doge(config, labels).state_dict().items()}
     tensors = without_copy_of_the_embedding(tensors, config)
     wrong = [f"{main} lacks {hf_name(name)}" for name in shapes if name not in tensors]
     wrong += [f"{t.file} has {t.name}, which this model has not" for name, t in tensors.items() if name not in shapes]
@@ -335,7 +351,7 @@ def without_copy_of_the_embedding(tensors, config):
 
 def hf_name(name):
     """The library's name of a parameter of model.py."""
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return name if name.startswith(("lm_head", "score")) else f"model.{name}"
 
 
 def narrow_shape(name, shape, repeat):

@@ -567,16 +567,22 @@ class Block(nn.Module):
 
 
 class Doge(nn.Module):
-    """The model. `logits, loss = model(tokens, targets)`, `model.generate(tokens, ...)`."""
+    """The model. `logits, loss = model(tokens, targets)`, `model.generate(tokens, ...)`.
 
-    def __init__(self, config):
+    With `labels` (names) it is a classifier: its output is not one of the tokens but one of these. What it says at the
+    last token of a text is about the text.
+    """
+
+    def __init__(self, config, labels=()):
         super().__init__()
-        self.config = config
+        self.config, self.labels = config, tuple(labels)
         self.gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
+        if labels:
+            self.score = nn.Linear(config.hidden_size, len(labels), bias=False)
+        elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -597,7 +603,9 @@ class Doge(nn.Module):
 
     @property
     def output_weight(self):
-        """(V, C)"""
+        """(V, C), or (labels, C) of a classifier"""
+        if self.labels:
+            return self.score.weight
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def hidden(self, tokens, lengths=None, cache=None):

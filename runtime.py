@@ -300,12 +300,12 @@ def read_tune_options(options_class, argv, default_config, may_change=()):
     return options
 
 
-def start_tuning(options, machine, tokenizer):
+def start_tuning(options, machine, tokenizer, labels=None):
     """-> the model to tune, and the training state of a resumed run (else None). Fills in sequence_length; rows longer
-    than the model was made for make it one of that length. tokenizer: that of the data. Raises ValueError if the
-    checkpoint has another one, or another chat template."""
+    than the model was made for make it one of that length. tokenizer: that of the data; labels: its, for a classifier.
+    Raises ValueError if the checkpoint has another one, or another chat template."""
     folder = options.out_dir if options.resume else options.init_from
-    model, own = load_model(folder)
+    model, own = load_model(folder, labels=labels)
     if own.digest != tokenizer.digest or own.chat_template != tokenizer.chat_template:
         what = "tokenizer" if own.digest != tokenizer.digest else "chat template"
         raise ValueError(f"{folder} has another {what} than --data={options.data}: prepare the data with "
@@ -469,8 +469,11 @@ def hugging_face_config(model, tokenizer):
         context = config.max_position_embeddings
         fields["rope_scaling"] = dict(rope_type="dynamic", factor=factor, original_max_position_embeddings=context)
     ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
-    kind = dict(model_type="doge" if same else "nanodoge", architectures=["DogeForCausalLM"], torch_dtype=dtype)
+    kind = dict(model_type="doge" if same else "nanodoge", architectures=["DogeForCausalLM"],
+                torch_dtype=str(model.norm.weight.dtype).removeprefix("torch."))  # fmt: skip
+    if model.labels:
+        kind |= dict(architectures=["DogeForSequenceClassification"], id2label=dict(enumerate(model.labels)),
+                     label2id={label: i for i, label in enumerate(model.labels)})  # fmt: skip
     return kind | fields | ids | dict(hidden_act="silu", hidden_dropout=0.0, attention_dropout=0.0)
 
 
@@ -529,18 +532,29 @@ def load_config(source):
     return inspect_checkpoint(locate(source)).config
 
 
-def load_model(source, device="cpu"):
+def load_model(source, device="cpu", labels=None):
     """A checkpoint -> (model in eval mode, tokenizer). source: a folder, or a name on the hub, in any published layout
-    (see layouts.py). Raises ValueError, naming the file and the tensor, for one that is incomplete or damaged."""
+    (see layouts.py). labels: None for a language model; () for a classifier; names for a classifier of these, which a
+    language model becomes, all labels being equally likely at first. Raises ValueError, naming the file and the tensor,
+    for a checkpoint that is incomplete, damaged, or of the other kind."""
     folder = locate(source)
     checkpoint = inspect_checkpoint(folder)
     tokenizer = Tokenizer.load(checkpoint_file(folder, "tokenizer.json").parent)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json "
                          f"{checkpoint.config.vocab_size}")  # fmt: skip
+    has, wants = checkpoint.labels, checkpoint.labels if labels == () else tuple(labels or ())
+    if (has and has != wants) or (labels is not None and not wants):
+        what = "a classifier of " + ", ".join(has) if has else "a language model"
+        asked = "a classifier of " + ", ".join(wants) if wants else "a language model" if has else "a classifier"
+        raise ValueError(f"{folder} is {what}, and what is needed here is {asked}")
     with torch.device("meta"):
-        model = Doge(checkpoint.config)
-    model.load_state_dict(read_weights(checkpoint, device), assign=True)
+        model = Doge(checkpoint.config, wants)
+    weights = read_weights(checkpoint, device)
+    if wants and not has:
+        weights.pop("lm_head.weight", None)
+        weights["score.weight"] = torch.zeros(len(wants), checkpoint.config.hidden_size, device=device)
+    model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer
 
 

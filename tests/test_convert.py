@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from helpers import TINY, TUNE, make_data, make_set, texts
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DogeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DogeForCausalLM,
+    DogeForSequenceClassification,
+)
 from transformers import DogeConfig as ReferenceConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -589,3 +595,82 @@ def test_the_published_tokenizer_survives_conversion(tmp_path):
         chat = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
         assert chat == doge.render(messages, add_generation_prompt=prompt)[0]
     assert runtime.load_model(tmp_path)[1].digest == doge.digest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classifiers
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, words):
+    """A language model, tuned to tell texts of cats from texts of dogs, and a folder of these."""
+    folder = tmp_path_factory.mktemp("labels")
+    runtime.save_checkpoint(folder / "base", Doge(DogeConfig(**SHAPE | dict(tie_word_embeddings=False))), words)
+    animals = zip(texts(200), ["cat", "dog"] * 100, strict=True)
+    rows = [dict(text=f"{text} {animal}", label=animal) for text, animal in animals]  # the last word decides
+    data = make_set(folder / "data", folder / "base", "labels", rows=rows, labels=["dog", "cat"])
+    sft.main([*TUNE, f"--data={data}", f"--init_from={folder / 'base'}", f"--out_dir={folder / 'run'}", "--kind=labels",
+              "--max_steps=12", "--learning_rate=1e-2"])  # fmt: skip
+    return folder
+
+
+def test_a_classifier_learns_and_goes_to_transformers(classifier, words):
+    log = runtime.read_log(classifier / "run" / "log.csv")
+    assert abs(float(log[0]["loss"]) - math.log(2)) < 1e-5 and float(log[-1]["val_exact"]) == 1
+    ours, _ = runtime.load_model(classifier / "run", labels=())
+    theirs = AutoModelForSequenceClassification.from_pretrained(classifier / "run", attn_implementation="eager").eval()
+    assert ours.labels == ("dog", "cat") and theirs.config.id2label == {0: "dog", 1: "cat"}
+    rows = [[words.bos_id, *words.encode(text)] for text in ("a red dog", "then the old cat", "cat")]
+    tokens = torch.full((3, max(map(len, rows))), words.pad_id)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    expected = theirs(tokens).logits  # at the last token that is not padding
+    logits = torch.stack([ours(torch.tensor([row]))[0][0, -1] for row in rows])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert logits.argmax(-1).tolist() == [0, 1, 1]
+
+
+def test_the_loss_and_gradients_of_a_classifier_are_transformers(classifier, words):
+    ours, _ = runtime.load_model(classifier / "run", labels=("dog", "cat"))
+    theirs = AutoModelForSequenceClassification.from_pretrained(classifier / "run", attn_implementation="eager")
+    tokens, labels = torch.randint(9, 300, (4, 12)), torch.tensor([0, 1, 1, 0])
+    targets = torch.full((4, 12), -100)
+    targets[:, -1] = labels
+    loss, expected = ours(tokens, targets)[1], theirs(tokens, labels=labels).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward(), expected.backward()
+    gradients = {layouts.our_name(name): p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-5, rtol=1e-3)
+
+
+def test_what_transformers_writes_of_a_classifier_is_read(tmp_path, words):
+    theirs = DogeForSequenceClassification(ReferenceConfig(**SHAPE, num_labels=3, attn_implementation="eager",
+                                                           pad_token_id=2)).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path / "theirs")
+    words.save(tmp_path / "theirs")
+    convert.main([str(tmp_path / "theirs"), str(tmp_path / "ours")])
+    model, _ = runtime.load_model(tmp_path / "ours", labels=())
+    tokens = torch.randint(9, 300, (2, 12))
+    torch.testing.assert_close(model(tokens)[0][:, -1], theirs(tokens).logits, atol=1e-5, rtol=0)
+    assert model.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+def test_a_classifier_is_no_language_model_and_labels_are_checked(classifier, tmp_path):
+    with pytest.raises(ValueError, match="run is a classifier of dog, cat, and what is needed here is a language mod"):
+        runtime.load_model(classifier / "run")
+    with pytest.raises(ValueError, match="base is a language model, and what is needed here is a classifier$"):
+        runtime.load_model(classifier / "base", labels=())
+    with pytest.raises(ValueError, match="of dog, cat, and what is needed here is a classifier of a, b$"):
+        runtime.load_model(classifier / "run", labels=("a", "b"))
+    for rows, labels, message in [
+        ([dict(text="x", label=3)], ["0", "1"], "label '3' is not one of --labels=0,1$"),
+        ([dict(text="x")], ["0", "1"], "needed is one of text, label$"),
+        ([dict(text="x", label=0)], ["0"], "--labels=0: --kind=labels, and no other, needs two or more"),
+        ([dict(text="x", label=0)], [], "--labels=: --kind=labels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_set(tmp_path / f"{len(message)}", classifier / "base", "labels", rows=rows, labels=labels)
+    with pytest.raises(ValueError, match="holds --kind=labels, and this stage reads --kind=chat"):
+        sft.main([*TUNE, f"--data={classifier / 'data'}", f"--init_from={classifier / 'base'}",
+                  f"--out_dir={tmp_path / 'run'}"])  # fmt: skip
