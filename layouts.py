@@ -95,7 +95,7 @@ def download(name):
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{nothing} no model of this name on {constants.ENDPOINT} (private ones need "
                          "`hf auth login`)") from None  # fmt: skip
-    except (OSError, errors.HTTPError) as error:  # no network; the hub is down; the disk is full
+    except (OSError, errors.HTTPError) as error:  # no network; the hub is down; the disk is full; cut off on the way
         raise ValueError(f"{nothing} it could not be fetched from {constants.ENDPOINT}: {one_line(error)}") from None
 
 
@@ -275,9 +275,9 @@ def read_labels(path, fields, tensors):
     head = tensors.get("score.weight")
     if head is None:
         return ()
-    names = fields.get("id2label", {str(i): f"LABEL_{i}" for i in range(head.shape[0])})
-    numbers = list(map(str, range(head.shape[0])))
-    if not isinstance(names, dict) or sorted(names) != sorted(numbers) or len(numbers) < 2:
+    numbers = [str(i) for i in range(head.shape[0] if head.shape else 0)]
+    names = fields.get("id2label", {number: f"LABEL_{number}" for number in numbers})
+    if not isinstance(names, dict) or set(names) != set(numbers) or len(numbers) < 2:
         raise ValueError(f"{path}: id2label is {names!r}, and {head.name} has {len(numbers)} rows")
     return tuple(str(names[number]) for number in numbers)
 
@@ -316,8 +316,7 @@ def read_weights(checkpoint, device="cpu"):
     wrong = [f"{main} lacks {hf_name(name)}" for name in shapes if name not in tensors]
     wrong += [f"{t.file} has {t.name}, which this model has not" for name, t in tensors.items() if name not in shapes]
     for name, tensor in tensors.items():
-        shape = narrow_shape(name, shapes.get(name, tensor.shape), repeat)
-        if tensor.shape != shape:
+        if name in shapes and tensor.shape != (shape := narrow_shape(name, shapes[name], repeat)):
             wrong.append(f"{tensor.file} has {tensor.name} of shape {list(tensor.shape)}, not {list(shape)}")
     if wrong:
         raise ValueError(wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
@@ -343,7 +342,7 @@ def without_copy_of_the_embedding(tensors, config):
     head = tensors.get("lm_head.weight")
     if not (config.tie_word_embeddings and head and "embed_tokens.weight" in tensors):
         return tensors
-    if not torch.equal(read_tensor(head), read_tensor(tensors["embed_tokens.weight"])):
+    if not torch.equal(read_tensor(head).float(), read_tensor(tensors["embed_tokens.weight"]).float()):
         raise ValueError(f"{head.file} has {head.name} that differs from the embedding, and config.json says "
                          "tie_word_embeddings")  # fmt: skip
     return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
