@@ -395,7 +395,7 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, values):
-        """A list of numbers or 0-d tensors, added up over all processes -> list of floats."""
+        """A list of numbers, or of tensors of one shape, added up over all processes -> list of floats, or of lists."""
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
         total = torch.stack([torch.as_tensor(value).detach().to(self.device, exact) for value in values])
         if self.world_size > 1:
