@@ -605,6 +605,7 @@ def test_the_published_tokenizer_survives_conversion(tmp_path):
 def classifier(tmp_path_factory, words):
     """A language model, tuned to tell texts of cats from texts of dogs, and a folder of these."""
     folder = tmp_path_factory.mktemp("labels")
+    torch.manual_seed(0)
     runtime.save_checkpoint(folder / "base", Doge(DogeConfig(**SHAPE | dict(tie_word_embeddings=False))), words)
     animals = zip(texts(200), ["cat", "dog"] * 100, strict=True)
     rows = [dict(text=f"{text} {animal}", label=animal) for text, animal in animals]  # the last word decides
@@ -620,7 +621,7 @@ def test_a_classifier_learns_and_goes_to_transformers(classifier, words):
     ours, _ = runtime.load_model(classifier / "run", labels=())
     theirs = AutoModelForSequenceClassification.from_pretrained(classifier / "run", attn_implementation="eager").eval()
     assert ours.labels == ("dog", "cat") and theirs.config.id2label == {0: "dog", 1: "cat"}
-    rows = [[words.bos_id, *words.encode(text)] for text in ("a red dog", "then the old cat", "cat")]
+    rows = [[words.bos_id, *words.encode(text)] for text in ("a red dog", "then runs the blue cat", "a cat")]
     tokens = torch.full((3, max(map(len, rows))), words.pad_id)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
