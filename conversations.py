@@ -24,11 +24,14 @@ What a folder holds, a `train` and a `val` file of each:
     answers.jsonl        problems only: {"answer": ...}, a line a problem, whose prompt is the conversation
 
 A preference is two conversations in a row, 2i the chosen and 2i + 1 the rejected. Their prompt is the same, and the
-mask marks the last answer alone. The prompt of a problem ends with the assistant's header; it has no mask.
+mask marks the last answer alone. The prompt of a problem ends with the assistant's header; it has no mask. A text with
+a label is no conversation: it is BOS, the text, and, where the next token would be, the number of its label, which
+alone is marked.
 """
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +49,7 @@ SCHEMAS = {
     "chat": "messages | conversations | instruction, output | question, answer | problem, solution",
     "preferences": "prompt, chosen, rejected (texts or lists of messages)",
     "problems": "question, answer | problem, answer | messages, answer",
+    "labels": "text, label",
 }
 
 
@@ -53,21 +57,23 @@ SCHEMAS = {
 # Rows
 
 
-def rows(kind, system=""):
+def rows(kind, system="", labels=()):
     """How prepare_data.py reads the rows of this kind: `document` for each, all columns. (kind, columns, function)"""
-    return kind, None, lambda row, where: document(row, kind, system, where)
+    return kind, None, lambda row, where: document(row, kind, system, where, labels)
 
 
-def document(row, kind, system, where):
+def document(row, kind, system, where, labels=()):
     """A row -> one line of JSON: {"messages": [{"role", "content"}, ...]} and, by kind, nothing more (chat),
-    "chosen" and "rejected" texts (preferences), or "answer" (problems). A row that cannot be used is
-    {"left_out": reason}. A row may say that it is "held_out". `system` is put before conversations that have none.
+    "chosen" and "rejected" texts (preferences), "answer" (problems), or "label", its number among `labels`. A row that
+    cannot be used is {"left_out": reason}. A row may say that it is "held_out". `system` is put before conversations
+    that have none.
 
     Raises ValueError, naming `where`, for a row of no known schema.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not a row of columns but {type(row).__name__}")
-    made = {"chat": chat_of, "preferences": preference_of, "problems": problem_of}[kind](row, where)
+    makers = dict(chat=chat_of, preferences=preference_of, problems=problem_of, labels=partial(labelled, labels))
+    made = makers[kind](row, where)
     if made is None:
         raise ValueError(f"{where}: no --kind={kind} in the columns {', '.join(map(str, row))}; needed is one of "
                          f"{SCHEMAS[kind]}")  # fmt: skip
@@ -180,6 +186,15 @@ def problem_of(row, where):
     return dict(messages=messages, answer=answer)
 
 
+def labelled(labels, row, where):
+    if not {"text", "label"} <= row.keys():
+        return None
+    text, label = texts_of(row, where, "text")[0], str(row["label"])
+    if label not in labels:
+        raise ValueError(f"{where}: label {label!r} is not one of --labels={','.join(labels)}")
+    return dict(messages=messages_of(text, where), label=labels.index(label)) if text else dict(left_out="empty")
+
+
 def final_answer(text):
     """What an answer comes to: the words between the solution tags, else behind the last ####, else all of it. A
     solution that was begun and not ended has come to nothing: ""."""
@@ -196,6 +211,9 @@ def final_answer(text):
 def encode(tokenizer, row, dtype):
     """What `document` made, read back -> ([(ids, mask)]: one, or a preference's two; a line for answers.jsonl)."""
     messages = row["messages"]
+    if "label" in row:
+        ids = [tokenizer.bos_id, *tokenizer.encode(messages[0]["content"]), row["label"]]
+        return [arrays(ids, [0] * (len(ids) - 1) + [1], dtype)], b""
     if "chosen" in row:
         answers = [dict(role="assistant", content=row[which]) for which in ("chosen", "rejected")]
         pairs = [arrays(*tokenizer.render([*messages, answer]), dtype) for answer in answers]
@@ -228,8 +246,8 @@ def key_of(row):
 class TokenSet:
     """One split of a folder, mapped into memory. len() counts conversations: a preference counts two.
 
-    kind "chat", "preferences" or "problems". answers: list of texts, for problems. ids, mask and offsets are the whole
-    files. Raises ValueError for a folder of another kind and for files that are not as they were written.
+    kind "chat", "preferences", "problems" or "labels". answers: list of texts, for problems. ids, mask and offsets are
+    the whole files. Raises ValueError for a folder of another kind and for files that are not as they were written.
     """
 
     def __init__(self, folder, split, kind):
@@ -269,7 +287,7 @@ def open_sets(options, kind, machine):
             import prepare_data
 
             machine.print(f"preparing the built-in {options.data}")
-            tokenizer = str(runtime.checkpoint_file(folder, "tokenizer.json"))
+            tokenizer = str(runtime.checkpoint_file(runtime.locate(folder), "tokenizer.json"))
             names = BUILT_IN[options.data]
             prepare_data.prepare(prepare_data.PrepareOptions(names, options.data, tokenizer, kind=kind))
     machine.barrier()

@@ -146,7 +146,7 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, token, cache):
         x = self.embedding(token).float()
-        rotary = rotary_table(cache.length[:, None, None], self.config.head_dim, self.config.rope_theta)
+        rotary = rotary_table(cache.length[:, None, None], self.config.head_dim, cache.rope_base)
         for i in range(0, len(self.layers), LAYERS_AT_A_TIME):
             j = min(i + LAYERS_AT_A_TIME, len(self.layers))
             head = self.head if j == len(self.layers) else None

@@ -67,6 +67,7 @@ class DogeConfig:
     keep_window_size: int = 2048  # keys a query may see (W), those of largest dynamic-mask score
     max_position_embeddings: int = 2048  # context length the model is trained for
     rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_factor: float = 0.0  # stretches them in texts beyond max_position_embeddings (see rope_base); 0 = never
     rms_norm_eps: float = 1e-6  # keeps the norm of a zero vector finite
     initializer_range: float = 0.02  # standard deviation of the initial weights
     tie_word_embeddings: bool = True  # output matrix = embedding matrix
@@ -86,6 +87,8 @@ class DogeConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
         if not 0 <= self.router_aux_loss_coef < math.inf:
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} must be a number from 0 up")
+        if self.rope_factor and not (1 <= self.rope_factor < math.inf and self.head_dim > 2):
+            raise ValueError(f"rope_factor={self.rope_factor} must be 0 or a number from 1 up, and heads wider than 2")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % (2 * heads):
             raise ValueError(f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads={heads}")
@@ -100,6 +103,22 @@ class DogeConfig:
     @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
+
+    def rope_base(self, length):
+        """The base of the rotary wavelengths in a text that may reach `length` tokens.
+
+        Positions beyond the trained ones would bring angles that the model has never met. Dynamic NTK scaling, with
+        which the family is published, raises the base with the length, so that the slowest dimensions turn no further
+        than they did in training and the fastest, which tell neighbours apart, are left alone. Up to
+        max_position_embeddings nothing changes. The base must be one for all keys of a text, or their distances mean
+        nothing: a forward pass takes it from the length of its row, generation, once and for all, from the length that
+        prompt and answer may reach. (transformers takes it anew at every token, from the length so far, and leaves the
+        keys of its cache rotated by the base that was right when they came.)
+        """
+        if not self.rope_factor or length <= self.max_position_embeddings:
+            return self.rope_theta
+        stretch = self.rope_factor * length / self.max_position_embeddings - (self.rope_factor - 1)
+        return self.rope_theta * stretch ** (self.head_dim / (self.head_dim - 2))
 
 
 class RMSNorm(nn.Module):
@@ -295,11 +314,12 @@ class Cache:
     token to token, nothing is allocated, and rows of a batch may stand at different positions.
 
     layers: for each one k, v (B, K, N, D), s (B, K, N) fp32, NEVER where a slot holds no key, and when (B, K, N), the
-    positions, which break ties. length (B,): tokens read so far, whether or not their keys were kept.
+    positions, which break ties. length (B,): tokens read so far, whether or not their keys were kept. rope_base: of a
+    text of max_length tokens (see DogeConfig.rope_base).
     """
 
     def __init__(self, config, batch_size, max_length, device=None, dtype=None):
-        self.window = config.keep_window_size
+        self.window, self.rope_base = config.keep_window_size, config.rope_base(max_length)
         self.evicts = max_length > self.window  # else no key ever has to leave
         shape = batch_size, config.num_key_value_heads, min(self.window, max_length) + 1
         self.layers = [
@@ -547,16 +567,22 @@ class Block(nn.Module):
 
 
 class Doge(nn.Module):
-    """The model. `logits, loss = model(tokens, targets)`, `model.generate(tokens, ...)`."""
+    """The model. `logits, loss = model(tokens, targets)`, `model.generate(tokens, ...)`.
 
-    def __init__(self, config):
+    With `labels` (names) it is a classifier: its output is not one of the tokens but one of these. What it says at the
+    last token of a text is about the text.
+    """
+
+    def __init__(self, config, labels=()):
         super().__init__()
-        self.config = config
+        self.config, self.labels = config, tuple(labels)
         self.gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
+        if labels:
+            self.score = nn.Linear(config.hidden_size, len(labels), bias=False)
+        elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -577,7 +603,9 @@ class Doge(nn.Module):
 
     @property
     def output_weight(self):
-        """(V, C)"""
+        """(V, C), or (labels, C) of a classifier"""
+        if self.labels:
+            return self.score.weight
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def hidden(self, tokens, lengths=None, cache=None):
@@ -588,7 +616,8 @@ class Doge(nn.Module):
         steps = torch.arange(T, device=tokens.device)
         padding = None if lengths is None else steps >= lengths[:, None]  # (B, T)
         positions = steps if cache is None else (cache.length[:, None] + steps)[:, None]  # (T,) or (B, 1, T)
-        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        base = self.config.rope_base(T) if cache is None else cache.rope_base
+        rotary = rotary_table(positions, self.config.head_dim, base)
         x, balance = self.embed_tokens(tokens), 0.0
         for layer, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -653,6 +682,7 @@ class Doge(nn.Module):
         real = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
         room = T + max_new_tokens if decoder is None else decoder.room(T + max_new_tokens)
         cache = Cache(self.config, B, room, tokens.device, dtype or self.embed_tokens.weight.dtype)
+        cache.rope_base = self.config.rope_base(T + max_new_tokens)  # the room may be larger than the text can become
         logits = self.read(tokens, real, cache)
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=tokens.device)
         if repetition_penalty != 1.0:

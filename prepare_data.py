@@ -16,6 +16,7 @@ and the other data, that sft.py, dpo.py and grpo.py read, made with the tokenize
     python prepare_data.py --kind=chat hf:HuggingFaceTB/smoltalk:all --tokenizer=out/doge20m --out=data/smoltalk
     python prepare_data.py --kind=preferences pairs.jsonl --tokenizer=out/chat               prompt, chosen, rejected
     python prepare_data.py --kind=problems hf:openai/gsm8k:main --tokenizer=out/chat         question, answer
+    python prepare_data.py --kind=labels reviews.jsonl --labels=bad,good --tokenizer=out/chat     text, label
 
 A SOURCE is one of these. An existing file or folder always wins over the other meanings of a name.
 
@@ -76,9 +77,10 @@ SAMPLE = 20_000_000  # characters a vocabulary is learned from; our trainer take
 class PrepareOptions:
     sources: list[str] = field(default_factory=lambda: ["stories"])  # where the text comes from, see above
     out: str = ""  # the folder to write; empty: data/ and the name of the first source
-    tokenizer: str = ""  # a tokenizer.json, its folder, or an encoding of tiktoken (gpt2); empty: train one
+    tokenizer: str = ""  # a tokenizer.json, its folder or hub name, an encoding of tiktoken (gpt2); empty: train one
     vocab_size: int = 4096  # of the tokenizer to train; small, or a tiny model is all embedding; real runs use 32768
-    kind: Literal["text", "chat", "preferences", "problems"] = "text"  # what the rows are, see above
+    kind: Literal["text", "chat", "preferences", "problems", "labels"] = "text"  # what the rows are, see above
+    labels: list[str] = field(default_factory=list)  # what the label of a row may be, in the order of their numbers
     system: str = ""  # a system message for the conversations that have none
     tokens: int = 0  # training tokens to write; 0: every document of every source, once
     val_fraction: float = 0.05  # share of the documents kept for validation; enough for a book, large corpora need less
@@ -320,8 +322,11 @@ def check_options(options, sources):
         raise ValueError("ratios need --tokens=N: the training tokens they are shares of")
     if options.kind != "text" and not options.tokenizer:
         raise ValueError(f"--kind={options.kind} needs the --tokenizer of the model to be tuned: its checkpoint folder")
-    if options.kind == "text" and options.system:
+    if options.kind in ("text", "labels") and options.system:
         raise ValueError("--system is a message of conversations: it needs --kind=chat, preferences or problems")
+    labels = options.labels
+    if (options.kind == "labels") != bool(labels) or len(labels) == 1 or len(set(labels)) < len(labels):
+        raise ValueError(f"--labels={','.join(labels)}: --kind=labels, and no other, needs two or more different names")
 
 
 def read_meta(folder):
@@ -362,6 +367,7 @@ def describe(options, sources, tokenizer):
     """Everything the output depends on: two calls with equal descriptions write the same bytes."""
     same = ("sources", "tokens", "val_fraction", "text_column", "piece_chars", "document_separator", "stories")
     same += ("kind", "system") if options.kind != "text" else ()
+    same += ("labels",) if options.kind == "labels" else ()
     request = {name: getattr(options, name) for name in same}
     request["inputs"] = [source.inputs for source in sources]
     request["tokenizer"] = tokenizer.digest if tokenizer else f"trained, vocab_size={options.vocab_size}"
@@ -378,6 +384,7 @@ def begin(partial, request, tokenizer, sources):
     names = ["bin"]
     if (kind := request.get("kind", "text")) != "text":
         meta |= {"kind": kind, "chat_template": tokenizer.chat_template}
+        meta |= {"labels": request["labels"]} if kind == "labels" else {}
         names = ["ids.bin", "mask.bin", "offsets.bin"] + ["answers.jsonl"] * (kind == "problems")
     for split in ("train", "val"):
         meta[split] = {"tokens": 0, "bytes": 0, "documents": 0} | ({"targets": 0} if kind != "text" else {})
@@ -404,7 +411,7 @@ def prepare(options, quiet=False):
     out = Path(options.out or f"data/{name}" + f"-{options.kind}" * (options.kind != "text"))
     if not out.name:
         raise ValueError(f"--out={options.out}: not the name of a folder of its own")
-    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    given = Tokenizer.load(runtime.locate(options.tokenizer)) if options.tokenizer else None
     request = describe(options, sources, given)
     if is_there(out, request, options.overwrite):
         say(f"{out} is there already, made by the same call")
@@ -419,7 +426,7 @@ def prepare(options, quiet=False):
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = text_rows(options.text_column)
     if options.kind != "text":
-        rows = Rows(*conversations.rows(options.kind, options.system))
+        rows = Rows(*conversations.rows(options.kind, options.system, options.labels))
     for source in sources:
         open_source(source, options, rows, options.cache or out.parent / "downloads", quiet)
     width = 2 if not given or given.vocab_size <= 65536 else 4

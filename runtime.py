@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import keyword
 import math
 import os
 import re
@@ -29,21 +30,21 @@ import signal
 import sys
 import time
 import typing
-import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import Doge, DogeConfig
+from layouts import checkpoint_file, hf_name, locate, one_line, read_pickle, read_weights
+from layouts import inspect as inspect_checkpoint
+from model import Doge
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -79,11 +80,6 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def one_line(error):
-    """The first line of what an exception says, its type if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def parse_options(options_class, argv, positional=None, base=None):
@@ -123,6 +119,7 @@ def read_values(options_class, argv, positional=None):
             continue
         name, equals, text = argument[2:].partition("=")
         name = name.replace("-", "_")
+        name += "_" * keyword.iskeyword(name)  # --for is the field for_
         if name == "config" and "config" not in names:
             load(text)
         elif not equals and name in names and hints[name] is not bool:
@@ -202,7 +199,7 @@ def help_text(options_class, positional=None):
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
         among = f" [{', '.join(map(str, choices))}]" if choices else ""
-        lines.append(f"  --{field.name}={default}".ljust(34) + f" {comments.get(field.name, '')}{among}")
+        lines.append(f"  --{field.name.rstrip('_')}={default}".ljust(34) + f" {comments.get(field.name, '')}{among}")
     return "\n".join(lines)
 
 
@@ -303,12 +300,12 @@ def read_tune_options(options_class, argv, default_config, may_change=()):
     return options
 
 
-def start_tuning(options, machine, tokenizer):
+def start_tuning(options, machine, tokenizer, labels=None):
     """-> the model to tune, and the training state of a resumed run (else None). Fills in sequence_length; rows longer
-    than the model was made for make it one of that length. tokenizer: that of the data. Raises ValueError if the
-    checkpoint has another one, or another chat template."""
+    than the model was made for make it one of that length. tokenizer: that of the data; labels: its, for a classifier.
+    Raises ValueError if the checkpoint has another one, or another chat template."""
     folder = options.out_dir if options.resume else options.init_from
-    model, own = load_model(folder)
+    model, own = load_model(folder, labels=labels)
     if own.digest != tokenizer.digest or own.chat_template != tokenizer.chat_template:
         what = "tokenizer" if own.digest != tokenizer.digest else "chat template"
         raise ValueError(f"{folder} has another {what} than --data={options.data}: prepare the data with "
@@ -469,18 +466,27 @@ def read_meta(folder, kind="text"):
 # Checkpoints
 
 
-def hugging_face_config(config, tokenizer):
+def hugging_face_config(model, tokenizer):
     """The config.json of a checkpoint: Hugging Face's DogeConfig fields. A model that transformers would compute
     differently (no q/k norm; experts, whose router mixes tokens there) must not open there, so its type is another."""
+    config = model.config
     same = config.qk_norm and not config.is_moe
     fields = dataclasses.asdict(config)
+    if factor := fields.pop("rope_factor"):
+        context = config.max_position_embeddings
+        fields["rope_scaling"] = dict(rope_type="dynamic", factor=factor, original_max_position_embeddings=context)
     ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-    kind = dict(model_type="doge" if same else "nanodoge", architectures=["DogeForCausalLM"], torch_dtype="float32")
+    kind = dict(model_type="doge" if same else "nanodoge", architectures=["DogeForCausalLM"],
+                torch_dtype=str(model.norm.weight.dtype).removeprefix("torch."))  # fmt: skip
+    if model.labels:
+        kind |= dict(architectures=["DogeForSequenceClassification"], id2label=dict(enumerate(model.labels)),
+                     label2id={label: i for i, label in enumerate(model.labels)})  # fmt: skip
     return kind | fields | ids | dict(hidden_act="silu", hidden_dropout=0.0, attention_dropout=0.0)
 
 
-def save_checkpoint(folder, model, tokenizer, state=None):
-    """Writes model.safetensors, config.json, tokenizer.json and, if given, training_state.pt into `folder`.
+def save_checkpoint(folder, model, tokenizer, state=None, fields=None):
+    """Writes model.safetensors, config.json, tokenizer.json and, if given, training_state.pt into `folder`. fields: of
+    config.json, in place of what it would say.
 
     The files must change together. They are written to folder/.saving, flushed to the disk, and the rename of that
     to .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a
@@ -497,7 +503,7 @@ def save_checkpoint(folder, model, tokenizer, state=None):
             torch.save(state, saving / "training_state.pt")
     except (SafetensorError, RuntimeError) as error:  # what these libraries make of a full disk
         raise OSError(f"cannot write {saving}: {one_line(error)}; {folder} holds the last checkpoint") from None
-    text = json.dumps(hugging_face_config(model.config, tokenizer), indent=2)
+    text = json.dumps(hugging_face_config(model, tokenizer) | (fields or {}), indent=2)
     (saving / "config.json").write_text(text, encoding="utf-8")
     tokenizer.save(saving)
     for path in [*saving.iterdir(), saving]:
@@ -527,84 +533,42 @@ def clear(folder):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
-def checkpoint_file(folder, name):
-    """The path of a checkpoint's file, which is in folder/.saved if a save was cut off right after it was complete."""
-    path = Path(folder) / ".saved" / name
-    return path if path.is_file() else Path(folder) / name
+def load_config(source):
+    """The DogeConfig of a checkpoint: a folder, or a name on the hub. Raises ValueError, naming the file, for what is
+    not one."""
+    return inspect_checkpoint(locate(source)).config
 
 
-def hf_name(name):
-    return name if name.startswith("lm_head") else f"model.{name}"
-
-
-def load_config(folder):
-    """The DogeConfig of a checkpoint folder. Raises ValueError, naming the folder, for what is not one."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"there is no checkpoint folder {str(folder)!r}")
-    path = checkpoint_file(folder, "config.json")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        kind = fields["model_type"]
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is not a checkpoint: it has no config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not a model's config ({type(error).__name__}: {error})") from None
-    if kind not in ("doge", "nanodoge"):
-        raise ValueError(f"{path}: model_type is {kind!r}, not 'doge' or 'nanodoge'")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}  # where newer and older files keep it
-    fields = {"rope_theta": rope.get("rope_theta", DogeConfig.rope_theta)} | fields
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ValueError(f"{path}: rope_type is {rope_type!r}, and only 'default' is computed here")
-    hints = typing.get_type_hints(DogeConfig)
-    return DogeConfig(**{n: convert(fields[n], hints[n], f"{path}: {n}") for n in hints if n in fields})
-
-
-def load_model(folder, device="cpu"):
-    """A checkpoint folder -> (model in eval mode, tokenizer). Raises ValueError, naming the file and the tensor, for
-    a folder that is incomplete or damaged."""
-    config = load_config(folder)
+def load_model(source, device="cpu", labels=None):
+    """A checkpoint -> (model in eval mode, tokenizer). source: a folder, or a name on the hub, in any published layout
+    (see layouts.py). labels: None for a language model; () for a classifier; names for a classifier of these, which a
+    language model becomes, all labels being equally likely at first. Raises ValueError, naming the file and the tensor,
+    for a checkpoint that is incomplete, damaged, or of the other kind."""
+    folder = locate(source)
+    checkpoint = inspect_checkpoint(folder)
     tokenizer = Tokenizer.load(checkpoint_file(folder, "tokenizer.json").parent)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json {config.vocab_size}")
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json "
+                         f"{checkpoint.config.vocab_size}")  # fmt: skip
+    has, wants = checkpoint.labels, checkpoint.labels if labels == () else tuple(labels or ())
+    if (has and has != wants) or (labels is not None and not wants):
+        what = "a classifier of " + ", ".join(has) if has else "a language model"
+        asked = "a classifier of " + ", ".join(wants) if wants else "a language model" if has else "a classifier"
+        raise ValueError(f"{folder} is {what}, and what is needed here is {asked}")
     with torch.device("meta"):
-        model = Doge(config)
-    expected = {hf_name(name): tuple(w.shape) for name, w in model.state_dict().items()}
-    path, weights = checkpoint_file(folder, "model.safetensors"), {}
-    if not path.is_file():
-        raise ValueError(f"{folder} has no model.safetensors")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            wrong = [f"lacks {name}" for name in expected if name not in found]
-            wrong += [f"has {name}, which this model has not" for name in found if name not in expected]
-            wrong += [f"has {name} of shape {list(found[name])}, not {list(shape)}"
-                      for name, shape in expected.items() if name in found and found[name] != shape]  # fmt: skip
-            if not wrong:
-                weights = {name.removeprefix("model."): file.get_tensor(name) for name in found}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"{path} {wrong[0]}{more}")
-    model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+        model = Doge(checkpoint.config, wants)
+    weights = read_weights(checkpoint, device)
+    if wants and not has:
+        weights.pop("lm_head.weight", None)
+        weights["score.weight"] = torch.zeros(len(wants), checkpoint.config.hidden_size, device=device)
+    model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer
 
 
 def load_training_state(folder):
     """The dict that save_checkpoint got as `state`, or None if the folder has none. Nothing in it is executed."""
     path = checkpoint_file(folder, "training_state.pt")
-    if not path.is_file():
-        return None
-    if not zipfile.is_zipfile(path):  # what torch.save writes, with its table of contents at the end
-        raise ValueError(f"{path} is damaged or not ours: it is not a whole zip archive")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-        return state
-    except (UnpicklingError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or not ours: {one_line(error)}") from None
+    return read_pickle(path) if path.is_file() else None
 
 
 def optimizer_state(optimizers, names):

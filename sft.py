@@ -26,14 +26,19 @@ left out; both are counted. An answer cut in the middle would teach to stop ther
 nothing and divides by zero.
 
 Reasoning is learned in the same way from conversations whose answers begin with a thought (config/sft_reason_*.py).
+
+A classifier too (--kind=labels, data of prepare_data.py --kind=labels): of a text the one thing to predict, behind its
+last token, is its label. A small matrix with a row a label takes the place of the vocabulary, and the rest is the same.
 """
 
 import dataclasses
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import runtime
 from conversations import divide, final_answer, generate, open_sets, pad
@@ -42,8 +47,9 @@ from train import cosine, make_optimizers, rows_of_step
 
 @dataclass
 class SftOptions(runtime.TuneOptions):
-    data: str = "data/stories-chat"  # folder made by prepare_data.py --kind=chat
-    eval_answers: int = 0  # validation answers that are written and compared word for word; for short answers
+    data: str = "data/stories-chat"  # folder made by prepare_data.py
+    kind: Literal["chat", "labels"] = "chat"  # of the data: conversations, or texts with a label
+    eval_answers: int = 0  # validation answers that are written and compared word for word; of labels, always all
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,12 +102,13 @@ def turns(mask, piece=1 << 26):
     return np.concatenate(begins), np.concatenate(ends + [np.full(int(before), len(mask) - 1)])
 
 
-def show_example(rows, i, tokenizer, machine):
+def show_example(rows, i, tokenizer, machine, labels=()):
     """Prints a row with what is learned marked: green on a terminal, between {+ and +} elsewhere."""
     begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("{+", "+}")
     ids, mask = rows.row(i)
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
-    pieces = [tokenizer.decode(part) for part in np.split(ids, edges)]
+    parts = np.split(ids, edges)
+    pieces = [labels[part[0]] if labels and k % 2 else tokenizer.decode(part) for k, part in enumerate(parts)]
     machine.print("an example, with what is learned marked:\n\n"
                   + "".join(begin + text + end if k % 2 else text for k, text in enumerate(pieces)) + "\n")  # fmt: skip
 
@@ -112,16 +119,20 @@ def show_example(rows, i, tokenizer, machine):
 
 def make_evaluate(machine, model, loss_sum, rows, tokenizer, options):
     """-> evaluate(): mean loss a target over the first eval_rows conversations; and the share of the first eval_answers
-    whose last answer, written by taking the likeliest token each time, is right to the last word. All processes share
-    the work."""
+    whose last answer, written by taking the likeliest token each time, is right to the last word; of a classifier, the
+    share of all whose label is. All processes share the work."""
     count, asked = min(rows.count, options.eval_rows), min(rows.count, options.eval_answers)
+    asked = count if model.labels else asked
     groups = divide(rows.lengths[:count], options.micro_tokens)[machine.rank :: machine.world_size]
 
     @torch.no_grad()
     def evaluate():
         nats = sum((loss_sum(rows, group, network=model).double() for group in groups), torch.zeros(()))
         targets = sum(int(rows.targets[group].sum()) for group in groups)
-        right = count_right(model, rows, range(asked)[machine.rank :: machine.world_size], tokenizer, machine)
+        if model.labels:
+            right = sum(count_labels(model, rows, group, tokenizer, machine) for group in groups)
+        else:
+            right = count_right(model, rows, range(asked)[machine.rank :: machine.world_size], tokenizer, machine)
         nats, targets, right = machine.sum([nats, float(targets), float(right)])
         return dict(val_loss=nats / targets) | (dict(val_exact=right / asked) if asked else {})
 
@@ -140,6 +151,15 @@ def count_right(model, rows, which, tokenizer, machine):
     same = [final_answer(tokenizer.decode(a[:-1])) == final_answer(tokenizer.decode(b[:-1]))
             for a, b in zip(written, wanted, strict=True) if a[-1] == tokenizer.eos_id]  # fmt: skip
     return sum(same)
+
+
+def count_labels(model, rows, group, tokenizer, machine):
+    """How many texts of a group the classifier gives their label."""
+    tokens, targets, _ = pad([rows.row(i) for i in group], tokenizer.pad_id)
+    last, targets = (targets >= 0).to(machine.device), targets.to(machine.device)
+    with machine.autocast():
+        logits = F.linear(model.hidden(tokens.to(machine.device))[0][last], model.output_weight)
+    return int((logits.argmax(-1) == targets[last]).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,8 +190,9 @@ def announce(options, machine, model, train_rows, val_rows, seconds, which):
 
 def train(options, machine):
     """Runs the whole tuning and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
-    train_set, val_set, tokenizer = open_sets(options, "chat", machine)
-    model, state = runtime.start_tuning(options, machine, tokenizer)
+    train_set, val_set, tokenizer = open_sets(options, options.kind, machine)
+    labels = tuple(train_set.meta["labels"]) if options.kind == "labels" else None
+    model, state = runtime.start_tuning(options, machine, tokenizer, labels)
     train_rows, val_rows = (Conversations(token_set, options.sequence_length) for token_set in (train_set, val_set))
     if not (train_rows.count and val_rows.count):
         raise ValueError(f"--sequence_length={options.sequence_length}: of {len(train_set)} training and "
@@ -190,7 +211,7 @@ def train(options, machine):
     tried = runtime.try_out(machine, model, lambda network: loss_sum(train_rows, longest, network), options.compile)
     network, seconds, which = tried
     announce(options, machine, model, train_rows, val_rows, seconds, which)
-    show_example(train_rows, rows_of_step(0, train_rows.count, 1, options.seed)[0], tokenizer, machine)
+    show_example(train_rows, rows_of_step(0, train_rows.count, 1, options.seed)[0], tokenizer, machine, model.labels)
     evaluate = make_evaluate(machine, model, loss_sum, val_rows, tokenizer, options)
     run = runtime.Run(options, machine, model, network, tokenizer, optimizers, evaluate,
                       model.flops_per_token(train_rows.lengths.mean()), columns=["val_exact"])  # fmt: skip
