@@ -109,7 +109,7 @@ def test_what_is_read_once_for_many_scores_as_if_read_for_each(shape):
             wanted.append((sum(row[token].item() for row, token in zip(logp, answer, strict=True)),
                            logp.argmax(-1).tolist() == answer))  # fmt: skip
     assert any(trunk for trunk, _ in evaluate.families([(tuple(context), [0]) for context, _ in pairs]))
-    for batch_tokens in (1, 300, 10**6):
+    for batch_tokens in (300, 10**6):
         found = evaluate.log_likelihoods(model, pairs, batch_tokens)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
         assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], abs=1e-4)
@@ -153,18 +153,19 @@ dataset_kwargs:
   data_files: {{train: {folder / "train.jsonl"}, test: {folder / "test.jsonl"}}}
 training_split: train
 test_split: test
-doc_to_text: "Question: {{{{goal}}}}\\nAnswer:"
 """
     metric = "{metric: %s, aggregation: mean, higher_is_better: true}"
     (folder / "tasks").mkdir()
     (folder / "tasks" / "choose.yaml").write_text(f"""task: choose{common}output_type: multiple_choice
+doc_to_text: "Question: {{{{goal}}}}\\nAnswer:"
 doc_to_choice: sols
 doc_to_target: label
 metric_list: [{metric % "acc"}, {metric % "acc_norm"}]
 """)
     (folder / "tasks" / "write.yaml").write_text(f"""task: write{common}output_type: generate_until
+doc_to_text: "{{{{goal}}}}"
 doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["e", "an"], do_sample: false, temperature: 0.0, max_gen_toks: 16}}
+generation_kwargs: {{until: [" t", "@U"], do_sample: false, temperature: 0.0, max_gen_toks: 16}}
 metric_list: [{metric % "exact_match"}]
 """)
     (folder / "tasks" / "again.yaml").write_text("""task: again
@@ -212,7 +213,9 @@ def test_tasks_score_as_with_lm_evals_own_model(folder, models, options):
             assert score == pytest.approx(wanted, rel=1e-6, abs=1e-4) and greedy == was_greedy
     written = [sample["filtered_resps"][0] for sample in our_samples["write"]]
     assert written == [sample["filtered_resps"][0] for sample in their_samples["write"]]
-    assert len(set(written)) > 7 and not any("e" in text or "an" in text for text in written)
+    assert not any(" t" in text or "@U" in text for text in written)
+    if "apply_chat_template" not in options:  # where a random model's words depend on how the prompt ends
+        assert len(set(written)) > 5 and min(map(len, written)) < max(map(len, written))
     assert models[0].shortened  # some prompts were too long, and lost the same words
 
 
