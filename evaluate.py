@@ -29,7 +29,7 @@ gets, 25 % with four answers. A score that is not two standard errors above chan
 
 Why it is fast. The four answers to a question have the same context, and often all questions of a subject begin with
 the same solved examples. A beginning is read once into a cache, which is then copied for whatever follows it. Only the
-tokens of an answer need logits. Both are exact: tests compare with the harness's own way of running transformers.
+tokens of an answer need logits. Neither changes a score: tests compare with the harness's own `hf` model.
 """
 
 import difflib

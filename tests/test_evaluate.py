@@ -298,3 +298,9 @@ def test_wrong_names_of_tasks_are_one_line(folder, monkeypatch, tasks, words):
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: manager(None, include_path, False))
     with pytest.raises(ValueError, match=words):
         evaluate.load_tasks(dict.fromkeys(tasks), str(folder / "tasks"))
+
+
+def test_without_lm_eval_a_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install lm_eval"):
+        evaluate.load_tasks({"piqa": None})
