@@ -80,6 +80,34 @@ def test_wsd_is_never_negative_and_zero_past_the_end():
 # The data
 
 
+def test_copies_are_rare_tokens_that_stood_before():
+    tokens = torch.tensor([[5, 7, 5, 9, 7], [1, 1, 2, 3, 4], [8, 8, 0, 0, 0]])
+    targets = torch.tensor([[7, 5, 9, 7, 8], [1, 2, 3, 4, 2], [8, -100, -100, -100, -100]])
+    common = torch.zeros(10, dtype=torch.bool).numpy()
+    common[[1, 7]] = True
+    found = train.copies(tokens, targets, common)
+    assert found.tolist() == [[-100, 5, -100, -100, -100], [-100, -100, -100, -100, 2], [8, -100, -100, -100, -100]]
+    # Brute force, on random rows.
+    row = torch.randint(0, 30, (4, 65), generator=torch.Generator().manual_seed(0))
+    common = np.arange(30) < 5
+    found = train.copies(row[:, :-1], row[:, 1:], common)
+    for b, t in np.ndindex(4, 64):
+        target = row[b, t + 1].item()
+        is_copy = target in row[b, : t + 1].tolist() and target >= 5
+        assert found[b, t] == (target if is_copy else -100)
+    assert train.common_tokens(np.repeat([0, 1, 2], [9970, 21, 9]), 4).tolist() == [True, True, False, False]
+
+
+def test_copy_steps_count_every_copy_alike(data, tmp_path, monkeypatch):
+    """The loss of a step is the mean over its copies, however they fall into micro-batches."""
+    monkeypatch.setattr(train, "COMMON", 1 / 20)
+    whole = run(data, tmp_path / "a", "--copy_steps=2", "--batch_size=4")
+    parts = run(data, tmp_path / "b", "--copy_steps=2", "--batch_size=1")
+    assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+    plain = run(data, tmp_path / "c", "--batch_size=4")
+    assert abs(plain[0]["loss"] - whole[0]["loss"]) > 1e-3
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000])
 def test_an_epoch_is_a_permutation_and_the_next_another(count):
     orders = [[train.shuffled(i, count, key) for i in range(count)] for key in range(3)]
