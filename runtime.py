@@ -76,6 +76,12 @@ def run(main):
         message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not re.search("gloo.*Connection (closed|reset) by peer", str(error), re.DOTALL):
+            raise
+        print("error: another process of this run has ended; once its own message is dealt with, --resume goes on from "
+              "the last checkpoint", file=sys.stderr)  # fmt: skip
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -393,7 +399,14 @@ class Machine:
         why = "asked for" if dtype != "auto" else "fast and safe here" if has_bf16 else "no fast bfloat16 to rely on"
         self.summary = f"{kind} ({self.name}), {reason}; {str(self.dtype).removeprefix('torch.')}, {why}"
         if self.world_size > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            try:
+                dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            except RuntimeError as error:
+                if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                    raise
+                # torchrun keeps the addresses of the processes that died (pytorch issues 135712, 167288)
+                raise ValueError("the processes that torchrun started again do not find each other: set "
+                                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts") from error  # fmt: skip
             self.summary += f"; {self.world_size} processes"
 
     @property
@@ -508,8 +521,10 @@ def save_checkpoint(folder, model, tokenizer, state=None):
                 flush(path)
     except (SafetensorError, RuntimeError, OSError) as error:  # the first two: what these libraries make of a full disk
         shutil.rmtree(saving, ignore_errors=True)
-        before = "the checkpoint before it is whole" if checkpoint_file(folder, "config.json").is_file() else "none yet"
-        raise OSError(f"cannot write a checkpoint to {folder} ({before}): {one_line(error)}") from None
+        there = checkpoint_file(folder, "config.json").is_file()
+        before = "the one before it is whole" if there else "there is none yet"
+        reason = error if isinstance(error, OSError) else f"{one_line(error)}; is the disk full?"
+        raise OSError(f"cannot write a checkpoint to {folder} ({before}): {reason}") from None
     os.rename(saving, saved)
     settle(folder)
 
@@ -772,6 +787,9 @@ class Run:
         self.names = {p: name for name, p in model.named_parameters()}
         self.step, self.tokens, self.seconds, self.row = 0, 0, 0.0, None  # step = how many are done
         self.log, self.fresh = None, True  # fresh: nothing saved yet
+        # The order in which several processes add up gradients follows the first backward pass: one that does not count,
+        # at every start, makes it the same in all steps that do, those after a --resume too.
+        self.settling = several
         self.signal = self.stop = 0  # the signal this process got; the one all processes know of
         self.peak_flops = machine.peak_flops()
         # Reading the loss makes the host wait for the device, and for the other processes: not in every step then.
@@ -834,6 +852,11 @@ class Run:
         experts_only: this step moves the groups that are `routed` and no others (see train.make_optimizers).
         """
         processes, loss, extra = self.machine.world_size, 0.0, {}
+        if processes > 1 and self.settling:
+            self.settling = False
+            share = loss_of(batches[0])
+            (share[0] if isinstance(share, tuple) else share).backward()
+            self.model.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1  # gradients are exchanged once a step
             with nullcontext() if last or processes == 1 else self.network.no_sync():

@@ -183,8 +183,8 @@ class Undisturbed:
         wrong = ["lost rows: at the end"] * (steady(folder) != self.rows)
         for place in (folder, *[folder / "stable"] * (self.folder / "stable").is_dir()):
             twin = self.folder / place.relative_to(folder)
-            a, b = (runtime.load_training_state(x)["optimizer"] for x in (place, twin))
-            if not (same(weights(place), weights(twin)) and same(a, b)):
+            a, b = (runtime.load_training_state(x) for x in (place, twin))
+            if not (a and same(weights(place), weights(twin)) and same(a["optimizer"], b["optimizer"])):
                 wrong.append(f"different: {place.name}")
         return wrong + [f"different: {name} is left" for name in (".saving", ".saved") if (folder / name).exists()]
 
@@ -307,7 +307,7 @@ def disk(argv, root, how):
                 tries += 1
                 error = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
                 wrong += [] if statuses == [2] and len(error) == 1 else [log.read_text()[-1000:]]
-                known = ("No space left", "Read-only", "unexpected pos")  # the last: what torch.save says
+                known = ("No space left", "Read-only", "is the disk full?")
                 words |= {word for word in known if word in error[-1]}
                 remount(f"rw,size={8 * needed}")
                 statuses = wait([fork(train.main, again if how == "full" else go_on, log)])
@@ -322,7 +322,9 @@ def torchrun(argv, root, number):
     whole, folder, log = Undisturbed(train.main, argv, root / "whole", 2), root / "run", root / "run.txt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command += ["train.py", *argv, f"--out_dir={folder}", "--resume_or_start"]
-    with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent) as launcher:
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see runtime.Machine
+    with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent,
+                                                  env=environment) as launcher:  # fmt: skip
         deadline, wrong = time.monotonic() + PATIENCE, []
         while runtime.load_training_state(folder) is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -340,7 +342,7 @@ def torchrun(argv, root, number):
         wrong += [] if "--resume" in text.partition("stopped and saved after step")[2] else [text[-1000:]]
         wrong += whole.check(folder, 0)[1]
         wait(fork_all(train.main, [f"--out_dir={folder}", "--resume"], log, 2))
-    wrong += whole.compare(folder)
+    wrong = wrong or whole.compare(folder)
     return dict(tries=1, failures=len(wrong), seconds=round(seconds), note="; ".join(wrong[:3]))
 
 
