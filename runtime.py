@@ -230,6 +230,7 @@ class RunOptions:
     log_every: int = 10  # steps between rows of log.csv
     eval_every: int = 100  # steps between validations
     save_every: int = 100  # steps between checkpoints
+    keep_best: bool = False  # also keep the model of the lowest val_loss, in OUT_DIR/best
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
@@ -292,8 +293,8 @@ class TuneOptions(RunOptions):
 
 
 # What a resumed tuning run may change: what it costs, and where and how often it reports. The rest is the run.
-TUNE_MAY_CHANGE = set("""resume out_dir overwrite log_every eval_every eval_rows save_every device dtype compile
-    micro_tokens gradient_checkpointing""".split())
+TUNE_MAY_CHANGE = set("""resume out_dir overwrite keep_best log_every eval_every eval_rows save_every device
+    dtype compile micro_tokens gradient_checkpointing""".split())
 
 
 def read_tune_options(options_class, argv, default_config, may_change=()):
@@ -405,8 +406,8 @@ class Machine:
                 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                     raise
                 # torchrun keeps the addresses of the processes that died (pytorch issues 135712, 167288)
-                raise ValueError("the processes that torchrun started again do not find each other: set "
-                                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts") from error  # fmt: skip
+                raise ValueError("the processes that torchrun --max-restarts started again do not find each other: "
+                                 "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun") from error  # fmt: skip
             self.summary += f"; {self.world_size} processes"
 
     @property
@@ -683,6 +684,7 @@ class Log:
         rows = [row for row in read_log(path) if int(row["step"]) <= last_step] if self.path.is_file() else []
         rows = [{column: row.get(column, "") for column in columns} for row in rows]
         self.steps = {int(row["step"]) for row in rows}
+        self.best = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf)
         temporary = self.path.with_name(self.path.name + ".new")
         self.append(temporary, "w", [dict(zip(columns, columns, strict=True)), *rows])
         os.replace(temporary, self.path)
@@ -787,8 +789,8 @@ class Run:
         self.names = {p: name for name, p in model.named_parameters()}
         self.step, self.tokens, self.seconds, self.row = 0, 0, 0.0, None  # step = how many are done
         self.log, self.fresh = None, True  # fresh: nothing saved yet
-        # The order in which several processes add up gradients follows the first backward pass: one that does not count,
-        # at every start, makes it the same in all steps that do, those after a --resume too.
+        # The order in which several processes add up gradients follows the first backward pass: one that does not
+        # count, at every start, makes it the same in all steps that do, those after a --resume too.
         self.settling = several
         self.signal = self.stop = 0  # the signal this process got; the one all processes know of
         self.peak_flops = machine.peak_flops()
@@ -814,6 +816,7 @@ class Run:
             if self.fresh:  # --overwrite gives the run in this folder up: from here on it is no mixture of two
                 (self.folder / "training_state.pt").unlink(missing_ok=True)
                 clear(self.folder / "stable")
+                clear(self.folder / "best")
             self.log = Log(self.folder / "log.csv", self.step, self.columns)
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)
@@ -921,6 +924,9 @@ class Run:
             self.machine.print(f"step {row['step']:>6}  loss {row['loss']:.4f}  "
                                + "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith("val")))  # fmt: skip
         if self.log:
+            if self.options.keep_best and row.get("val_loss", math.inf) < self.log.best:
+                self.log.best = row["val_loss"]
+                save_checkpoint(self.folder / "best", self.model, self.tokenizer)
             self.log.write(row)
 
     def finish(self):

@@ -370,8 +370,8 @@ def print_sample(model, tokenizer, machine, options):
 
 
 # What a resumed run may change: what it costs, where and how often it reports, and when it ends. The rest is the run.
-MAY_CHANGE = set("""resume out_dir overwrite max_steps decay_steps log_every eval_every eval_tokens save_every device
-    dtype compile batch_size gradient_checkpointing sample_tokens""".split())
+MAY_CHANGE = set("""resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens
+    save_every device dtype compile batch_size gradient_checkpointing sample_tokens""".split())
 
 
 def read_options(argv):

@@ -21,6 +21,7 @@ read-only folder (both need root, to mount a small tmpfs); and torchrun, whole: 
 
 import contextlib
 import csv
+import faulthandler
 import functools
 import os
 import random
@@ -70,6 +71,7 @@ def fork(main, argv, log, rank=0, world_size=1, port=0):
         return child
     status = 1
     try:
+        faulthandler.register(signal.SIGUSR1)
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         os.dup2(1, 2)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -94,8 +96,9 @@ def fork_all(main, argv, log, world_size):
     return [fork(main, argv, log, rank, world_size, port) for rank in range(world_size)]
 
 
-def wait(children, seconds=PATIENCE):
-    """The statuses of processes that are to end by themselves: negative for the signal that ended one."""
+def wait(children, seconds=600):
+    """The statuses of processes that are to end by themselves: negative for the signal that ended one, None for one
+    that has not; where it hung is then in its log."""
     deadline, left, statuses = time.monotonic() + seconds, list(children), {}
     while left and time.monotonic() < deadline:
         for child in list(left):
@@ -104,6 +107,8 @@ def wait(children, seconds=PATIENCE):
                 left.remove(child)
         time.sleep(0.002)
     for child in left:
+        os.kill(child, signal.SIGUSR1)
+        time.sleep(1)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         statuses[child] = None  # it hung
@@ -155,7 +160,7 @@ class Undisturbed:
 
         start = time.monotonic()
         children = fork_all(main_with_snapshots, [*argv, f"--out_dir={folder}"], folder.with_suffix(".txt"), world_size)
-        assert wait(children, 300) == [0] * world_size, folder.with_suffix(".txt").read_text()[-3000:]
+        assert wait(children) == [0] * world_size, folder.with_suffix(".txt").read_text()[-3000:]
         self.seconds, self.rows = time.monotonic() - start, steady(folder)
         self.steps = int(self.rows[-1]["step"])
 
@@ -231,10 +236,10 @@ def killed(main, argv, root, options, world_size=1, kills=None, number=signal.SI
         while not wrong:
             log = root / f"run{runs}.txt"
             children = fork_all(main, [*argv, f"--out_dir={folder}", "--resume_or_start"], log, world_size)
-            if tries < kills:
+            if struck := tries < kills:
                 inside += strike(folder, children, draw, whole.seconds / 3, number)
                 tries += 1
-            statuses = wait(children)
+            statuses = wait(children, PATIENCE) if struck and world_size > 1 else wait(children)
             if not set(statuses) <= ended:  # None: it hung
                 wrong.append(f"status {statuses}: {log.read_text()[-1000:]}")
             step, found = whole.check(folder, step)
