@@ -813,7 +813,7 @@ class Run:
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             settle(self.folder)
-            if self.fresh:  # --overwrite gives the run in this folder up: from here on it is no mixture of two
+            if self.fresh and self.options.overwrite:  # from here on: what is left of the old run is not to be resumed
                 (self.folder / "training_state.pt").unlink(missing_ok=True)
                 clear(self.folder / "stable")
                 clear(self.folder / "best")
