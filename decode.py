@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import CDMoE, recall, remember, rotary_table, rotate
+from model import CDMoE, key_scores, recall, remember, rotary_table, rotate
 
 LAYERS_AT_A_TIME = 8  # compiled as one function: 8 fit a 20M model whole; more layers call it again, compiled once
 
@@ -102,7 +102,7 @@ def layer_step(x, rotary, length, evicts, slots, weights, sizes):
     norms, (A, input_residual, post_attention_residual), qkv, out, gate_up, down, experts = weights
     B = len(x)
     q, k, v = product(norm(x, norms[0], eps), qkv).split((H * D, K * D, K * D), dim=-1)
-    s = torch.exp(A * F.softplus(F.linear(v, norms[3])))[..., None]  # (B, K, 1)
+    s = key_scores(A, F.linear(v, norms[3]))[..., None]  # (B, K, 1)
     q = rotate(norm(q.view(B, H, 1, D), norms[1], eps), *rotary)
     k = rotate(norm(k.view(B, K, 1, D), norms[2], eps), *rotary)
     remember(*slots, length, evicts, k, v.view(B, K, 1, D), s)

@@ -51,6 +51,7 @@ PIECE = 4096  # tokens of a prompt read together: two windows of the family, so 
 LOSS_ELEMENTS = 2**20  # logits alive at once in the loss: 4 MB, so that they stay in a processor's cache
 LOSS_ROWS = 256  # but at least these rows of them, to keep the matrix product busy
 LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
+LARGEST = 80.0  # exponent of a key's score: see key_scores
 NEVER = -1e30  # score of a slot without a key: exp(NEVER - anything) is 0, and it is finite, so no inf - inf = nan
 
 
@@ -154,6 +155,16 @@ def rotate(x, cos, sin):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dynamic Mask Attention
+
+
+def key_scores(A, dt):
+    """exp(A softplus(dt)) in fp32: A (K,), dt (..., K) -> (..., K), the scores of keys.
+
+    Above 88.7 exp leaves the range of fp32 (which is bf16's too), and a softmax over inf is nan. `fold` multiplies by
+    sqrt(D) on top of it. So the exponent stops at 80: e^80 = 5.5e34 leaves room for a factor of 6,000. A score so large
+    draws all attention to its key whatever it is exactly; one that was stopped has no gradient.
+    """
+    return torch.exp((A.float() * F.softplus(dt.float())).clamp(max=LARGEST))
 
 
 def fold(k, v, s):
@@ -408,7 +419,7 @@ class DynamicMaskAttention(nn.Module):
         values = self.v_proj(x)  # (B, T, K D)
         v = values.view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = (rotate(x, *rotary).to(v.dtype) for x in (q, k))  # under autocast the norms gave fp32
-        s = torch.exp(self.A.float() * F.softplus(self.dt_proj(values).float())).transpose(1, 2)  # (B, K, T)
+        s = key_scores(self.A, self.dt_proj(values)).transpose(1, 2)  # (B, K, T)
         if padding is not None:
             s = s.masked_fill(padding[:, None], NEVER)
         out = dynamic_mask_attention(q, k, v, s, self.window)[0] if cache is None else cache.attend(layer, q, k, v, s)

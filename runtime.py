@@ -30,14 +30,14 @@ import signal
 import sys
 import time
 import typing
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -77,6 +77,12 @@ def run(main):
         message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not re.search("gloo.*Connection (closed|reset) by peer", str(error), re.DOTALL):
+            raise
+        print("error: another process of this run has ended; once its own message is dealt with, --resume goes on from "
+              "the last checkpoint", file=sys.stderr)  # fmt: skip
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -213,6 +219,7 @@ class RunOptions:
 
     out_dir: str = ""  # where checkpoints, log.csv and loss.png go; empty = out/ and the name of the data
     resume: bool = False  # continue the run in out_dir as if it had never stopped
+    resume_or_start: bool = False  # the same if out_dir holds a run, else start one: for what restarts by itself
     max_steps: int = 8000  # optimizer steps in all
     learning_rate: float = 8e-3  # peak learning rate
     grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
@@ -220,6 +227,7 @@ class RunOptions:
     log_every: int = 10  # steps between rows of log.csv
     eval_every: int = 100  # steps between validations
     save_every: int = 100  # steps between checkpoints
+    keep_best: bool = False  # also keep the model of the lowest val_loss, in OUT_DIR/best
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
@@ -282,8 +290,8 @@ class TuneOptions(RunOptions):
 
 
 # What a resumed tuning run may change: what it costs, and where and how often it reports. The rest is the run.
-TUNE_MAY_CHANGE = set("""resume out_dir overwrite log_every eval_every eval_rows save_every device dtype compile
-    micro_tokens gradient_checkpointing""".split())
+TUNE_MAY_CHANGE = set("""resume out_dir overwrite keep_best log_every eval_every eval_rows save_every device
+    dtype compile micro_tokens gradient_checkpointing""".split())
 
 
 def read_tune_options(options_class, argv, default_config, may_change=()):
@@ -292,8 +300,8 @@ def read_tune_options(options_class, argv, default_config, may_change=()):
     if all(argument.startswith("--") for argument in argv):
         argv = [str(HERE / "config" / default_config), *argv]
     asked = read_values(options_class, argv)
-    if asked.get("resume"):
-        out = asked.get("out_dir") or f"out/{Path(asked.get('data') or options_class.data).name}"
+    out = asked.get("out_dir") or f"out/{Path(asked.get('data') or options_class.data).name}"
+    if is_resumed(asked, out):
         return resumed_options(options_class, argv, out, TUNE_MAY_CHANGE | set(may_change))
     options = parse_options(options_class, argv)
     refuse_to_overwrite(options)
@@ -326,10 +334,19 @@ def count_steps(options, count, machine):
     options.max_steps = options.max_steps or math.ceil(options.epochs * count / options.batch_rows)
 
 
+def is_resumed(asked, out):
+    """Whether the options `asked` for (a dict) go on with the run in the folder `out`: --resume always, and
+    --resume_or_start if there is one (torchrun --max-restarts and job queues repeat the very same command line)."""
+    for name in ("resume", "resume_or_start"):
+        if asked.get(name) and asked.get("overwrite"):
+            raise ValueError(f"--overwrite replaces the run in --out_dir={out}, --{name} goes on with it: choose one")
+    return asked.get("resume") or asked.get("resume_or_start") and checkpoint_file(out, "training_state.pt").is_file()
+
+
 def refuse_to_overwrite(options):
-    """Raises ValueError if out_dir holds a run, unless --overwrite says that it may go."""
+    """Raises ValueError if out_dir holds a run, or a part of one, unless --overwrite says that it may go."""
     out = options.out_dir
-    if any(checkpoint_file(out, name).is_file() for name in ("training_state.pt", "model.safetensors")):
+    if any(checkpoint_file(out, name).is_file() for name in ("training_state.pt", "model.safetensors", "config.json")):
         if not options.overwrite:
             raise ValueError(f"--out_dir={out} holds a run already: --resume goes on with it, --overwrite replaces it, "
                              "or choose another folder")  # fmt: skip
@@ -348,7 +365,8 @@ def resumed_options(options_class, argv, out, may_change):
     if not state["options"].keys() <= names:
         raise ValueError(f"--resume: the run in {out} is of another stage: it has the options "
                          f"{' '.join(sorted(state['options'].keys() - names))}")  # fmt: skip
-    options = parse_options(options_class, changes, base=state["options"] | dict(out_dir=Path(out).as_posix()))
+    base = state["options"] | dict(out_dir=Path(out).as_posix(), resume=True)
+    options = parse_options(options_class, changes, base=base)
     for name, before in state["options"].items():
         if name not in may_change and getattr(options, name) != before:
             raise ValueError(f"--{name}={getattr(options, name)}: the run in {out} has {before}; a resumed run cannot "
@@ -379,7 +397,14 @@ class Machine:
         why = "asked for" if dtype != "auto" else "fast and safe here" if has_bf16 else "no fast bfloat16 to rely on"
         self.summary = f"{kind} ({self.name}), {reason}; {str(self.dtype).removeprefix('torch.')}, {why}"
         if self.world_size > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            try:
+                dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            except RuntimeError as error:
+                if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                    raise
+                # torchrun keeps the addresses of the processes that died (pytorch issues 135712, 167288)
+                raise ValueError("the processes that torchrun --max-restarts started again do not find each other: "
+                                 "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun") from error  # fmt: skip
             self.summary += f"; {self.world_size} processes"
 
     @property
@@ -495,24 +520,36 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None):
     folder = Path(folder)
     saving, saved = folder / ".saving", folder / ".saved"
     settle(folder)
-    saving.mkdir(parents=True)
     weights = {hf_name(name): w.detach().contiguous().cpu() for name, w in model.state_dict().items()}
+    stamp = {} if state is None else {"step": str(state["step"])}  # see load_training_state
     try:
-        save_file(weights, saving / "model.safetensors", metadata={"format": "pt"})
+        saving.mkdir(parents=True)
+        save_file(weights, saving / "model.safetensors", metadata={"format": "pt"} | stamp)
         if state is not None:
             torch.save(state, saving / "training_state.pt")
-    except (SafetensorError, RuntimeError) as error:  # what these libraries make of a full disk
-        raise OSError(f"cannot write {saving}: {one_line(error)}; {folder} holds the last checkpoint") from None
-    text = json.dumps(hugging_face_config(model, tokenizer) | (fields or {}), indent=2)
-    (saving / "config.json").write_text(text, encoding="utf-8")
-    tokenizer.save(saving)
-    for path in [*saving.iterdir(), saving]:
-        if path.is_file() or os.name == "posix":  # Windows cannot flush a folder
-            descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        text = json.dumps(hugging_face_config(model, tokenizer) | (fields or {}), indent=2)
+        (saving / "config.json").write_text(text, encoding="utf-8")
+        tokenizer.save(saving)
+        for path in [*saving.iterdir(), saving]:
+            if path.is_file() or os.name == "posix":  # Windows cannot flush a folder
+                flush(path)
+    except (SafetensorError, RuntimeError, OSError) as error:  # the first two: what these libraries make of a full disk
+        shutil.rmtree(saving, ignore_errors=True)
+        there = checkpoint_file(folder, "config.json").is_file()
+        before = "the one before it is whole" if there else "there is none yet"
+        reason = error if isinstance(error, OSError) else f"{one_line(error)}; is the disk full?"
+        raise OSError(f"cannot write a checkpoint to {folder} ({before}): {reason}") from None
     os.rename(saving, saved)
     settle(folder)
+
+
+def flush(path):
+    """Waits until a file or a folder is on the disk, where a power cut does not reach it."""
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def settle(folder):
@@ -546,7 +583,8 @@ def load_model(source, device="cpu", labels=None):
     for a checkpoint that is incomplete, damaged, or of the other kind."""
     folder = locate(source)
     checkpoint = inspect_checkpoint(folder)
-    tokenizer = Tokenizer.load(checkpoint_file(folder, "tokenizer.json").parent)
+    places = (checkpoint_file(folder, name).parent for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = Tokenizer.load(*places)  # two, if a crash came while settle was at work
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json "
                          f"{checkpoint.config.vocab_size}")  # fmt: skip
@@ -566,9 +604,19 @@ def load_model(source, device="cpu", labels=None):
 
 
 def load_training_state(folder):
-    """The dict that save_checkpoint got as `state`, or None if the folder has none. Nothing in it is executed."""
+    """The dict that save_checkpoint got as `state`, or None if the folder has none. Nothing in it is executed. Raises
+    ValueError if it is damaged, or of another step than the weights beside it, as after a copy that was cut off."""
     path = checkpoint_file(folder, "training_state.pt")
-    return read_pickle(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    state, step = read_pickle(path), None
+    with suppress(SafetensorError, OSError):  # load_model says what is wrong with the weights
+        with safe_open(checkpoint_file(folder, "model.safetensors"), framework="pt") as file:
+            step = (file.metadata() or {}).get("step")
+    if step is not None and step != str(state.get("step")):
+        raise ValueError(f"{folder} is a mixture of two checkpoints: model.safetensors is of step {step}, "
+                         f"training_state.pt of step {state.get('step')}; copy it again, whole")  # fmt: skip
+    return state
 
 
 def optimizer_state(optimizers, names):
@@ -584,6 +632,9 @@ def load_optimizer_state(optimizers, names, state):
         own = "momentum_buffer" if isinstance(optimizer, torch.optim.Muon) else "exp_avg"
         for group in optimizer.param_groups:
             for p in (p for p in group["params"] if own in state.get(names[p], ())):
+                if state[names[p]][own].shape != p.shape:
+                    raise ValueError(f"training_state.pt has {names[p]} of shape {list(state[names[p]][own].shape)}, "
+                                     f"the model {list(p.shape)}: they are not of one run")  # fmt: skip
                 optimizer.state[p] = {
                     # a step counter stays on the host, but for fused kernels, which read it themselves
                     k: v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
@@ -606,16 +657,21 @@ class Log:
         rows = [row for row in read_log(path) if int(row["step"]) <= last_step] if self.path.is_file() else []
         rows = [{column: row.get(column, "") for column in columns} for row in rows]
         self.steps = {int(row["step"]) for row in rows}
+        self.best = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf)
         temporary = self.path.with_name(self.path.name + ".new")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        self.append(temporary, "w", [dict(zip(columns, columns, strict=True)), *rows])
         os.replace(temporary, self.path)
 
+    def append(self, path, mode, rows):
+        try:
+            with open(path, mode, newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(rows)
+            flush(path)  # before the next checkpoint: one that survives a power cut then finds its rows
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not say where it is
+
     def write(self, row):
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        self.append(self.path, "a", [row])
         self.steps.add(row["step"])
 
 
@@ -706,6 +762,9 @@ class Run:
         self.names = {p: name for name, p in model.named_parameters()}
         self.step, self.tokens, self.seconds, self.row = 0, 0, 0.0, None  # step = how many are done
         self.log, self.fresh = None, True  # fresh: nothing saved yet
+        # The order in which several processes add up gradients follows the first backward pass: one that does not
+        # count, at every start, makes it the same in all steps that do, those after a --resume too.
+        self.settling = several
         self.signal = self.stop = 0  # the signal this process got; the one all processes know of
         self.peak_flops = machine.peak_flops()
         # Reading the loss makes the host wait for the device, and for the other processes: not in every step then.
@@ -718,7 +777,7 @@ class Run:
         self.row, self.fresh = state["row"], False
 
     def state(self):
-        options = {k: v for k, v in dataclasses.asdict(self.options).items() if k != "resume"}
+        options = {k: v for k, v in dataclasses.asdict(self.options).items() if not k.startswith("resume")}
         return dict(optimizer=optimizer_state(self.optimizers, self.names), step=self.step, tokens=self.tokens,
                     seconds=self.seconds, row=self.row, options=options)  # fmt: skip
 
@@ -727,6 +786,10 @@ class Run:
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             settle(self.folder)
+            if self.fresh and self.options.overwrite:  # from here on: what is left of the old run is not to be resumed
+                (self.folder / "training_state.pt").unlink(missing_ok=True)
+                clear(self.folder / "stable")
+                clear(self.folder / "best")
             self.log = Log(self.folder / "log.csv", self.step or -1, self.columns)  # -1: a new run keeps no row
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)
@@ -771,6 +834,11 @@ class Run:
         """Moves the weights once -> loss, gradient norm, {column: value}. For steps of several updates: all but the
         last are a move, the last is an update."""
         processes, loss, extra = self.machine.world_size, 0.0, {}
+        if processes > 1 and self.settling:
+            self.settling = False
+            share = loss_of(batches[0])
+            (share[0] if isinstance(share, tuple) else share).backward()
+            self.model.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1  # gradients are exchanged once a step
             with nullcontext() if last or processes == 1 else self.network.no_sync():
@@ -800,12 +868,15 @@ class Run:
             return
         loss, signals, *values = self.machine.sum([loss, float(self.signal), *extra.values()])
         self.stop = self.signal or (signal.SIGTERM if signals else 0)
-        norm = float(grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            where = f"{self.folder} holds the last good checkpoint" if self.folder.exists() else "nothing was saved yet"
-            raise ValueError(f"loss {loss}, gradient norm {norm} at step {self.step}: stopped; {where}. "
-                             "A lower --learning_rate or a longer warm-up usually cures this")  # fmt: skip
         saves = saves or bool(self.stop)
+        numbers = {"loss": loss, "gradient norm": float(grad_norm)}
+        if saves or milestone:  # what is saved is good: weights that this step's loss does not depend on are asked too
+            numbers["norm of the weights"] = float(torch.nn.utils.get_total_norm(self.model.parameters()))
+        if not all(math.isfinite(number) for number in numbers.values()):
+            where = "nothing was saved yet" if self.fresh else f"{self.folder} holds the last good checkpoint"
+            raise ValueError(", ".join(f"{name} {number}" for name, number in numbers.items()) +
+                             f" at step {self.step}: stopped; {where}. A lower --learning_rate or a longer warm-up "
+                             "usually cures this")  # fmt: skip
         if not (logs or saves or milestone):
             return
         (before, seen), now = self.mark, time.perf_counter()
@@ -813,15 +884,13 @@ class Run:
         speed = (self.tokens - seen) / (now - before)
         mfu = f"{self.flops_per_token * speed / self.peak_flops:.4f}" if self.peak_flops else ""
         self.row = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 2), loss=loss, lr=lr,
-                        grad_norm=norm, tokens_per_second=round(speed), mfu=mfu,
+                        grad_norm=numbers["gradient norm"], tokens_per_second=round(speed), mfu=mfu,
                         memory=self.machine.peak_memory(), **dict(zip(extra, values, strict=True)))  # fmt: skip
         self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
         if self.machine.is_main and (saves or milestone):
-            if self.fresh:
-                clear(self.folder / "stable")  # of a run that --overwrite gave up: no mixture of two runs
-            self.fresh = False
             for folder in [milestone] * bool(milestone) + [self.folder] * saves:  # resumed after it, a run needs both
                 save_checkpoint(folder, self.model, self.tokenizer, self.state())
+        self.fresh = self.fresh and not saves
         if logs:
             self.write_row()
         self.mark = time.perf_counter(), self.tokens
@@ -834,6 +903,9 @@ class Run:
             self.machine.print(f"step {row['step']:>6}  loss {row['loss']:.4f}  "
                                + "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith("val")))  # fmt: skip
         if self.log:
+            if self.options.keep_best and row.get("val_loss", math.inf) < self.log.best:
+                self.log.best = row["val_loss"]
+                save_checkpoint(self.folder / "best", self.model, self.tokenizer)
             self.log.write(row)
 
     def finish(self):

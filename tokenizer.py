@@ -203,11 +203,12 @@ class Tokenizer:
     # ------------------------------------------------------------------------------------------- files
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike, config_folder: str | os.PathLike | None = None) -> "Tokenizer":
         """A folder with a tokenizer.json, such a file, or the name of a tiktoken encoding ("gpt2", "cl100k_base", ...).
 
-        A file or folder wins over a name. Beside tokenizer.json, tokenizer_config.json and chat_template.jinja are read
-        if they are there. Raises ValueError for a file that cannot be represented here with exactly the same ids.
+        A file or folder wins over a name. Beside tokenizer.json, or in `config_folder`, tokenizer_config.json and
+        chat_template.jinja are read if they are there. Raises ValueError for a file that cannot be represented here
+        with exactly the same ids.
         """
         file = Path(path)
         if not file.exists():
@@ -218,7 +219,7 @@ class Tokenizer:
                 raise ValueError(f"the folder {path} holds no tokenizer.json")
         data = file.read_bytes()
         try:
-            return cls(*_read_tokenizer_json(data), config=_read_config(file.parent), data=data)
+            return cls(*_read_tokenizer_json(data), config=_read_config(Path(config_folder or file.parent)), data=data)
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {_line(error)}") from None
 

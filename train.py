@@ -411,8 +411,8 @@ def print_sample(model, tokenizer, machine, options):
 
 
 # What a resumed run may change: what it costs, where and how often it reports, and when it ends. The rest is the run.
-MAY_CHANGE = set("""resume out_dir overwrite max_steps decay_steps log_every eval_every eval_tokens save_every device
-    dtype compile batch_size gradient_checkpointing sample_tokens""".split())
+MAY_CHANGE = set("""resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens
+    save_every device dtype compile batch_size gradient_checkpointing sample_tokens""".split())
 
 
 def read_options(argv):
@@ -420,9 +420,9 @@ def read_options(argv):
     checkpoint's run, with --resume those of the run itself. What `argv` says comes last, and wins."""
     tiny = [] if any(not argument.startswith("--") for argument in argv) else [str(TINY)]
     asked = runtime.read_values(TrainOptions, tiny + argv)
-    if asked.get("resume"):
-        data = asked.get("data", TrainOptions.data)
-        return runtime.resumed_options(TrainOptions, argv, asked.get("out_dir") or f"out/{Path(data).name}", MAY_CHANGE)
+    out = asked.get("out_dir") or f"out/{Path(asked.get('data', TrainOptions.data)).name}"
+    if runtime.is_resumed(asked, out):
+        return runtime.resumed_options(TrainOptions, argv, out, MAY_CHANGE)
     base = {}
     if source := asked.get("init_from"):
         state = runtime.load_training_state(source) or {}

@@ -266,6 +266,23 @@ def test_bf16_attention_is_no_worse_than_the_reference_form():
     assert (m.causal_attention(q, k, v, s.float()) - exact).pow(2).mean().sqrt() <= reference_error
 
 
+def test_scores_up_to_their_bound_are_exact_and_beyond_it_stay_numbers():
+    exponents = torch.tensor([0.5, 20.0, 79.9, 80.1, 88.8, 1e30])
+    dt = exponents + torch.log(-torch.expm1(-exponents))  # the inverse of softplus
+    scores = m.key_scores(torch.ones(6), dt)
+    torch.testing.assert_close(scores[:3], exponents[:3].exp(), rtol=1e-4, atol=0)
+    assert (scores[3:] == math.exp(80)).all() and torch.exp(exponents[4]).isinf()
+    assert (scores * math.sqrt(2**15)).bfloat16().isfinite().all()  # folded, for heads of up to 32,768 dimensions
+    for dtype in (torch.float32, torch.bfloat16):
+        for window in (64, 5):
+            model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=window, num_hidden_layers=1))))
+            torch.nn.init.constant_(model.layers[0].self_attn.A, 1e4)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = model(tokens := torch.arange(60).view(2, 30), tokens)[1]
+            loss.backward()
+            assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("window", [5, 16, 200])
 def test_the_cache_equals_no_cache_whatever_the_cut(monkeypatch, window):
     """Prompt, several tokens at once, one at a time, several again: always the logits of one full pass."""

@@ -2,6 +2,7 @@
 log without a torn or doubled row."""
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from typing import Literal
 import pytest
 import torch
 from helpers import texts
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -166,12 +168,13 @@ def test_a_model_transformers_would_compute_differently_does_not_open_there(smal
 
 def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_whole(small, folder, monkeypatch):
     """Every call to the file system while saving is, in turn, the last one the process makes."""
-    old_model, tok = small
+    (old_model, tok), old_tok = small, tokenizer.Tokenizer.load(folder)
+    old_tok.chat_template = "of the old one"  # its file is not the tokenizer's, and moves at another moment
     new_model = Doge(old_model.config)
     seen = set()
     for last in range(60):
         shutil.rmtree(folder)
-        runtime.save_checkpoint(folder, old_model, tok, dict(step=1))
+        runtime.save_checkpoint(folder, old_model, old_tok, dict(step=1))
         count = iter(range(10**6))
 
         def dying(real, count=count, last=last):
@@ -197,7 +200,9 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_wh
                 runtime.settle(folder)
                 assert not (folder / ".saving").exists() and not (folder / ".saved").exists()
             step = runtime.load_training_state(folder)["step"]
-            weights = runtime.load_model(folder)[0].state_dict()
+            model, found = runtime.load_model(folder)
+            weights = model.state_dict()
+            assert found.chat_template == (old_tok if step == 1 else tok).chat_template
             expected = (old_model if step == 1 else new_model).state_dict()
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
             seen.add((step, settled))
@@ -269,8 +274,74 @@ def test_a_training_state_is_never_executed(folder, what):
         runtime.load_training_state(folder)
 
 
+def test_a_folder_copied_by_halves_is_refused(small, folder, tmp_path):
+    runtime.save_checkpoint(tmp_path / "newer", *small, dict(step=2))
+    shutil.copy(tmp_path / "newer" / "model.safetensors", folder)
+    with pytest.raises(ValueError, match="model.safetensors is of step 2, training_state.pt of step 1"):
+        runtime.load_training_state(folder)
+    runtime.load_model(folder)  # as a model it is whole
+
+
+def test_an_optimizer_of_another_shape_is_refused():
+    w = torch.nn.Parameter(torch.zeros(2, 3))
+    state = {"w": dict(step=torch.tensor(1.0), exp_avg=torch.zeros(3, 3), exp_avg_sq=torch.zeros(3, 3))}
+    with pytest.raises(ValueError, match=r"has w of shape \[3, 3\], the model \[2, 3\]"):
+        runtime.load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
+
+
+@pytest.mark.parametrize("where, error, words", [
+    ("save_file", SafetensorError("I/O error: No space left on device (os error 28)"), "No space left.*disk full"),
+    ("torch.save", RuntimeError("unexpected pos 576 vs 470\nand a page of stack"), "unexpected pos 576 vs 470; is the"),
+    ("flush", OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+    ("Path.mkdir", OSError(errno.EROFS, "Read-only file system"), "Read-only"),
+])  # fmt: skip
+def test_a_disk_that_takes_no_more_leaves_the_old_checkpoint(small, folder, monkeypatch, where, error, words):
+    """The ways in which the libraries say it, as tests/crash.py met them on a disk that was full."""
+
+    def failing(*args, **keywords):
+        raise error
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(f"runtime.{where}", failing)
+    with pytest.raises(OSError, match=f"cannot write a checkpoint to {folder} .the one before it is whole.: .*{words}"):
+        runtime.save_checkpoint(folder, *small, dict(step=2))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_lost_process_is_one_line(capsys):
+    def main(argv):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typ ...")
+
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(main)
+    assert stop.value.code == 1 and "another process of this run has ended" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        runtime.run(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_processes_that_torchrun_started_again_say_what_they_need(monkeypatch):
+    def lost(backend):
+        raise RuntimeError("Gloo connectFullMesh failed with ... Connection refused")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", lost)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError):
+        runtime.Machine("cpu")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+        runtime.Machine("cpu")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
+
+
+def test_a_full_disk_is_named_with_the_log(tmp_path, monkeypatch):
+    log = runtime.Log(tmp_path / "log.csv", 0)
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError) as error:
+        log.write(dict(step=1))
+    assert error.value.filename == str(tmp_path / "log.csv") and error.value.strerror == "No space left"
 
 
 def test_the_log_drops_a_torn_line_and_what_the_checkpoint_does_not_know(tmp_path):

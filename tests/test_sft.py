@@ -245,7 +245,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     with pytest.raises(ZeroDivisionError):
         run(base, data, tmp_path / "cut", *extra, "--eval_answers=4")
     monkeypatch.undo()
-    sft.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
+    for _ in range(2):  # the same command line: to the end, and once more, with nothing left to do
+        run(base, data, tmp_path / "cut", *extra, "--eval_answers=4", "--resume_or_start")
     assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
     with pytest.raises(ValueError, match="learning_rate=1.0: the run in .* has 0.003"):

@@ -211,6 +211,21 @@ def crash_at(step, function):
     return crashing
 
 
+def test_the_same_command_line_starts_a_run_and_goes_on_with_it(data, tmp_path, monkeypatch):
+    """What torchrun --max-restarts and job queues do, before the first checkpoint, after it, and after the end."""
+    whole, again = run(data, tmp_path / "whole"), ["--resume_or_start"]
+    for crash in (2, 6):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(train, "rows_of_step", crash_at(crash, train.rows_of_step))
+            run(data, tmp_path / "cut", *again)
+    for _ in range(2):
+        assert steady(run(data, tmp_path / "cut", *again)) == steady(whole)
+        assert_same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    for resume in ("--resume", "--resume_or_start"):
+        with pytest.raises(ValueError, match=f"--overwrite replaces the run in .*, {resume} goes on with it"):
+            run(data, tmp_path / "cut", "--overwrite", resume)
+
+
 def test_a_run_killed_between_its_checkpoint_and_its_row_loses_no_row(data, tmp_path, monkeypatch):
     whole = run(data, tmp_path / "whole")
     write_row = runtime.Run.write_row
@@ -228,12 +243,17 @@ def test_accumulation_does_not_change_the_step(data, tmp_path):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
 
 
-def test_two_processes_equal_one(data, tmp_path):
+def test_two_processes_go_on_where_one_was_stopped(data, tmp_path, monkeypatch):
+    """On the same rows in the same order, so the losses are those of one. (Two from the start: tests/test_sft.py, and
+    four: tests/crash.py.)"""
     alone = run(data, tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY]
-    done = subprocess.run([*command, f"--data={data}", f"--out_dir={tmp_path / 'two'}"], capture_output=True, text=True,
+    monkeypatch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
+    with pytest.raises(ZeroDivisionError):
+        run(data, tmp_path / "two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    done = subprocess.run([*command, f"--out_dir={tmp_path / 'two'}", "--resume"], capture_output=True, text=True,
                           cwd=runtime.HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
     for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
@@ -379,12 +399,61 @@ def test_what_exists_is_not_overwritten_unasked(data, tmp_path):
         run_from_config(other, tmp_path / "run2", f"--init_from={tmp_path / 'run'}")
     with pytest.raises(ValueError, match="hidden_size=64: the model of"):
         run_from_config(data, tmp_path / "run2", f"--init_from={tmp_path / 'run'}", "--hidden_size=64")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_bytes(before["config.json"])  # a copy that was cut off
+    with pytest.raises(ValueError, match="half holds a run already"):
+        run(data, tmp_path / "half")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
     (tmp_path / "run" / "mine.txt").write_text("not the run's")
     run(data, tmp_path / "run", "--overwrite", "--max_steps=6", "--decay_steps=0")
     assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 6
     assert (tmp_path / "run" / "mine.txt").exists()
     assert not (tmp_path / "run" / "stable" / "model.safetensors").exists()  # that of the run that was given up
+
+
+def test_a_run_that_replaces_another_is_never_mixed_with_it(data, tmp_path, monkeypatch):
+    """Killed before its first checkpoint it leaves the old model, with nothing to resume to the new log."""
+    run(data, tmp_path / "run")
+    old = weights(tmp_path / "run")
+    monkeypatch.setattr(train, "rows_of_step", crash_at(3, train.rows_of_step))
+    with pytest.raises(ZeroDivisionError):
+        run(data, tmp_path / "run", "--overwrite", "--seed=1")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="no run to go on with"):
+        train.main([f"--out_dir={tmp_path / 'run'}", "--resume"])
+    assert_same_weights(weights(tmp_path / "run"), old)
+    assert not (tmp_path / "run" / "stable" / "model.safetensors").exists()
+
+
+def test_a_poisoned_weight_is_never_saved(data, tmp_path, monkeypatch):
+    """Not even one that no loss depends on: the embedding of an id that the data has not."""
+    update, options = runtime.Run.update, ["--vocab_size=320", "--tie_word_embeddings=false"]
+
+    def poisoned(self, *rest, at=5, **keywords):
+        if self.step == at:
+            self.model.embed_tokens.weight.data[319, 0] = math.nan
+        update(self, *rest, **keywords)
+
+    monkeypatch.setattr(runtime.Run, "update", poisoned)
+    with pytest.raises(ValueError, match="weights nan at step 8: stopped; .* holds the last good checkpoint"):
+        run(data, tmp_path / "run", *options)
+    assert runtime.load_training_state(tmp_path / "run")["step"] == 4
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+    monkeypatch.setattr(runtime.Run, "update", lambda *rest, **keywords: poisoned(*rest, at=1, **keywords))
+    with pytest.raises(ValueError, match="at step 4: stopped; nothing was saved yet"):
+        run(data, tmp_path / "new", *options)
+
+
+def test_the_best_model_is_kept_if_asked(data, tmp_path, monkeypatch):
+    """Though the run was killed after it, and knows of it from its log alone."""
+    losses, count = {4: 3.0, 8: 1.0, 12: 2.0}, iter((4, 8, 12))
+    monkeypatch.setattr(train, "make_evaluate", lambda *rest: lambda: dict(val_loss=losses[next(count)], val_bpb=0.0))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "rows_of_step", crash_at(9, train.rows_of_step))
+        run(data, tmp_path / "run", "--keep_best")
+    run(data, tmp_path / "run", "--keep_best", "--resume_or_start")
+    assert_same_weights(weights(tmp_path / "run" / "best"), weights(tmp_path / "run" / "stable"))  # of step 8
+    assert not torch.equal(*(weights(tmp_path / "run" / name)["model.norm.weight"] for name in ("", "best")))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
@@ -500,8 +569,12 @@ def test_a_resumed_run_may_become_longer(data, tmp_path):
     run(data, tmp_path / "run")
     train.main([str(train.TINY), f"--out_dir={tmp_path / 'run'}", "--resume"])
     assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 12
+    state = runtime.load_training_state(tmp_path / "run")
+    torch.save(state | dict(tokens=2**40), tmp_path / "run" / "training_state.pt")  # far more than 32 bits count
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_steps=14"])
-    assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 14
+    rows = runtime.read_log(tmp_path / "run" / "log.csv")
+    assert len(rows) == 14 and int(rows[-1]["tokens"]) == 2**40 + 128
+    assert sorted(train.rows_of_step(10**12, 20, 20, seed=5)) == list(range(20))
 
 
 def test_a_run_touches_no_other_run(data, tmp_path):
