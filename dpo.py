@@ -301,7 +301,7 @@ def train(options, machine):
 
     longest = np.argsort(-train_pairs.lengths, kind="stable")[: options.micro_tokens // train_pairs.lengths.max()]
     tried = runtime.try_out(machine, plain, lambda network: answers(train_pairs, longest, network)[0].sum(),
-                            options.compile)  # fmt: skip
+                            options)  # fmt: skip
     network, seconds, line = tried
     which = pairs_of_run(options, train_pairs.count)
     announce(options, machine, model, train_pairs, val_pairs, which, seconds, line)

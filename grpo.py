@@ -430,7 +430,7 @@ def train(options, machine):
     writing = time.perf_counter() - begin
     batches, _ = make_batches(machine, *answers, tokenizer, options)
     tried = runtime.try_out(machine, policy, lambda network: make_loss(
-        machine, network, reference, columns, balance, options)(batches[0])[0], options.compile)  # fmt: skip
+        machine, network, reference, columns, balance, options)(batches[0])[0], options)  # fmt: skip
     network, learning, which = tried
     announce(options, machine, model, train_problems, val_problems, len(batches), (writing, learning), which)
 

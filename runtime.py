@@ -694,7 +694,7 @@ def plot_loss(log_path, picture_path):
         points = [(int(row["tokens"]), float(row[column])) for row in read_log(log_path) if row.get(column)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=column, linewidth=1, markersize=3)
-    axes.set(xlabel="tokens", ylabel="nats a token", title=str(Path(log_path).parent))
+    axes.set(xlabel="tokens", ylabel="loss", title=str(Path(log_path).parent))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -706,7 +706,7 @@ def plot_loss(log_path, picture_path):
 # A run
 
 
-def try_out(machine, model, loss_of, mode):
+def try_out(machine, model, loss_of, options):
     """Runs one micro-batch forward and backward before anything counts, to learn what a step will cost and whether
     the model compiles here. loss_of(model) -> loss. Returns (the model or its compiled form, seconds, a line on which).
 
@@ -725,7 +725,7 @@ def try_out(machine, model, loss_of, mode):
 
     line = "eager (--compile=on tries torch.compile)"
     try:
-        if mode == "on" or (mode == "auto" and machine.device.type == "cuda"):
+        if options.compile == "on" or (options.compile == "auto" and machine.device.type == "cuda"):
             try:
                 candidate = torch.compile(model)
                 return candidate, timed(candidate), "torch.compile"
@@ -735,7 +735,9 @@ def try_out(machine, model, loss_of, mode):
                 line = f"eager, since torch.compile failed here: {one_line(error)[:150]}"
         return model, timed(model), line
     except (torch.OutOfMemoryError, MemoryError):
-        raise ValueError("out of memory: lower --batch_size, or --gradient_checkpointing=true") from None
+        name = "batch_size" if hasattr(options, "batch_size") else "micro_tokens"
+        raise ValueError(f"--{name}={getattr(options, name)}: out of memory; lower it, or --gradient_checkpointing=true"
+                         ) from None  # fmt: skip
 
 
 class Run:

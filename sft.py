@@ -127,13 +127,13 @@ def make_evaluate(machine, model, loss_sum, rows, tokenizer, options):
 
     @torch.no_grad()
     def evaluate():
-        nats = sum((loss_sum(rows, group, network=model).double() for group in groups), torch.zeros(()))
+        nats = sum(loss_sum(rows, group, network=model).item() for group in groups)
         targets = sum(int(rows.targets[group].sum()) for group in groups)
         if model.labels:
             right = sum(count_labels(model, rows, group, tokenizer, machine) for group in groups)
         else:
             right = count_right(model, rows, range(asked)[machine.rank :: machine.world_size], tokenizer, machine)
-        nats, targets, right = machine.sum([nats, float(targets), float(right)])
+        nats, targets, right = machine.sum([float(nats), float(targets), float(right)])
         return dict(val_loss=nats / targets) | (dict(val_exact=right / asked) if asked else {})
 
     return evaluate
@@ -208,7 +208,7 @@ def train(options, machine):
         return mean * int(rows.targets[group].sum())
 
     longest = np.argsort(-train_rows.lengths, kind="stable")[: options.micro_tokens // train_rows.lengths.max()]
-    tried = runtime.try_out(machine, model, lambda network: loss_sum(train_rows, longest, network), options.compile)
+    tried = runtime.try_out(machine, model, lambda network: loss_sum(train_rows, longest, network), options)
     network, seconds, which = tried
     announce(options, machine, model, train_rows, val_rows, seconds, which)
     show_example(train_rows, rows_of_step(0, train_rows.count, 1, options.seed)[0], tokenizer, machine, model.labels)

@@ -347,7 +347,7 @@ def train(options, machine):
             return network(tokens.to(machine.device, non_blocking=True), targets.to(machine.device))[1]
 
     example = train_rows.batch(rows_of_step(0, train_rows.count, options.batch_size, options.seed))
-    network, seconds, which = runtime.try_out(machine, model, lambda n: forward(*example, n), options.compile)
+    network, seconds, which = runtime.try_out(machine, model, lambda n: forward(*example, n), options)
     announce(options, machine, model, train_rows, tokenizer, accumulation, seconds, which)
     evaluate = make_evaluate(machine, functools.partial(forward, network=network), val_rows, tokenizer, options)
     stable_until = options.max_steps - options.decay_steps
