@@ -267,7 +267,7 @@ def open_built_in(source, options, rows):
     """Text of the built-in world, or rows about it. A row's side is drawn from its number, and the words of the two
     sides differ (see stories.py), so it says itself on which it is."""
     made = {  # what makes a row, and about how many bytes of text it has
-        ("stories", "text"): (None, 770), ("stories", "chat"): (stories.conversation, 450),
+        ("stories", "text"): (None, 640), ("stories", "chat"): (stories.conversation, 470),
         ("stories", "preferences"): (stories.preference, 400), ("sums", "chat"): (stories.worked_sum, 200),
         ("sums", "problems"): (stories.worked_sum, 100),
     }  # fmt: skip
@@ -283,7 +283,7 @@ def open_built_in(source, options, rows):
             row = make(i, "test" if held_out else "train")
             yield rows.document(row | {"held_out": held_out}, f"{source.kind}, number {i}")
 
-    source.read = read if make else lambda count, skip: stories.stories(count - skip, start=skip)
+    source.read = read if make else lambda count, skip: stories.documents(count - skip, start=skip)
 
 
 def in_validation(key, fraction):

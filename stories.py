@@ -740,6 +740,21 @@ def stories(count: int, seed: int = 0, split: str = "all", start: int = 0) -> It
         yield tell((seed << 32) + i, split)[0]  # the same text as story()'s, without the work of its questions
 
 
+def lesson(number: int, split: str = "all") -> str:
+    """The beginning of story `number` and up to six questions about it, each with its answer, as in a school reader."""
+    beginning, random = story(number, split, paragraphs=1), Random(f"lesson {number}")
+    facts = sorted(beginning.facts, key=lambda _: random.random())[:6]
+    asked = "\n".join(f"{fact.question} {fact.answer}." for fact in facts)
+    return beginning.text.split("\n\n", 1)[1] + "\n\n" + asked
+
+
+def documents(count: int, start: int = 0) -> Iterator[str]:
+    """What the tiny model is pretrained on: documents start ... start + count - 1, in turn a lesson and a story. Most
+    facts are told once in a story, so nothing in it asks the model to look them up; the questions do."""
+    for i in range(start, start + count):
+        yield tell(i, "all")[0] if i % 2 else lesson(i)
+
+
 def questions(story: Story) -> list[tuple[str, str]]:
     """(question, answer) for every fact of the story; each question has this one right answer."""
     return [(fact.question, fact.answer) for fact in story.facts]
@@ -763,7 +778,7 @@ def conversation(number: int, split: str) -> dict:
     for _ in range(min(len(facts), 1 + int(random.random() * 3))):
         fact = facts.pop(int(random.random() * len(facts)))
         asked = fact.question if messages else passage.text.split("\n\n", 1)[1] + "\n\n" + fact.question
-        messages += [dict(role="user", content=asked), dict(role="assistant", content=fact.answer)]
+        messages += [dict(role="user", content=asked), dict(role="assistant", content=f"It says: {fact.answer}.")]
     return dict(messages=messages)
 
 

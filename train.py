@@ -65,7 +65,7 @@ class TrainOptions(DogeConfig, runtime.RunOptions):
     warmup_steps: int = 800  # steps of rising learning rate; none after --init_from
     decay_steps: int = 800  # steps of falling learning rate at the end
     decay: Literal["linear", "cosine", "1-sqrt"] = "linear"  # shape of the fall
-    copy_steps: int = 0  # first steps that learn only what stood in the row before (see copies); none after --init_from
+    copy_steps: int = 0  # first steps, most of which learn only copies (see copies); none after --init_from
     moe_warmup_steps: int = 0  # first steps that train the router and the experts only
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
     eval_tokens: int = 1_000_000  # validation tokens, always the first ones of val.bin
@@ -133,6 +133,13 @@ def common_tokens(tokens, vocab_size):
     """(V,) bool: the tokens that make up more than COMMON of a text, judged by its first ten million."""
     counts = np.bincount(tokens[:10_000_000], minlength=vocab_size)
     return counts > COMMON * counts.sum()
+
+
+def is_copy_step(step, copy_steps, seed):
+    """Whether a step learns copies alone: at first every one does, from copy_steps on none, and in between it is drawn
+    with a chance that falls as 1 - (step / copy_steps)^2. An end from one step to the next undid much of what was
+    learned (NOTES.md)."""
+    return step < copy_steps and scramble(scramble(seed) + step) / 2**64 >= (step / copy_steps) ** 2
 
 
 def copies(tokens, targets, common):
@@ -379,7 +386,7 @@ def train(options, machine):
             rows = rows_of_step(step, train_rows.count, rows_per_step, options.seed)
             parts = [rows[i : i + options.batch_size] for i in range(0, len(rows), options.batch_size)]
             share = loss_of
-            if step < options.copy_steps:
+            if is_copy_step(step, options.copy_steps, options.seed):
                 all_copies = sum(int((copies_in(part)[1] >= 0).sum()) for part in parts)
                 share = functools.partial(loss_of_copies, all=max(1, all_copies))
             run.update(parts[machine.rank :: machine.world_size], share, options.batch_tokens, lr,

@@ -134,7 +134,7 @@ def test_vocabulary_is_trained_saved_and_uint32_when_large(tmp_path, vocabulary)
 def test_default_data_and_stdlib(tmp_path, monkeypatch, vocabulary):
     monkeypatch.chdir(tmp_path)
     out = prepare(PrepareOptions(stories=300, tokenizer=vocabulary), quiet=True)
-    texts = list(reading.stories.stories(300))
+    texts = list(reading.stories.documents(300))
     assert out == Path("data/stories") and sorted(read_back(out, "train") + read_back(out, "val")) == sorted(texts)
     parts = reading.stdlib_parts()
     topics = list(reading.read_stdlib(parts[0], 0))

@@ -98,14 +98,22 @@ def test_copies_are_rare_tokens_that_stood_before():
     assert train.common_tokens(np.repeat([0, 1, 2], [9970, 21, 9]), 4).tolist() == [True, True, False, False]
 
 
+def test_copy_steps_fade():
+    found = [[train.is_copy_step(step, 3000, seed) for step in range(3100)] for seed in (0, 1)]
+    assert found[0] != found[1] and found[0][0] and not any(found[0][3000:] + found[1][3000:])
+    for third, share in enumerate((26 / 27, 20 / 27, 8 / 27)):  # of 1 - x^2 over each third
+        assert abs(sum(found[0][third * 1000 : third * 1000 + 1000]) / 1000 - share) < 0.05
+
+
 def test_copy_steps_count_every_copy_alike(data, tmp_path, monkeypatch):
     """The loss of a step is the mean over its copies, however they fall into micro-batches."""
     monkeypatch.setattr(train, "COMMON", 1 / 20)
     whole = run(data, tmp_path / "a", "--copy_steps=2", "--batch_size=4")
     parts = run(data, tmp_path / "b", "--copy_steps=2", "--batch_size=1")
-    assert [row["loss"] for row in parts] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+    losses = [[float(row["loss"]) for row in rows] for rows in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     plain = run(data, tmp_path / "c", "--batch_size=4")
-    assert abs(plain[0]["loss"] - whole[0]["loss"]) > 1e-3
+    assert abs(float(plain[0]["loss"]) - losses[0][0]) > 1e-3
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000])
