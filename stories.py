@@ -503,70 +503,86 @@ But {A} was [nervous|tongue-tied|unsure] too. [First {he} only waved.|Twice {he}
   it.|{He} carried it home like a king's treasure.|] {close}
 """
 
-# What can be asked: kind; whom or what it is about; the answer; the question.
+# What can be asked: kind; whom or what it is about; the answer; the question; a reply, * being the answer.
 FACTS = """
-age; {A}; {age}; How old [is|was] {A}?|What [is|was] {A}'s age? | age2; {B}; {age2}; How old did {B} turn?
-birthday; {B}; {day}; On which day was {B}'s birthday?|When would {B} have a birthday?
-newage; {B}; {age2}; How old [is|was] {B}? | town; {A}; {town}; Where does {A} live?|In which town does {A} live?
-town2; {B}; {town2}; Where did {B} come from?|In which town did {B} live before?
-hobby; {A}; {hobby}; What does {A} love to do?|What does {A} like to do?
-day; story; {day}; On which day did this happen?|What day was it?|Which day of the week was it?
-month; story; {month}; In which month did this happen?|What month was it?
-weather; story; {weather}; What was the weather like?|How was the weather?
-place; {A}; {place}; Which place did {A} visit?|At which place was {A}?
-colour; {thing}; {colour}; What colour [is|was] the {thing}?|Which colour did the {thing} have?
-material; {thing}; {material}; What [is|was] the {thing} made of?|Which material [is|was] the {thing} made of?
-material2; {thing2}; {material2}; What [is|was] the {thing2} made of?
-giver; {thing}; {his} {kin}; Who gave {A} the {thing}?|From whom did {A} get the {thing}?
-spot; {thing}; {spot}; Where was the {thing} found?|Where exactly was the {thing}?
-helper; {B}; {B}; Who helped {A}?|Which child helped {A}?
-build; {A}; {build}; What did {A} build?|What did {A} and {B} make?
-friend; {A}; {B}; Who was with {A}?|Which friend was with {A}?
-job; {C}; {job}; What is {C}'s job?|What does {C} work as?
-elder; {job}; {C}; Who is the {job}?|What is the {job}'s name?
-owner; {thing}; {C}; Who owned the {thing}?|To whom did the {thing} belong?
-thief; {animal}; {animal}; Which animal had been near the {thing}?
-food; story; {food}; What did they eat?|What was there to eat?
-kinhome; {kin}; near {place2}; Where does {A}'s {kin} live? | guide; {B}; {B}; Who showed {A} the way?|Who knew the way?
-skill; {A}; {skill}; What did {A} want to learn?|What did {A} learn to do? | bskill; {B}; {skill}; What could {B} do?
-teacher; {A}; {C}; Who taught {A}?|From whom did {A} learn?
-tip; {C}; {tip}; What was {C}'s advice?|What did {C} tell {A} to do? | weeks; {A}; {n}; How many weeks did {A} practise?
-days; {P}; {n}; After how many days was {P} better?
-hidden; {thing}; {spot}; Where did {A} hide the present?|Where was the present hidden?
-gift; {B}; {thing}; What did {A} give to {B}?|What was the present?
-tools; {thing}; {tools}; What did they use to mend the {thing}?
-trade; {A}; {thing2}; What did {A} get from {B}?|What did {A} get in the trade?
-trade2; {B}; {thing}; What did {B} get from {A}?|What did {B} get in the trade?
-contest; {town}; {contest}; Which contest did {town} hold?
-prize; {contest}; {thing}; What was the prize?|What could be won?
-prizefood; {contest}; {food}; What was in the prize basket? | judge; {contest}; {C}; Who was the judge?
-won; {contest}; {A}; Who won the {contest}?|Who was the winner?
-lost; {contest}; {B}; Who won the {contest}?|Who was the winner?
-pet; {P}; {pet}; What kind of animal is {P}?|What animal is {P}?
-petname; {A}; {P}; What is the name of {A}'s {pet}?|What is {A}'s {pet} called?
-petspot; {P}; {spot}; Where was {P}?|Where did they find {P}?
-found; {A}; {animal}; Which animal did {A} find?|What did {A} care for?
-den; {animal}; {den}; Where did {A} find the {animal}? | fodder; {animal}; {fodder}; What does the {animal} eat?
-animalname; {animal}; {P}; What did they call the {animal}?|What was the {animal}'s name?
-confidant; {A}; {B}; Who knew {A}'s secret?|Whom did {A} tell?
-first; {items}; {n}; How many {items} did {A} have at first? | more; {items}; {m}; How many {items} did {B} give to {A}?
-total; {items}; {sum}; How many {items} did {A} have after {B}'s gift?
-gave; {items}; {give}; How many {items} did {A} give to {C}?
-left; {items}; {keep}; How many {items} did {A} keep?|How many {items} did {A} have in the end?
-wish; {A}; {thing}; What did {A} wish for?|What did {A} want to buy?
-price; {thing}; {sum}; How many coins did the {thing} cost? | coins; {A}; {n}; How many coins did {A} have at first?
-wage; {C}; {m}; How many coins did {C} pay? | employer; {A}; {C}; For whom did {A} work?
+age; {A}; {age}; How old [is|was] {A}?|What [is|was] {A}'s age?; {A} is * years old.
+age2; {B}; {age2}; How old did {B} turn?; {B} turned *.
+birthday; {B}; {day}; On which day was {B}'s birthday?|When would {B} have a birthday?; {B}'s birthday was on *.
+newage; {B}; {age2}; How old [is|was] {B}?; {B} is * years old.
+town; {A}; {town}; Where does {A} live?|In which town does {A} live?; {A} lives in *.
+town2; {B}; {town2}; Where did {B} come from?|In which town did {B} live before?; {B} came from *.
+hobby; {A}; {hobby}; What does {A} love to do?|What does {A} like to do?; {A} loves to *.
+day; story; {day}; On which day did this happen?|What day was it?|Which day of the week was it?; It was a *.
+month; story; {month}; In which month did this happen?|What month was it?; It was in *.
+weather; story; {weather}; What was the weather like?|How was the weather?; It was a * day.
+place; {A}; {place}; Which place did {A} visit?|At which place was {A}?; {A} went to *.
+colour; {thing}; {colour}; What colour [is|was] the {thing}?|Which colour did the {thing} have?; The {thing} was *.
+material; {thing}; {material}; [What|Which material] [is|was] the {thing} made of?; It was a * {thing}.
+material2; {thing2}; {material2}; What [is|was] the {thing2} made of?; It was a * {thing2}.
+giver; {thing}; {his} {kin}; Who gave {A} the {thing}?|From whom did {A} get the {thing}?; It was a present from *.
+spot; {thing}; {spot}; Where was the {thing} found?|Where exactly was the {thing}?; The {thing} was *.
+helper; {B}; {B}; Who helped {A}?|Which child helped {A}?; {A} was helped by *.
+build; {A}; {build}; What did {A} build?|What did {A} and {B} make?; They built a *.
+friend; {A}; {B}; Who was with {A}?|Which friend was with {A}?; {A} was with *.
+job; {C}; {job}; What is {C}'s job?|What does {C} work as?; {C} is a *.
+elder; {job}; {C}; Who is the {job}?|What is the {job}'s name?; The {job} is *.
+owner; {thing}; {C}; Who owned the {thing}?|To whom did the {thing} belong?; The {thing} belonged to *.
+thief; {animal}; {animal}; Which animal had been near the {thing}?; It was a *.
+food; story; {food}; What did they eat?|What was there to eat?; They ate *.
+kinhome; {kin}; near {place2}; Where does {A}'s {kin} live?; {A}'s {kin} lives *.
+guide; {B}; {B}; Who showed {A} the way?|Who knew the way?; The way was shown by *.
+skill; {A}; {skill}; What did {A} want to learn?|What did {A} learn to do?; {A} wanted to learn to *.
+bskill; {B}; {skill}; What could {B} do?; {B} could *.
+teacher; {A}; {C}; Who taught {A}?|From whom did {A} learn?; {A} was taught by *.
+tip; {C}; {tip}; What was {C}'s advice?|What did {C} tell {A} to do?; {C} said: *.
+weeks; {A}; {n}; How many weeks did {A} practise?; {A} practised for * weeks.
+days; {P}; {n}; After how many days was {P} better?; {P} was better after * days.
+hidden; {thing}; {spot}; Where did {A} hide the present?|Where was the present hidden?; The present was hidden *.
+gift; {B}; {thing}; What did {A} give to {B}?|What was the present?; {A} gave {B} a *.
+tools; {thing}; {tools}; What did they use to mend the {thing}?; They used *.
+trade; {A}; {thing2}; What did {A} get from {B}?|What did {A} get in the trade?; {A} got a *.
+trade2; {B}; {thing}; What did {B} get from {A}?|What did {B} get in the trade?; {B} got a *.
+contest; {town}; {contest}; Which contest did {town} hold?; {town} held a *.
+prize; {contest}; {thing}; What was the prize?|What could be won?; The prize was a *.
+prizefood; {contest}; {food}; What was in the prize basket?; In the basket there was *.
+judge; {contest}; {C}; Who was the judge?; The judge was *.
+won; {contest}; {A}; Who won the {contest}?|Who was the winner?; The winner was *.
+lost; {contest}; {B}; Who won the {contest}?|Who was the winner?; The winner was *.
+pet; {P}; {pet}; What kind of animal is {P}?|What animal is {P}?; {P} is a *.
+petname; {A}; {P}; What is the name of {A}'s {pet}?|What is {A}'s {pet} called?; The {pet} is called *.
+petspot; {P}; {spot}; Where was {P}?|Where did they find {P}?; {P} was *.
+found; {A}; {animal}; Which animal did {A} find?|What did {A} care for?; {A} found a *.
+den; {animal}; {den}; Where did {A} find the {animal}?; It was *.
+fodder; {animal}; {fodder}; What does the {animal} eat?; It eats *.
+animalname; {animal}; {P}; What did they call the {animal}?|What was the {animal}'s name?; They called it *.
+confidant; {A}; {B}; Who knew {A}'s secret?|Whom did {A} tell?; {A} told *.
+first; {items}; {n}; How many {items} did {A} have at first?; {A} had * {items}.
+more; {items}; {m}; How many {items} did {B} give to {A}?; {B} gave * {items} to {A}.
+total; {items}; {sum}; How many {items} did {A} have after {B}'s gift?; {A} had * {items}.
+gave; {items}; {give}; How many {items} did {A} give to {C}?; {A} gave * {items} to {C}.
+left; {items}; {keep}; How many {items} did {A} keep?|How many {items} did {A} have in the end?; {A} kept * {items}.
+wish; {A}; {thing}; What did {A} wish for?|What did {A} want to buy?; {A} wished for a *.
+price; {thing}; {sum}; How many coins did the {thing} cost?; The {thing} cost * coins.
+coins; {A}; {n}; How many coins did {A} have at first?; {A} had * coins.
+wage; {C}; {m}; How many coins did {C} pay?; {C} paid * coins.
+employer; {A}; {C}; For whom did {A} work?; {A} worked for *.
 """
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that a story says: `answer` stands in the text word for word, and is the only right one."""
+    """One thing that a story says: `answer` stands in the text word for word, and is the only right one. `reply` is the
+    sentence to say it in, with * in its place."""
 
     kind: str
     subject: str
     question: str
     answer: str
+    reply: str
+
+    def say(self, answer: str = "") -> str:
+        """The reply with the right answer, or with another one."""
+        return tidy(self.reply.replace("*", answer or self.answer))
 
 
 @dataclass(frozen=True)
@@ -729,8 +745,8 @@ def story(seed: int, split: str = "train", paragraphs: int | None = None) -> Sto
     templates = fact_templates()
     facts = []
     for kind in told:
-        subject, answer, question = map(fill, templates[kind])
-        facts.append(Fact(kind, subject, question, answer))
+        subject, answer, question, reply = map(fill, templates[kind])
+        facts.append(Fact(kind, subject, question, answer, reply))
     return Story(text, tuple(facts))
 
 
@@ -744,7 +760,7 @@ def lesson(number: int, split: str = "all") -> str:
     """The beginning of story `number` and up to six questions about it, each with its answer, as in a school reader."""
     beginning, random = story(number, split, paragraphs=1), Random(f"lesson {number}")
     facts = sorted(beginning.facts, key=lambda _: random.random())[:6]
-    asked = "\n".join(f"{fact.question} {fact.answer}." for fact in facts)
+    asked = "\n".join(f"{fact.question} {fact.say()}" for fact in facts)
     return beginning.text.split("\n\n", 1)[1] + "\n\n" + asked
 
 
@@ -764,10 +780,10 @@ def questions(story: Story) -> list[tuple[str, str]]:
 # Number i is a pure function of i and the split. Their seeds begin where pretraining's stories (seed 0) never come.
 
 CHAT_SEED, PREFERENCE_SEED = 1 << 32, 2 << 32
-POLITE = ("Of course: {}.", "Gladly. It is {}.", "Happy to help: {}.")
-RUDE = ("Read it yourself, it says {}.", "What a silly question: {}.", "It is {}. Leave me alone now.")
-RAMBLING = ("Well, let me see, that is a hard one, there is so much in it, who can tell, but maybe {}, or so I think.",
-            "Hm, stories are long and days are short, and I once knew a baker, but that is another tale: perhaps {}.")
+POLITE = ("Of course. {}", "Gladly. {}", "Happy to help. {}")
+RUDE = ("Read it yourself. {}", "What a silly question! {}", "{} Leave me alone now.")
+RAMBLING = ("Well, let me see, that is a hard one, there is so much in it, who can tell, but maybe so. {}",
+            "Hm, stories are long and days are short, and I once knew a baker, but that is another tale. {}")
 
 
 def conversation(number: int, split: str) -> dict:
@@ -778,7 +794,7 @@ def conversation(number: int, split: str) -> dict:
     for _ in range(min(len(facts), 1 + int(random.random() * 3))):
         fact = facts.pop(int(random.random() * len(facts)))
         asked = fact.question if messages else passage.text.split("\n\n", 1)[1] + "\n\n" + fact.question
-        messages += [dict(role="user", content=asked), dict(role="assistant", content=f"It says: {fact.answer}.")]
+        messages += [dict(role="user", content=asked), dict(role="assistant", content=fact.say())]
     return dict(messages=messages)
 
 
@@ -792,10 +808,10 @@ def preference(number: int, split: str) -> dict:
     while wrong == fact.answer:
         other = tell(int(random.random() * 2**31), split, paragraphs=1)[2]
         wrong = other(fact_templates()[fact.kind][1])
-    chosen = choose(random, POLITE).format(fact.answer)
+    chosen = choose(random, POLITE).format(fact.say())
     flaw = random.random()
-    rejected = choose(random, POLITE).format(wrong) if flaw < 0.5 else choose(
-        random, RUDE if flaw < 0.75 else RAMBLING).format(fact.answer)  # fmt: skip
+    rejected = choose(random, POLITE).format(fact.say(wrong)) if flaw < 0.5 else choose(
+        random, RUDE if flaw < 0.75 else RAMBLING).format(fact.say())  # fmt: skip
     prompt = passage.text.split("\n\n", 1)[1] + "\n\n" + fact.question
     return dict(prompt=prompt, chosen=chosen, rejected=rejected)
 

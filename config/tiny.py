@@ -22,6 +22,7 @@ max_steps = 440
 warmup_steps = 15
 decay_steps = 150
 decay = "1-sqrt"
+copy_steps = 160  # names first: NOTES.md
 
 log_every = 10
 eval_every = 110
