@@ -783,7 +783,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = max(LOSS_ROWS, budget // len(weight))
         total = torch.zeros((), device=x.device)
         if wants_gradient:
-            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+            dx, dweight = torch.empty_like(x), None
+            if ctx.needs_input_grad[1]:
+                dweight = torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(x), rows):
             piece, target = x[i : i + rows], targets[i : i + rows, None]
             ignored, target = target == -100, target.clamp(min=0)
@@ -794,15 +796,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1])).to(x.dtype)
                 dx[i : i + rows] = (dlogits @ weight.to(x.dtype)).masked_fill(ignored, 0.0)
                 piece = piece.masked_fill(ignored, 0.0)
+                if dweight is None:
+                    continue
                 if logits.dtype == dweight.dtype:
                     dweight.addmm_(dlogits.T, piece)  # one tensor of the weight's size less
                 else:
                     dweight += dlogits.T @ piece
         if wants_gradient:
-            ctx.save_for_backward(dx, dweight.to(weight.dtype))
+            ctx.save_for_backward(dx, dweight if dweight is None else dweight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, scale):
         dx, dweight = ctx.saved_tensors
-        return dx * scale, dweight * scale, None, None
+        return dx * scale, dweight if dweight is None else dweight * scale, None, None

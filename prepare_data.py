@@ -87,7 +87,7 @@ class PrepareOptions:
     text_column: str = "text"  # the column of .jsonl, .parquet and datasets
     piece_chars: int = 4096  # longest piece a .txt or .md file is cut into; 0: a file is one document
     document_separator: str = ""  # cut .txt and .md files here instead, as at <|endoftext|>
-    stories: int = 16000  # how many stories (10 MB of text, minutes of training on a CPU), or built-in rows
+    stories: int = 20000  # how many stories and lessons (12 MB of text, minutes of training on a CPU), or built-in rows
     workers: int = 0  # threads; 0: one for each core; the output does not depend on it
     cache: str = ""  # folder for downloads; empty: downloads/ beside OUT
     overwrite: bool = False  # replace what an earlier, different call wrote to OUT

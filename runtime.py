@@ -267,6 +267,7 @@ class TuneOptions(RunOptions):
     beta1: float = 0.9  # Adam: memory of the gradient
     beta2: float = 0.95  # Adam: memory of its square
     weight_decay: float = 0.01  # of the matrices; A, the residual scales and the norms are not decayed
+    freeze_embeddings: bool = False  # leave the words' vectors as they are: those that no row teaches are not unlearned
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
     eval_rows: int = 1000  # validation rows, always the first ones
 
@@ -323,6 +324,7 @@ def start_tuning(options, machine, tokenizer, labels=None):
     if options.micro_tokens < options.sequence_length:
         raise ValueError(f"--micro_tokens={options.micro_tokens} is less than one row of {options.sequence_length}")
     model.gradient_checkpointing = options.gradient_checkpointing
+    model.embed_tokens.requires_grad_(not options.freeze_embeddings)
     return model.train().to(machine.device), load_training_state(folder) if options.resume else None
 
 

@@ -765,10 +765,10 @@ def lesson(number: int, split: str = "all") -> str:
 
 
 def documents(count: int, start: int = 0) -> Iterator[str]:
-    """What the tiny model is pretrained on: documents start ... start + count - 1, in turn a lesson and a story. Most
-    facts are told once in a story, so nothing in it asks the model to look them up; the questions do."""
+    """What the tiny model is pretrained on: documents start ... start + count - 1, a story after every two lessons.
+    Most facts are told once in a story, so nothing in it asks the model to look them up; the questions do."""
     for i in range(start, start + count):
-        yield tell(i, "all")[0] if i % 2 else lesson(i)
+        yield tell(i, "all")[0] if i % 3 == 2 else lesson(i)
 
 
 def questions(story: Story) -> list[tuple[str, str]]:

@@ -18,13 +18,13 @@ batch_tokens = 4096  # 16 rows of 256
 # schedule: the peak that suits Muon here; the decay takes the last third, where much of the gain is
 optimizer = "muon"
 learning_rate = 6e-3
-max_steps = 440
+max_steps = 600
 warmup_steps = 15
-decay_steps = 150
+decay_steps = 200
 decay = "1-sqrt"
-copy_steps = 160  # names first: NOTES.md
+copy_steps = 300  # names first: NOTES.md
 
 log_every = 10
-eval_every = 110
+eval_every = 150
 eval_tokens = 65536
-save_every = 110
+save_every = 150

@@ -522,6 +522,14 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch):
         for a, b in zip(torch.autograd.grad(3 * loss, (x, w)),
                         torch.autograd.grad(3 * expected, (x, w), retain_graph=True), strict=True):  # fmt: skip
             torch.testing.assert_close(a, b)
+        # Where waiting for the number of targets would cost, the rows without one go through it too.
+        whole = m.LinearCrossEntropy.apply(x, w, targets, True) / (targets >= 0).sum()
+        frozen = m.linear_cross_entropy(x, w.detach(), targets)
+        for other in (whole, frozen):
+            torch.testing.assert_close(other, expected)
+            for a, b in zip(torch.autograd.grad(other, (x, w), allow_unused=True),
+                            torch.autograd.grad(expected, (x, w), retain_graph=True), strict=True):  # fmt: skip
+                assert (a is None and other is frozen and b.shape == w.shape) or torch.allclose(a, b, atol=1e-6)
 
 
 def test_a_batch_without_a_target_has_loss_zero_and_no_nan():

@@ -237,7 +237,7 @@ def test_epochs_make_the_steps(base, data, tmp_path):
     assert float(log[-1]["lr"]) == pytest.approx(3e-4)  # a tenth of the peak
 
 
-@pytest.mark.parametrize("extra", [[], ["--optimizer=muon"]], ids=["adamw", "muon"])
+@pytest.mark.parametrize("extra", [[], ["--optimizer=muon", "--freeze_embeddings=true"]], ids=["adamw", "muon"])
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_path, monkeypatch, extra):
     whole = run(base, data, tmp_path / "whole", *extra, "--eval_answers=4")
     update = runtime.Run.update
@@ -249,6 +249,9 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
         run(base, data, tmp_path / "cut", *extra, "--eval_answers=4", "--resume_or_start")
     assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "cut"))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == ({"model.embed_tokens.weight"} if extra else set())
     with pytest.raises(ValueError, match="learning_rate=1.0: the run in .* has 0.003"):
         sft.main([f"--out_dir={tmp_path / 'cut'}", "--resume", "--learning_rate=1"])
     with pytest.raises(ValueError, match="is of another stage"):

@@ -3,6 +3,7 @@ resumed equals never stopped, two processes equal one, and nothing that exists i
 
 import dataclasses
 import importlib
+import inspect
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -78,6 +80,29 @@ def test_wsd_is_never_negative_and_zero_past_the_end():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The data
+
+
+def test_muon_is_torchs(monkeypatch):
+    """All matrices of a shape at once, and in another precision, but the same steps."""
+    from torch.optim import _muon
+
+    exact = _muon._zeropower_via_newtonschulz
+    source = inspect.getsource(exact).replace("grad.bfloat16()", "grad.clone()")
+    exec(textwrap.dedent(source), vars(_muon), scope := {})
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", scope["_zeropower_via_newtonschulz"])
+    shapes = [(8, 16), (16, 8), (8, 16), (12, 12)]
+    ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+                     for i, shape in enumerate(shapes)] for _ in range(2))  # fmt: skip
+    optimizers = [kind(parameters, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+                  for kind, parameters in ((train.Muon, ours), (torch.optim.Muon, theirs))]  # fmt: skip
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step * 10 + i))
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_copies_are_rare_tokens_that_stood_before():
