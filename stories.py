@@ -760,7 +760,7 @@ def lesson(number: int, split: str = "all") -> str:
     """The beginning of story `number` and up to six questions about it, each with its answer, as in a school reader."""
     beginning, random = story(number, split, paragraphs=1), Random(f"lesson {number}")
     facts = sorted(beginning.facts, key=lambda _: random.random())[:6]
-    asked = "\n".join(f"{fact.question} {fact.say()}" for fact in facts)
+    asked = "\n\n".join(f"{fact.question}\n{fact.say()}" for fact in facts)
     return beginning.text.split("\n\n", 1)[1] + "\n\n" + asked
 
 

@@ -5,8 +5,10 @@ data = "data/stories-chat"  # made on the spot: python prepare_data.py --kind=ch
 
 batch_rows = 32
 micro_tokens = 2048  # what a processor's cache likes
-learning_rate = 3e-3
+max_steps = 400
+learning_rate = 2e-3
 optimizer = "muon"
+freeze_embeddings = True  # or the names that only validation has are unlearned: NOTES.md
 
 eval_answers = 200
 log_every = 10
