@@ -5,8 +5,10 @@ data = "data/stories-preferences"  # made on the spot: python prepare_data.py --
 
 batch_rows = 32  # pairs
 micro_tokens = 2048  # what a processor's cache likes
-learning_rate = 3e-4  # a tenth of what sft.py took
+max_steps = 100
+learning_rate = 3e-4
+freeze_embeddings = True  # as in sft_tiny.py
 
 log_every = 10
-eval_every = 50
-save_every = 50
+eval_every = 25
+save_every = 25

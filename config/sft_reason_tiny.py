@@ -1,14 +1,16 @@
-"""The tiny model learns to work out sums step by step, between the thought tags: a start for grpo.py, in a minute."""
+"""The tiny model learns how sums are worked out, step by step, between the thought tags. It is stopped early, when it
+knows the form and is right now and then: what is left is for grpo.py to find by trying."""
 
 init_from = "out/stories-chat"  # what `python sft.py` leaves
 data = "data/sums-chat"  # made on the spot: python prepare_data.py --kind=chat sums --tokenizer=out/stories-chat
 
 batch_rows = 32
 micro_tokens = 2048
+max_steps = 150
 learning_rate = 3e-3
 optimizer = "muon"
 
 eval_answers = 200
 log_every = 10
-eval_every = 100
-save_every = 100
+eval_every = 50
+save_every = 50

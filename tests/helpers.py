@@ -39,7 +39,8 @@ def make_data(folder, vocab_size=300, count=60, seed=0):
 
 
 TUNE = ["--batch_rows=8", "--micro_tokens=256", "--max_steps=12", "--learning_rate=3e-3", "--log_every=1",
-        "--eval_every=4", "--save_every=4", "--device=cpu", "--sequence_length=64", "--optimizer=adamw"]  # fmt: skip
+        "--eval_every=4", "--save_every=4", "--device=cpu", "--sequence_length=64", "--optimizer=adamw",
+        "--freeze_embeddings=false"]  # fmt: skip
 
 
 def make_checkpoint(folder, vocab_size=400, seed=0, **shape):
