@@ -360,7 +360,7 @@ def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
     (["--updates_per_rollout=0"], "updates_per_rollout=0"), (["--clip_low=1.5"], "clip_low=1.5"),
     (["--clip_high=-1"], "clip_high=-1"), (["--kl=nan"], "kl=nan"), (["--reward_format=-1"], "reward_format=-1"),
     (["--reward_answer=0", "--reward_format=0"], "nothing is rewarded"), (["--eval_samples=-1"], "eval_samples=-1"),
-    (["--max_new_tokens=63"], "max_new_tokens=63: of .* problems, 0 and 0 leave that"), (["--data=nowhere"], "nowhere"),
+    (["--max_new_tokens=63"], "max_new_tokens=63 of .* problems, 0 and 0 leave that"), (["--data=nowhere"], "nowhere"),
     (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"), (["--resume"], "no run to go on with"),
 ])  # fmt: skip
 def test_bad_options_are_named(base, data, tmp_path, options, words):

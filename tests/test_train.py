@@ -578,7 +578,7 @@ def test_out_of_memory_is_known_before_the_first_step(data, tmp_path, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(Doge, "forward", full)
-    with pytest.raises(ValueError, match="out of memory: lower --batch_size"):
+    with pytest.raises(ValueError, match="batch_size=2: out of memory"):
         run(data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
