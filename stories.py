@@ -14,7 +14,7 @@ Why invent text when the world is full of it? Three reasons.
 
 **Train and held out.** One in five names, towns, objects, foods and sums is held out: `split="train"` never draws
 these, `split="test"` draws nothing else. A model that answers questions about test stories has learned to read, not to
-remember. Pretraining text draws on all (`split="all"`, the default of `stories()`), so that the words are known.
+remember. Pretraining text, its lessons included, draws on all (`split="all"`), so that the words are known.
 
 **What to expect.** A model of 1 to 2 million parameters learns spelling, grammar and dialogue in a few minutes, then
 to keep names and objects straight. It knows nothing beyond this world, and no plots but these. The wording is drawn at
