@@ -20,10 +20,9 @@ a MoE model starts from its dense twin's.
 Which way. AdamW, with weight decay on the matrices alone; or Muon (Jordan et al. 2024), which makes every update of a
 hidden matrix orthogonal, for the matrices between embedding and output.
 
-What first. A small model soon knows that a name comes next, and for long not which: it treats all names alike, and the
-vectors of names grow alike, until nothing is left by which attention could tell them apart. So the tiny recipe begins
-with `copy_steps` in which only tokens that stood in the row before are learned. It costs no time and no data, and a
-model that has learned to look back first keeps to its names (NOTES.md has the figures).
+What first. A small model soon knows that a name comes next, and for long not which: it treats all names alike. So the
+tiny recipe begins with `copy_steps`, most of which learn only tokens that stood in the row before, and a model that has
+learned to look back first keeps to its names (NOTES.md has the figures, and texts where it did not help).
 
 The yardstick is bits per byte on text the model never saw: how many bits it would need to write a byte of it. Unlike
 the loss a token, it does not depend on the tokenizer.
