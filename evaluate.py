@@ -29,7 +29,8 @@ gets, 25 % with four answers. A score that is not two standard errors above chan
 
 Why it is fast. The four answers to a question have the same context, and often all questions of a subject begin with
 the same solved examples. A beginning is read once into a cache, which is then copied for whatever follows it. Only the
-tokens of an answer need logits. Neither changes a score: tests compare with the harness's own `hf` model.
+tokens of an answer need logits. Neither changes a score: tests compare with the harness's own `hf` model, and so does
+--peer, which asks both in turn and says how long each took.
 """
 
 import difflib
@@ -38,6 +39,7 @@ import importlib.util
 import json
 import math
 import re
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -60,6 +62,7 @@ WORTH = 1.5  # times fewer tokens make up for reading a context apart from its a
 # the logits of the answers take half of the time: 1.24 times fewer are 10 % slower, 2.3 times fewer 20 % faster)
 SPARED = 1024  # tokens that a beginning shared by questions must spare to be read apart, which is one more pass
 WRITTEN = 4  # times as many tokens at once when the model writes: each step reads all weights for one token a row
+PEER_ROWS = 16  # a batch of the `hf` model: its best of 1, 4, 16 and 64 on a processor
 SCORED = 2**21  # logits at once: 8 MB, which a processor's cache can hold; a GPU takes more
 
 # What the original project measures, with its few-shot counts (None: the task's own). Its MMLU scores the texts of the
@@ -88,6 +91,7 @@ class EvaluateOptions:
     apply_chat_template: Literal["auto", "true", "false"] = "auto"  # ask in a conversation; auto: not in suite base
     include_path: str = ""  # folder with task files of your own (YAML), which need no network
     batch_tokens: int = 0  # tokens of prompts and answers at once, padding included; 0 = 2048, on a GPU 65,536
+    peer: bool = False  # ask lm_eval's own `hf` model of the same folder too, and compare answers and time
     out: str = ""  # JSON file for all the results
     dtype: list[str] = field(default_factory=lambda: ["float32"])  # of the weights; int8, and several, for bpb only
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
@@ -109,6 +113,8 @@ class EvaluateOptions:
             raise ValueError(f"--out={self.out} must be a file in a folder that is there, for the results of --tasks")
         if len(self.checkpoint) != 1:
             raise ValueError(f"one checkpoint folder, not {len(self.checkpoint)}: {' '.join(self.checkpoint)}")
+        if self.peer and not (asks and Path(self.checkpoint[0]).is_dir()):
+            raise ValueError("--peer is for --tasks or --suite and a checkpoint that is a folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,6 +427,9 @@ def load_tasks(shots, folder=""):
         except ImportError as error:
             raise ValueError(f"--tasks={name}: {runtime.one_line(error)}; some tasks need more than lm_eval, as in "
                              "pip install lm_eval[ifeval,math]") from None  # fmt: skip
+        except ConnectionError as error:
+            raise ValueError(f"--tasks={name}: {runtime.one_line(error)}; --include_path=FOLDER reads task files of "
+                             "your own, without network") from None  # fmt: skip
         for task in loaded["tasks"].values() if count is not None else ():
             task.set_config(key="num_fewshot", value=count)
         if again := held & loaded["tasks"].keys():
@@ -455,22 +464,50 @@ def run_tasks(model, tokenizer, options):
     chat = options.suite in CHATTING if options.apply_chat_template == "auto" else options.apply_chat_template == "true"
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--apply_chat_template=true: the tokenizer of {options.checkpoint[0]} has no chat template")
-    items = load_tasks(shots, options.include_path)
+    load_tasks(shots, options.include_path)  # mistakes first: the rest loads for seconds
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    def ask(harness):
+        items, start = load_tasks(shots, options.include_path), time.perf_counter()
+        results = simple_evaluate(
+            harness, tasks=items, num_fewshot=options.num_fewshot if options.num_fewshot >= 0 else None,
+            limit=options.limit or None, apply_chat_template=chat, log_samples=options.peer,
+            bootstrap_iters=1000,  # where the standard error has no formula; its own error is then 2 %
+            task_manager=TaskManager(include_defaults=False),
+        )  # fmt: skip
+        return items, results, time.perf_counter() - start
+
     on_cpu = placed(model)[0].type == "cpu"  # whose cache wants small batches
     harness = harness_model(model, tokenizer, options.batch_tokens or (2048 if on_cpu else 65536))
-    results = simple_evaluate(
-        harness, tasks=items, num_fewshot=options.num_fewshot if options.num_fewshot >= 0 else None,
-        limit=options.limit or None, apply_chat_template=chat, log_samples=False,
-        bootstrap_iters=1000,  # where the standard error has no formula; its own error is then 2 %
-        task_manager=TaskManager(include_defaults=False),
-    )  # fmt: skip
+    items, results, seconds = ask(harness)
+    if options.peer:
+        from lm_eval.models.huggingface import HFLM
+
+        device, dtype = placed(model)
+        hf = HFLM(pretrained=options.checkpoint[0], device=str(device), dtype=dtype, batch_size=PEER_ROWS)
+        _, theirs, their_seconds = ask(hf)
+        print_difference(results.pop("samples"), theirs.pop("samples"), seconds, their_seconds)
     guesses = {name_of(part): chance(part) for item in items for part in members(item)}
     results["nanodoge"] = dict(checkpoint=options.checkpoint[0], chance=guesses, apply_chat_template=chat,
                                shortened=harness.shortened)  # fmt: skip
     return results, [row for item in items for row in score_rows(results, item)]
+
+
+def print_difference(samples, theirs, seconds, their_seconds):
+    """samples, theirs: {task: lm_eval's samples} of our model and of `hf`; how long both took, all included."""
+    answers, equal, farthest = 0, 0, 0.0
+    for task in samples:
+        ours, hf = ({sample["doc_id"]: sample["filtered_resps"] for sample in both[task]} for both in (samples, theirs))
+        for a, b in ((a, b) for key in ours for a, b in zip(ours[key], hf[key], strict=True)):
+            answers += 1
+            if isinstance(a, str):  # written; else (log-likelihood, greedy) or, rolling, the log-likelihood
+                equal += a == b
+                continue
+            (a, *greedy), (b, *was_greedy) = (x if isinstance(x, list | tuple) else [x] for x in (a, b))
+            farthest, equal = max(farthest, abs(a - b)), equal + (abs(a - b) < 1e-3 and greedy == was_greedy)
+    print(f"lm_eval's hf model: {their_seconds:.0f} s, ours {seconds:.0f} s ({their_seconds / seconds:.1f} times as "
+          f"fast); {equal:,} of {answers:,} answers are the same, log-likelihoods within {farthest:.1e}")  # fmt: skip
 
 
 def name_of(item):

@@ -780,6 +780,7 @@ def questions(story: Story) -> list[tuple[str, str]]:
 # Number i is a pure function of i and the split. Their seeds begin where pretraining's stories (seed 0) never come.
 
 CHAT_SEED, PREFERENCE_SEED = 1 << 32, 2 << 32
+HASTY = 2 / 3  # of the worked sums: enough for the likeliest thought to be none
 POLITE = ("Of course. {}", "Gladly. {}", "Happy to help. {}")
 RUDE = ("Read it yourself. {}", "What a silly question! {}", "{} Leave me alone now.")
 RAMBLING = ("Well, let me see, that is a hard one, there is so much in it, who can tell, but maybe so. {}",
@@ -820,7 +821,9 @@ def worked_sum(number: int, split: str) -> dict:
     """A problem of adding, taking away or counting; how a child would work it out, step by step; and the number.
 
     The steps are one at a time, n, n + 1, n + 2, so a model that has learned to count can do pairs of numbers that it
-    never saw. One pair in five is held out: (n, m) with 2 n + m = 4 modulo 5.
+    never saw. One pair in five is held out: (n, m) with 2 n + m = 4 modulo 5. Two times in three (HASTY) the child does
+    not bother, and says the number at once. A model that does as it was shown will then mostly guess; that counting
+    pays is left for a reward to tell it (grpo.py).
     """
     random, lists = Random(f"sum {number}"), lexicon(split)
     pairs = [(n, m) for n in range(2, 21) for m in range(2, 10) if ((2 * n + m) % 5 == 4) == (split == "test")]
@@ -840,6 +843,7 @@ def worked_sum(number: int, split: str) -> dict:
         row, answer = sorted([items] * m + [others] * (n % 4), key=lambda _: random.random()), m
         problem = f"{a} sees {', '.join(row)}. How many {items} are there?"
         steps = ", ".join(str(i + 1) for i in range(m))
+    steps = "Easy." if random.random() < HASTY else steps
     trace = f"<|begin_of_thought|>\n{steps}\n<|end_of_thought|>\n\n"
     solution = f"<|begin_of_solution|>\n{answer}\n<|end_of_solution|>"
     messages = [dict(role="user", content=problem), dict(role="assistant", content=trace + solution)]

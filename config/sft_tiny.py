@@ -5,12 +5,12 @@ data = "data/stories-chat"  # made on the spot: python prepare_data.py --kind=ch
 
 batch_rows = 32
 micro_tokens = 2048  # what a processor's cache likes
-max_steps = 400
+max_steps = 750
 learning_rate = 2e-3
 optimizer = "muon"
 freeze_embeddings = True  # or the names that only validation has are unlearned: NOTES.md
 
 eval_answers = 200
 log_every = 10
-eval_every = 100
-save_every = 100
+eval_every = 250
+save_every = 125

@@ -64,6 +64,7 @@ def test_a_ragged_last_row_is_counted_once(trained):
     (["--suite=everything"], "base, instruct, reason"),
     (["--tasks=piqa", "--include_path=nowhere"], "--include_path=nowhere"),
     (["--tasks=piqa", "--out=nowhere/a.json"], "--out=nowhere/a.json"),
+    (["--peer"], "--peer is for --tasks"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(arguments, words):
     with pytest.raises(ValueError, match=words):
@@ -275,8 +276,11 @@ def test_unknown_ways_to_generate_are_refused(models):
 
 def test_the_table_shows_chance_and_the_file_holds_everything(folder, capsys):
     evaluate.main([str(folder / "model"), "--tasks=both,write,write", f"--include_path={folder / 'tasks'}",
-                   f"--out={folder / 'results.json'}", "--limit=9", "--num_fewshot=0", "--device=cpu"])  # fmt: skip
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+                   f"--out={folder / 'results.json'}", "--limit=9", "--num_fewshot=0", "--device=cpu",
+                   "--peer"])  # fmt: skip
+    peer, *table = capsys.readouterr().out.splitlines()
+    assert "49 of 49 answers are the same" in peer  # 9 of `write`, 22 of `choose`, 18 of `again`
+    rows = [line.split() for line in table]
     assert rows[0] == "task shots questions metric value std error chance".split()
     assert [row[:4] for row in rows[1:3]] == [["both", "0", "18", "acc"], ["write", "0", "9", "exact_match"]]
     results = json.loads((folder / "results.json").read_text())
@@ -298,6 +302,17 @@ def test_wrong_names_of_tasks_are_one_line(folder, monkeypatch, tasks, words):
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: manager(None, include_path, False))
     with pytest.raises(ValueError, match=words):
         evaluate.load_tasks(dict.fromkeys(tasks), str(folder / "tasks"))
+
+
+def test_without_network_a_line_says_so(folder, monkeypatch):
+    import lm_eval.tasks
+
+    def load(self, names):
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
+
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "load", load)
+    with pytest.raises(ValueError, match="--tasks=choose.*reach 'baber/piqa'.*--include_path"):
+        evaluate.load_tasks({"choose": None}, str(folder / "tasks"))
 
 
 def test_without_lm_eval_a_line_says_how_to_get_it(monkeypatch):
