@@ -440,12 +440,6 @@ def train(options, machine):
     if options.resume:
         run.restore(state)
     with run:
-        if not run.step:
-            before = evaluate(0)
-            machine.print("step      0  " + "  ".join(f"{name} {value:.4f}" for name, value in before.items())
-                          + f"; {run.folder}/samples.jsonl shows what it writes")  # fmt: skip
-            if run.log:
-                run.log.write(dict(step=0, tokens=0) | before)
         for step in run.steps():
             *answers, columns = rollout(machine, model, tokenizer, train_problems, options, step)
             batches, tokens = make_batches(machine, *answers, tokenizer, options)

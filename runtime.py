@@ -799,6 +799,9 @@ class Run:
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)
         if self.machine.sum([unlogged])[0] and (self.is_due("log_every") or self.is_due("eval_every")):
             self.write_row()  # the run was killed between its checkpoint and the row of that step
+        if self.fresh and isinstance(self.options, TuneOptions):
+            self.row = dict(step=0, tokens=0)  # what the tuned model is to be compared with
+            self.write_row()
         return self
 
     def __exit__(self, *error):
@@ -904,8 +907,8 @@ class Run:
         row = dict(self.row)
         if self.is_due("eval_every"):
             row |= self.evaluate()
-            self.machine.print(f"step {row['step']:>6}  loss {row['loss']:.4f}  "
-                               + "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith("val")))  # fmt: skip
+            self.machine.print(f"step {row['step']:>6}  "
+                               + "  ".join(f"{k} {row[k]:.4f}" for k in row if k == "loss" or k.startswith("val")))
         if self.log:
             if self.options.keep_best and row.get("val_loss", math.inf) < self.log.best:
                 self.log.best = row["val_loss"]
