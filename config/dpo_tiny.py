@@ -10,5 +10,5 @@ learning_rate = 3e-4
 freeze_embeddings = True  # as in sft_tiny.py
 
 log_every = 10
-eval_every = 25
+eval_every = 50
 save_every = 25

@@ -12,5 +12,5 @@ optimizer = "muon"
 
 eval_answers = 200
 log_every = 10
-eval_every = 50
-save_every = 50
+eval_every = 175
+save_every = 175

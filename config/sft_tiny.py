@@ -12,5 +12,5 @@ freeze_embeddings = True  # or the names that only validation has are unlearned:
 
 eval_answers = 200
 log_every = 10
-eval_every = 250
+eval_every = 375
 save_every = 125
