@@ -30,7 +30,6 @@ with a line that names the file and the tensor or field.
 """
 
 import functools
-import json
 import re
 import zipfile
 from collections.abc import Callable
@@ -42,6 +41,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Doge, DogeConfig
+from tokenizer import PROGRAM_ERRORS, read_object
 
 # Names of the original repository -> the library's.
 RENAMED = {
@@ -170,18 +170,15 @@ def read_pickle(path):
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
         return state
-    except (UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+    except (UnpicklingError, EOFError, RuntimeError, *PROGRAM_ERRORS) as error:  # what a damaged pickle ends in is open
         raise ValueError(f"{path} is damaged or not ours: {one_line(error)}") from None
 
 
 def read_json(path):
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__} where an object was expected")
-    return value
+        return read_object(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,6 +258,10 @@ def read_config(path, fields, tensors):
         if type(value) is not type(default) and not whole:
             raise ValueError(f"{path}: {field}: {value!r} is not of type {type(default).__name__}")
         values[field] = type(default)(value)
+    layers = {name.split(".")[1] for name in tensors if re.match(r"layers\.\d+\.", name)}
+    if values["num_hidden_layers"] != len(layers):
+        raise ValueError(f"{path}: num_hidden_layers is {values['num_hidden_layers']}, and there are tensors of "
+                         f"{len(layers)} layers")  # fmt: skip
     try:
         config = DogeConfig(**values)
     except ValueError as error:
