@@ -91,10 +91,11 @@ class Options:
 # ---------------------------------------------------------------------------------------------------------------------
 # Damage
 
-TEXTS = ["", " ", "\0", "a\0b", "\ud800", "\udcff", "../x", "..", ".", "/dev/null", "x" * 5000, "\n", "\u2028", "é\u202e",
-         "<|pad|>", "None", "nan", "1e999", "-1", "1_0", "²", "٣", "true", "{}", "%s", "--resume", "a,b", "C:\\x"]  # fmt: skip
-NUMBERS = [0, 1, -1, 2, 3, 7, 255, 2**16, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, 1e300,
-           5e-324, -1e9, math.nan, math.inf, -math.inf]  # fmt: skip
+TEXTS = ["", " ", "\0", "a\0b", "\ud800", "\udcff", "../x", "..", ".", "/dev/null", "x" * 5000, "\n", "\u2028",
+         "é\u202e", "<|pad|>", "None", "nan", "1e999", "-1", "1_0", "²", "٣", "true", "{}", "%s", "--resume", "a,b",
+         "C:\\x"]  # fmt: skip
+NUMBERS = [0, 1, -1, 2, 3, 7, 255, 2**16, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5,
+           1e300, 5e-324, -1e9, math.nan, math.inf, -math.inf]  # fmt: skip
 DEEP = "@deep@"  # stands for lists in lists, which json cannot write
 
 
@@ -290,8 +291,9 @@ def twist_state(draw, state):
         if isinstance(entry, dict) and entry and draw.random() < 0.8:
             key = draw.choice(list(entry))
             tensor = entry[key] if isinstance(entry[key], torch.Tensor) else torch.ones(())
-            entry[key] = draw.choice([tensor[None], tensor.flatten()[:1], tensor.double(), tensor.long(), torch.ones(()),
-                                      torch.zeros(0), tensor.to(torch.complex64), tensor * math.nan, nasty(draw)])  # fmt: skip
+            entry[key] = draw.choice([tensor[None], tensor.flatten()[:1], tensor.double(), tensor.long(),
+                                      torch.ones(()), torch.zeros(0), tensor.to(torch.complex64), tensor * math.nan,
+                                      nasty(draw)])  # fmt: skip
             if draw.random() < 0.2:
                 del entry[key]
             return
@@ -342,8 +344,9 @@ def split(good):
     torch.save(weights, good / "pickled" / "pytorch_model.bin")
 
 
-TRAIN = [*TINY, "--hidden_size=16", "--intermediate_size=16", "--num_hidden_layers=1", "--batch_tokens=32", "--data=data",
-         "--max_steps=2", "--warmup_steps=0", "--decay_steps=0", "--save_every=1", "--eval_every=1"]  # fmt: skip
+TRAIN = [*TINY, "--hidden_size=16", "--intermediate_size=16", "--num_hidden_layers=1", "--batch_tokens=32",
+         "--data=data", "--max_steps=2", "--warmup_steps=0", "--decay_steps=0", "--save_every=1",
+         "--eval_every=1"]  # fmt: skip
 TUNED = [*TUNE, "--init_from=model", "--max_steps=1", "--sequence_length=96", "--batch_rows=4", "--save_every=1",
          "--eval_every=1", "--eval_rows=2"]  # fmt: skip
 STAGES = {
@@ -364,7 +367,8 @@ CLASSES = dict(train=train.TrainOptions, sft=sft.SftOptions, sft_labels=sft.SftO
                grpo=grpo.GrpoOptions, sample=sample.SampleOptions, evaluate=evaluate.EvaluateOptions,
                convert=convert.ConvertOptions, prepare_data=prepare_data.PrepareOptions)  # fmt: skip
 # They ask for work or for a network: not given large numbers, or left alone.
-BUSY = {"batch_rows", "batch_tokens", "generations", "updates_per_rollout", "num_samples", "max_new_tokens", "stories", "batch_size",
+BUSY = {"batch_rows", "batch_tokens", "generations", "updates_per_rollout", "num_samples", "max_new_tokens", "stories",
+        "batch_size",
         "sources", "chat", "prompt", "file", "compile", "tasks", "suite", "include_path",
         "cache"}  # fmt: skip
 KINDS = {"sft": "chat", "sft_labels": "labels", "dpo": "preferences", "grpo": "problems"}
@@ -416,9 +420,9 @@ def command_line(draw):
 
 
 SOURCES = ["1e999", "__import__('os').system('touch owned')", "[1] * 10**9", "-" * 3000 + "1", "(" * 300 + ")" * 300,
-           "'\\ud800'", "'a\\0b'", "0x" + "f" * 6000, "9" * 6000, "b'x'", "{}", "...", "1j", "f'{1}'", "open('owned', 'w')",
-           "[[[]]]", "None", "not True", "1 if 1 else 2", "lambda: 0", "'''", "\\", "nan", "{1: 2, **{}}", "{[]: 1}",
-           "((1, 2), 3)", "+1", "1 + 1j", "'a' 'b'", "" "True"]  # fmt: skip
+           "'\\ud800'", "'a\\0b'", "0x" + "f" * 6000, "9" * 6000, "b'x'", "{}", "...", "1j", "f'{1}'",
+           "open('owned', 'w')", "[[[]]]", "None", "not True", "1 if 1 else 2", "lambda: 0", "'''", "\\", "nan",
+           "{1: 2, **{}}", "{[]: 1}", "((1, 2), 3)", "+1", "1 + 1j", "'a' 'b'", "" "True"]  # fmt: skip
 
 
 def config_file(draw):
@@ -437,17 +441,20 @@ def config_file(draw):
     Path("c.py").write_bytes(data)
     if draw.random() < 0.05:
         damage_place(draw, Path("c.py"))
-    safe = [argument for argument in STAGES[stage] if argument.partition("=")[0][2:] in BUSY | {"data", "out", "tokens"}]
+    kept = BUSY | {"data", "out", "tokens"}
+    safe = [argument for argument in STAGES[stage] if argument.partition("=")[0][2:] in kept]
     return MAINS[stage], [*words, "--config=c.py", *safe], ""
 
 
-TEMPLATES = ["{% for i in range(10**9) %}a{% endfor %}", "{{ messages[99].x.y }}",
-             "{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no\nno') }}", "{% if",
-             "{{ messages | tojson }}", "{{ x.y }}", "{{ '%d' % 'a' }}", "{{ messages[0]['content'][::0] }}", "{{ [] | first }}",
-             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ bos_token }}", "", "{{ 'a'.encode('x') }}", "{{ range(-1)[5] }}",
-             "{% include 'x' %}", "{% import 'os' as os %}", "{{ messages | map('x') | list }}", "{{ messages | batch(0) | list }}", "{{ 'é' | urlize }}",
-             "{% for m in messages %}{{ m.content | upper }}{% endfor %}", "{{ strftime_now('%Y') }}", "{{ [1] | sum('x') }}",
-             "{{ 'x'.format_map(messages) }}", "{{ messages | xmlattr }}", "{{ dict(a=1, **1) }}"]  # fmt: skip
+TEMPLATES = ["{% for i in range(10**9) %}a{% endfor %}", "{{ messages[99].x.y }}", "{{ 1 / 0 }}", "{{ messages + 1 }}",
+             "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no\nno') }}", "{% if", "{{ messages | tojson }}",
+             "{{ x.y }}", "{{ '%d' % 'a' }}", "{{ messages[0]['content'][::0] }}", "{{ [] | first }}",
+             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ bos_token }}", "", "{{ 'a'.encode('x') }}",
+             "{{ range(-1)[5] }}", "{% include 'x' %}", "{% import 'os' as os %}", "{{ messages | map('x') | list }}",
+             "{{ messages | batch(0) | list }}", "{{ 'é' | urlize }}",
+             "{% for m in messages %}{{ m.content | upper }}{% endfor %}", "{{ strftime_now('%Y') }}",
+             "{{ [1] | sum('x') }}", "{{ 'x'.format_map(messages) }}", "{{ messages | xmlattr }}",
+             "{{ dict(a=1, **1) }}"]  # fmt: skip
 
 
 def damage_tokenizer(draw, folder):
@@ -469,13 +476,15 @@ def damage_tokenizer(draw, folder):
     else:
         document = json.loads((folder / "tokenizer.json").read_text())
         split = document["pre_tokenizer"]["pretokenizers"][0]["pattern"]
-        split["Regex"] = draw.choice([r"a", r"(a+)+b", "", "(", r"\p{X}", r"(?=a)", r".", r"\w+|\s", "x*", r"(?:.?){9999}",
-                                      r"(\w+)*\d", r"[\s\S]", r"\1", "(?<=a+)b", r"(.*?,){40}P", nasty(draw)])  # fmt: skip
+        split["Regex"] = draw.choice([r"a", r"(a+)+b", "", "(", r"\p{X}", r"(?=a)", r".", r"\w+|\s", "x*",
+                                      r"(?:.?){9999}", r"(\w+)*\d", r"[\s\S]", r"\1", "(?<=a+)b", r"(.*?,){40}P",
+                                      nasty(draw)])  # fmt: skip
         write_json(folder / "tokenizer.json", document)
     return ""
 
 
-PROBE = "The cat's 12345 blue  dogs\n\n\tran: \u00e9t\u00e9, \u6f22\u5b57 \U0001f600!? " + "a" * 40 + " " * 30 + "<|pad|>\0\x7f"
+PROBE = "The cat's 12345 blue  dogs\n\n\tran: \u00e9t\u00e9, \u6f22\u5b57 \U0001f600!? " + "a" * 40 + " " * 30
+PROBE += "<|pad|>\0\x7f"
 
 
 def use_tokenizer(argv):
@@ -530,8 +539,8 @@ def tuning_data(draw):
     elif kind == 3 and stage == "grpo":
         path = folder / f"{split}.answers.jsonl"
         lines = path.read_text().splitlines()
-        lines[draw.randrange(len(lines))] = draw.choice(["", "{}", "[]", '{"answer": 1}', '{"answer": "\\ud800"}', "{",
-                                                         '{"answer": ' + "[" * 5000, "null", '{"answer": null}'])  # fmt: skip
+        answers = ["", "{}", "[]", '{"answer": 1}', '{"answer": "\\ud800"}', "{", '{"answer": ' + "[" * 5000, "null"]
+        lines[draw.randrange(len(lines))] = draw.choice(answers)
         path.write_bytes(corrupt(draw, path.read_bytes()) if draw.random() < 0.5 else "\n".join(lines).encode())
     elif kind == 4:
         damage_place(draw, draw.choice(sorted(folder.iterdir())))
@@ -561,7 +570,8 @@ def some_rows(draw, kind):
 
 def rows(draw):
     kind = draw.choice(["text", "chat", "preferences", "problems", "labels"])
-    made, suffix, folder = some_rows(draw, kind), draw.choice(["jsonl", "jsonl", "jsonl.gz", "parquet", "parquet"]), Path("in")
+    made, folder = some_rows(draw, kind), Path("in")
+    suffix = draw.choice(["jsonl", "jsonl", "jsonl.gz", "parquet", "parquet"])
     folder.mkdir()
     path = folder / f"a.{suffix}"
     if suffix == "parquet":
@@ -606,17 +616,19 @@ def damage_checkpoint(draw, folder):
 
 
 def checkpoint(draw):
-    stage, layout = draw.choice(["sample", "sample", "sample", "sft"]), draw.choice(["model", "model", "parts", "pickled"])
+    stage = draw.choice(["sample", "sample", "sample", "sft"])
+    layout = draw.choice(["model", "model", "parts", "pickled"])
     bring(layout, *["chat"] * (stage == "sft"))
     must = damage_checkpoint(draw, layout)
-    argv = [layout, "--max_new_tokens=3", "--top_p=1"] if stage == "sample" else [*STAGES[stage], f"--init_from={layout}"]
+    argv = [layout, "--max_new_tokens=3"] if stage == "sample" else [*STAGES[stage], f"--init_from={layout}"]
     return MAINS[stage], argv, must
 
 
 def convert_source(draw):
     layout = draw.choice(["model", "parts", "pickled"])
     bring(layout)
-    return convert.main, [layout, "converted", f"--for={draw.choice(['nanodoge', 'transformers'])}"], damage_checkpoint(draw, layout)
+    argv = [layout, "converted", f"--for={draw.choice(['nanodoge', 'transformers'])}"]
+    return convert.main, argv, damage_checkpoint(draw, layout)
 
 
 def resume(draw):
@@ -647,8 +659,8 @@ def resume(draw):
 
 # part: (how it draws a case, its share of the cases)
 PARTS = {"command_line": (command_line, 16), "config_file": (config_file, 14), "tokenizer": (tokenizer_files, 16),
-         "text_data": (text_data, 8), "tuning_data": (tuning_data, 9), "rows": (rows, 14), "checkpoint": (checkpoint, 10),
-         "convert": (convert_source, 5), "resume": (resume, 8)}  # fmt: skip
+         "text_data": (text_data, 8), "tuning_data": (tuning_data, 9), "rows": (rows, 14),
+         "checkpoint": (checkpoint, 10), "convert": (convert_source, 5), "resume": (resume, 8)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -677,8 +689,12 @@ def shortened():
         for _, token in zip(range(4), stream(self, *args, **kwargs), strict=False):
             yield token
 
-    with mock.patch.object(runtime.Run, "steps", one_step), mock.patch.object(model.Doge, "stream", few), \
-         mock.patch.object(runtime, "plot_loss", lambda *paths: None), mock.patch.object(os, "fsync", lambda fd: None):
+    with (
+        mock.patch.object(runtime.Run, "steps", one_step),
+        mock.patch.object(model.Doge, "stream", few),
+        mock.patch.object(runtime, "plot_loss", lambda *paths: None),
+        mock.patch.object(os, "fsync", lambda fd: None),
+    ):
         yield
 
 
@@ -688,8 +704,9 @@ def attempt(main, argv, must):
     before, result = signal.signal(signal.SIGPROF, ring), "worked"
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", ["x", *argv]):
-            runtime.run(main)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with mock.patch.object(sys, "argv", ["fuzz.py", *argv]):
+                runtime.run(main)
     except SystemExit as stop:
         result = why_refused(stop) if stop.code == 2 else "worked" if not stop.code else f"exit status {stop.code}"
     except BaseException as error:
@@ -726,8 +743,11 @@ def why_refused(stop):
 
 
 def stands_as_it_was(root):
-    return (root / "beside" / "secret").read_text() == "secret" and sorted(p.name for p in root.iterdir()) == \
-        ["beside", "case", "good"] and [p.name for p in (root / "beside").iterdir()] == ["secret"]
+    return (
+        (root / "beside" / "secret").read_text() == "secret"
+        and sorted(p.name for p in root.iterdir()) == ["beside", "case", "good"]
+        and [p.name for p in (root / "beside").iterdir()] == ["secret"]
+    )
 
 
 def run_case(root, part, number, seed):
@@ -829,8 +849,8 @@ def run_part(root, part, count, seed):
             failures[number] = f"the process ended with status {status}"
             print(f"{part} {number}: {failures[number]}", flush=True)
     note = "; ".join(f"{number}: {what}" for number, what in list(failures.items())[:3])
-    return dict(part=part, cases=count, refused=results["refused"], worked=results["worked"], failures=results["failed"],
-                seconds=round(time.monotonic() - start), note=note)  # fmt: skip
+    return dict(part=part, cases=count, refused=results["refused"], worked=results["worked"],
+                failures=results["failed"], seconds=round(time.monotonic() - start), note=note)  # fmt: skip
 
 
 COLUMNS = "part cases refused worked failures seconds note date python torch".split()
