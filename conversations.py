@@ -316,8 +316,8 @@ def open_sets(options, kind, machine):
     train, val = (TokenSet(options.data, split, kind) for split in ("train", "val"))
     tokenizer = Tokenizer.load(options.data)
     if (tokenizer.digest, tokenizer.vocab_size) != (train.meta["tokenizer_sha256"], train.meta["vocab_size"]):
-        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 or vocab_size "
-                         "differs)")  # fmt: skip
+        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 or "
+                         "vocab_size differs)")  # fmt: skip
     if tokenizer.chat_template != train.meta.get("chat_template"):
         raise ValueError(f"{options.data}: its chat template is not the one of its tokens; prepare the data again")
     return train, val, tokenizer

@@ -666,9 +666,10 @@ def load_optimizer_state(optimizers, names, state):
                 optimizer.state[p] = {}
                 for k in own:  # the kernels do not look whether the shapes are right
                     v, shape = state[names[p]].get(k), () if k == "step" else p.shape
-                    if not isinstance(v, torch.Tensor) or v.shape != shape or v.dtype != torch.float32:
-                        has = f"{v.dtype} {list(v.shape)}" if isinstance(v, torch.Tensor) else repr(v)[:50]
-                        raise ValueError(f"training_state.pt has as {k} of {names[p]} {has}, the model torch.float32 "
+                    if not isinstance(v, torch.Tensor) or v.dtype != torch.float32:
+                        raise ValueError(f"training_state.pt is damaged: it has no {k} of {names[p]} in float32")
+                    if v.shape != shape:
+                        raise ValueError(f"training_state.pt has {names[p]} of shape {list(v.shape)}, the model "
                                          f"{list(shape)}: they are not of one run")  # fmt: skip
                     # a step counter stays on the host, but for fused kernels, which read it themselves
                     optimizer.state[p][k] = v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()

@@ -176,8 +176,8 @@ def open_data(options, machine):
     train, val = (Rows(options.data, split, options.sequence_length) for split in ("train", "val"))
     tokenizer = Tokenizer.load(options.data)
     if (tokenizer.digest, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
-        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 or vocab_size "
-                         "differs)")  # fmt: skip
+        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 or "
+                         "vocab_size differs)")  # fmt: skip
     if len(val.tokens) < 2:
         raise ValueError(f"{options.data}/val.bin has {len(val.tokens)} tokens: too few to validate on")
     return train, val, tokenizer

@@ -72,6 +72,7 @@ import sft  # noqa: E402
 import tokenizer  # noqa: E402
 import train  # noqa: E402
 
+LINES = {str(path): path.read_text(encoding="utf-8").splitlines() for path in runtime.HERE.glob("*.py")}
 SECONDS = 20  # of a case, on the processor
 PATIENCE = 120  # seconds on the clock
 MEMORY = 1 << 30  # bytes that a process may take beyond what it was forked with
@@ -735,9 +736,10 @@ def why_refused(stop):
     if runtime.is_out_of_memory(error):
         return f"out of memory: {str(error)[:200]}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
+    line = LINES.get(frame.filename, [""] * frame.lineno)[frame.lineno - 1]
     if "out of memory" in str(error):
         return f"out of memory: {error}"
-    if isinstance(error, OSError) or frame.line.startswith("raise"):
+    if isinstance(error, OSError) or line.strip().startswith("raise "):
         return "refused"
     return f"{type(error).__name__} that nobody wrote at {Path(frame.filename).name}:{frame.lineno}: {str(error)[:100]}"
 

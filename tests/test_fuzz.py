@@ -12,8 +12,8 @@ if sys.platform != "linux":
 
 import fuzz
 
-COUNTS = dict(command_line=70, config_file=50, tokenizer=90, rows=25, text_data=15, tuning_data=15, checkpoint=30,
-              convert=5, resume=4)  # fmt: skip
+COUNTS = dict(command_line=80, config_file=40, tokenizer=100, rows=12, text_data=15, tuning_data=15, checkpoint=30,
+              convert=4, resume=4)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
