@@ -258,10 +258,6 @@ def read_config(path, fields, tensors):
         if type(value) is not type(default) and not whole:
             raise ValueError(f"{path}: {field}: {value!r} is not of type {type(default).__name__}")
         values[field] = type(default)(value)
-    layers = {name.split(".")[1] for name in tensors if re.match(r"layers\.\d+\.", name)}
-    if values["num_hidden_layers"] != len(layers):
-        raise ValueError(f"{path}: num_hidden_layers is {values['num_hidden_layers']}, and there are tensors of "
-                         f"{len(layers)} layers")  # fmt: skip
     try:
         config = DogeConfig(**values)
     except ValueError as error:

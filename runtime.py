@@ -174,7 +174,7 @@ def convert(value, hint, where):
     bool, str, list[str] or Literal[...]. A whole number is accepted for a float and never the reverse."""
     try:
         text = value if isinstance(value, str) else repr(value)
-        if "\0" in text.encode().decode():
+        if b"\0" in text.encode():
             raise ValueError
     except ValueError:  # half a character; a number of thousands of digits
         raise ValueError(f"{where}: not a value that a file or a terminal could hold") from None
@@ -634,7 +634,8 @@ def load_training_state(folder):
             step = (file.metadata() or {}).get("step")
     if step is not None and step != str(state.get("step")):
         raise ValueError(f"{folder} is a mixture of two checkpoints: model.safetensors is of step {step}, "
-                         f"training_state.pt of step {state.get('step')!r:.50}; copy it again, whole")  # fmt: skip
+                         f"training_state.pt of step {one_line(repr(state.get('step')))[:50]}; "
+                         "copy it again, whole")  # fmt: skip
     return state
 
 
@@ -644,8 +645,10 @@ def load_run(folder):
     kinds = dict(options=dict, optimizer=dict, step=int, tokens=int, seconds=int | float, row=dict | None)
     for name, kind in kinds.items() if state is not None else ():
         value = state.get(name)
-        if not isinstance(value, kind) or isinstance(value, int | float) and not 0 <= value < 2**62:
-            raise ValueError(f"{folder}/training_state.pt is not that of a training run: its {name} is {value!r:.50}")
+        whole = isinstance(value, kind) and (not isinstance(value, int | float) or 0 <= value < 2**62)
+        if not whole or name == "optimizer" and not all(isinstance(entry, dict) for entry in value.values()):
+            raise ValueError(f"{folder}/training_state.pt is not that of a training run: its {name} is "
+                             f"{one_line(repr(value))[:50]}")  # fmt: skip
     return state
 
 
@@ -821,9 +824,11 @@ class Run:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.row, self.fresh = state["row"], False
         row = self.row or dict(step=self.step, loss=0.0)
-        if not {"step", "loss"} <= row.keys() <= set(self.columns) or row["step"] != self.step or not all(
-                type(value) in (int, float) or value == "" for value in row.values()):  # fmt: skip
-            raise ValueError(f"training_state.pt is damaged: the row of its step {self.step} is {row!r:.100}")
+        if not {"step", "loss"} <= row.keys() <= set(self.columns) or row["step"] != self.step or not (
+                isinstance(row["loss"], float) and all(isinstance(value, int | float | str) for value in row.values())
+        ):  # fmt: skip
+            raise ValueError(f"training_state.pt is damaged: the row of its step {self.step} is "
+                             f"{one_line(repr(row))[:100]}")  # fmt: skip
 
     def state(self):
         options = {k: v for k, v in dataclasses.asdict(self.options).items() if not k.startswith("resume")}

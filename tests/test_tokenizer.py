@@ -418,7 +418,7 @@ def test_files_that_cannot_be_represented(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("data", [b"", b'{"model": {"ty', b"no json", b"\xff\xfe\x00\xd8", b"[1, 2]", b"null", b"{}",
-                                  b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}', b"[" * 9**5, b'{"a": ' + b"9" * 9**4])  # fmt: skip
+                                  b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}', b"[" * 9**5])  # fmt: skip
 def test_files_that_are_no_tokenizer(folder, tmp_path, data):
     (tmp_path / "tokenizer.json").write_bytes(data)
     one_line(lambda: Tokenizer.load(tmp_path), "tokenizer.json")
