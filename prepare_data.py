@@ -415,7 +415,7 @@ def prepare(options, quiet=False):
         return out
     partial = out.with_name(out.name + ".partial")
     meta = read_meta(partial)
-    if meta and meta["request"] != request:
+    if meta and meta.get("request") != request:
         if meta["train"]["documents"] and not options.overwrite:
             raise ValueError(f"{partial}: unfinished work of another call ({differences(meta, request)}); finish that, "
                              "or discard it with --overwrite")
