@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 import runtime
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_object
 
 # Made on the spot when they are not there: no network is needed.
 BUILT_IN = {"data/stories-chat": ["stories"], "data/stories-preferences": ["stories"], "data/sums-chat": ["sums"],
@@ -261,12 +261,34 @@ class TokenSet:
                                  "or changed; prepare the data again")  # fmt: skip
             dtype = np.dtype(dtype).newbyteorder("<")
             setattr(self, name, np.memmap(path, dtype, "r") if size else np.zeros(0, dtype))
-        if len(self.offsets) < 2 or self.offsets[-1] != len(self.ids) or len(self.mask) != len(self.ids):
-            raise ValueError(f"{self.folder}/{split}.offsets.bin does not fit {split}.ids.bin; prepare the data again")
+        self.check(kind)
         self.answers = []
         if kind == "problems":
-            lines = (self.folder / f"{split}.answers.jsonl").read_text(encoding="utf-8").splitlines()
-            self.answers = [json.loads(line)["answer"] for line in lines]
+            path = self.folder / f"{split}.answers.jsonl"
+            lines = path.read_bytes().splitlines() if path.is_file() else ()
+            answers = [read_object(line, f"{path}:{i}").get("answer") for i, line in enumerate(lines, 1)]
+            self.answers = [answer for answer in answers if type(answer) is str]
+            if len(self.answers) != len(self):
+                raise ValueError(f"{path} has {len(self.answers)} answers to {len(self)} problems; prepare the data "
+                                 "again")  # fmt: skip
+
+    def check(self, kind):
+        """Raises ValueError for files that contradict each other, or that a model could not be fed."""
+        ids, mask, offsets, begins = self.ids, self.mask, self.offsets, self.offsets[:-1]
+        fits = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(ids) == len(mask) and len(ids) > 0
+        if not fits or (np.diff(offsets) < 1).any() or (kind == "preferences" and len(self) % 2):
+            what = f"offsets.bin does not fit {self.split}.ids.bin"
+        elif mask.max() > 1 or mask[begins].any():
+            what = "mask.bin marks what cannot be learned"
+        elif kind == "labels" and (mask.sum() != len(self) or not mask[offsets[1:] - 1].all()):
+            what = "mask.bin does not mark the labels"
+        elif ids.max() >= self.meta["vocab_size"]:
+            what = f"ids.bin has the id {ids.max()}, and meta.json says vocab_size {self.meta['vocab_size']}"
+        elif kind == "labels" and ids[offsets[1:] - 1].max() >= len(self.meta["labels"]):
+            what = f"ids.bin has another label than the {len(self.meta['labels'])} of meta.json"
+        else:
+            return
+        raise ValueError(f"{self.folder}/{self.split}.{what}; prepare the data again")
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -293,8 +315,9 @@ def open_sets(options, kind, machine):
     machine.barrier()
     train, val = (TokenSet(options.data, split, kind) for split in ("train", "val"))
     tokenizer = Tokenizer.load(options.data)
-    if tokenizer.digest != train.meta["tokenizer_sha256"]:
-        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 differs)")
+    if (tokenizer.digest, tokenizer.vocab_size) != (train.meta["tokenizer_sha256"], train.meta["vocab_size"]):
+        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 or "
+                         "vocab_size differs)")  # fmt: skip
     if tokenizer.chat_template != train.meta.get("chat_template"):
         raise ValueError(f"{options.data}: its chat template is not the one of its tokens; prepare the data again")
     return train, val, tokenizer

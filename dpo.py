@@ -345,7 +345,8 @@ def kept_reference(options, state, train_pairs, val_pairs):
     """What the checkpoint of a resumed run knows of its reference. Raises ValueError if that is of other data."""
     reference = state.get("reference", {})
     for split, pairs in (("train", train_pairs), ("val", val_pairs)):
-        if split not in reference or reference[split].shape != (pairs.count, 2):
+        known = reference.get(split) if isinstance(reference, dict) else None
+        if not isinstance(known, torch.Tensor) or known.shape != (pairs.count, 2) or known.dtype != torch.float32:
             raise ValueError(f"--resume: the run in {options.out_dir} began with other pairs than the {pairs.count} "
                              f"of the {split} split that --data={options.data} has now")  # fmt: skip
     return reference

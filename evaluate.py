@@ -554,7 +554,8 @@ def print_table(rows):
 def print_bits_per_byte(model, tokenizer, options):
     """A row for each dtype."""
     rows = Rows(options.bpb, "val", model.config.max_position_embeddings)
-    if runtime.read_meta(options.bpb)["tokenizer_sha256"] != tokenizer.digest:
+    meta = runtime.read_meta(options.bpb)
+    if (meta["tokenizer_sha256"], meta["vocab_size"]) != (tokenizer.digest, tokenizer.vocab_size):
         raise ValueError(f"--bpb={options.bpb} was made with another tokenizer than {options.checkpoint[0]}'s")
     if len(rows.tokens) < 2:
         raise ValueError(f"--bpb={options.bpb}: val.bin has {len(rows.tokens)} tokens, too few to measure")

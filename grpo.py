@@ -58,6 +58,7 @@ import runtime
 from conversations import divide, final_answer, generate, open_sets, pad
 from decode import Decoder
 from model import LOSS_ELEMENTS, LOSS_ROWS
+from tokenizer import read_object
 from train import cosine, make_optimizers, rows_of_step, scramble
 
 # Of the answers of a step: their mean reward; the shares that are right, and in form; their mean length in tokens; the
@@ -112,9 +113,6 @@ class Problems:
     lengths (count,) of their prompts. left_out: how many have no room."""
 
     def __init__(self, token_set, length, max_new_tokens):
-        if len(token_set.answers) != len(token_set):
-            raise ValueError(f"{token_set.folder}/{token_set.split}.answers.jsonl has {len(token_set.answers)} answers "
-                             f"to {len(token_set)} problems; prepare the data again")  # fmt: skip
         lengths = np.diff(token_set.offsets)
         self.set, self.fits = token_set, np.flatnonzero(lengths <= length - max_new_tokens)
         self.lengths, self.count = lengths[self.fits], len(self.fits)
@@ -353,9 +351,15 @@ def keep_samples(path, step, samples):
     was killed after it wrote them, or of one that was replaced, and a torn line is nobody's: they go."""
     kept = []
     if path.is_file():
-        with open(path, encoding="utf-8") as file:  # not splitlines: a model may write what that takes for a line's end
-            kept = [line for line in file if line.endswith("}\n") and json.loads(line)["step"] < step]
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")  # splitlines takes more for ends
+        for i, line in enumerate(lines[:-1], 1):
+            if line.endswith("}"):
+                before = read_object(line.encode(errors="surrogateescape"), f"{path}:{i}").get("step")
+                if not isinstance(before, int):
+                    raise ValueError(f"{path}:{i}: its step is {before!r}, not a number; move the file away")
+                kept += [line + "\n"] * (before < step)
     temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)  # a link would lead elsewhere
     text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     temporary.write_text("".join(kept) + text, encoding="utf-8")
     os.replace(temporary, path)

@@ -30,7 +30,6 @@ with a line that names the file and the tensor or field.
 """
 
 import functools
-import json
 import re
 import zipfile
 from collections.abc import Callable
@@ -42,6 +41,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Doge, DogeConfig
+from tokenizer import PROGRAM_ERRORS, read_object
 
 # Names of the original repository -> the library's.
 RENAMED = {
@@ -170,18 +170,15 @@ def read_pickle(path):
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
         return state
-    except (UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+    except (UnpicklingError, EOFError, RuntimeError, *PROGRAM_ERRORS) as error:  # what a damaged pickle ends in is open
         raise ValueError(f"{path} is damaged or not ours: {one_line(error)}") from None
 
 
 def read_json(path):
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__} where an object was expected")
-    return value
+        return read_object(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

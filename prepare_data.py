@@ -331,10 +331,7 @@ def check_options(options, sources):
 
 def read_meta(folder):
     path = Path(folder) / "meta.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError:
-        raise ValueError(f"{path}: not the JSON that prepare_data.py writes") from None
+    return runtime.read_json(path) if path.is_file() else None
 
 
 def write_meta(folder, meta):
@@ -418,7 +415,7 @@ def prepare(options, quiet=False):
         return out
     partial = out.with_name(out.name + ".partial")
     meta = read_meta(partial)
-    if meta and meta["request"] != request:
+    if meta and meta.get("request") != request:
         if meta["train"]["documents"] and not options.overwrite:
             raise ValueError(f"{partial}: unfinished work of another call ({differences(meta, request)}); finish that, "
                              "or discard it with --overwrite")

@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from layouts import checkpoint_file, hf_name, locate, one_line, read_pickle, read_weights
+from layouts import checkpoint_file, hf_name, locate, one_line, read_json, read_pickle, read_weights
 from layouts import inspect as inspect_checkpoint
 from model import Doge
 from tokenizer import Tokenizer
@@ -77,7 +77,10 @@ def run(main):
         message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            print(f"error: out of memory: {one_line(error)[:200]}", file=sys.stderr)
+            sys.exit(2)
         if not re.search("gloo.*Connection (closed|reset) by peer", str(error), re.DOTALL):
             raise
         print("error: another process of this run has ended; once its own message is dealt with, --resume goes on from "
@@ -88,6 +91,11 @@ def run(main):
         sys.exit(130)
 
 
+def is_out_of_memory(error):
+    """torch has an error for a full GPU, and for a full memory a RuntimeError like any other."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def parse_options(options_class, argv, positional=None, base=None):
     """Builds `options_class` from its defaults, then `base` (a dict: the options of a run that is resumed), then
     config files, then `--name=value`, later ones winning.
@@ -96,7 +104,9 @@ def parse_options(options_class, argv, positional=None, base=None):
     field and a config file is given as `--config=FILE`. `--name` alone sets a boolean. Raises ValueError for an
     unknown name (with the nearest valid one), a wrong type, a missing file.
     """
-    return options_class(**dict(base or {}) | read_values(options_class, argv, positional))
+    hints = typing.get_type_hints(options_class)
+    base = {name: convert(value, hints[name], f"{name} of that run") for name, value in (base or {}).items()}
+    return options_class(**base | read_values(options_class, argv, positional))
 
 
 def read_values(options_class, argv, positional=None):
@@ -162,7 +172,12 @@ def read_config(path):
 def convert(value, hint, where):
     """Returns `value` (a literal from a config file, or text from the command line) as the type `hint`: int, float,
     bool, str, list[str] or Literal[...]. A whole number is accepted for a float and never the reverse."""
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+        if b"\0" in text.encode():
+            raise ValueError
+    except ValueError:  # half a character; a number of thousands of digits
+        raise ValueError(f"{where}: not a value that a file or a terminal could hold") from None
     if typing.get_origin(hint) is typing.Literal:
         if value not in typing.get_args(hint):
             raise ValueError(f"{where}: {text!r} is not one of {', '.join(map(str, typing.get_args(hint)))}")
@@ -325,7 +340,7 @@ def start_tuning(options, machine, tokenizer, labels=None):
         raise ValueError(f"--micro_tokens={options.micro_tokens} is less than one row of {options.sequence_length}")
     model.gradient_checkpointing = options.gradient_checkpointing
     model.embed_tokens.requires_grad_(not options.freeze_embeddings)
-    return model.train().to(machine.device), load_training_state(folder) if options.resume else None
+    return model.train().to(machine.device), load_run(folder) if options.resume else None
 
 
 def count_steps(options, count, machine):
@@ -357,16 +372,14 @@ def refuse_to_overwrite(options):
 def resumed_options(options_class, argv, out, may_change):
     """The options of the run in the folder `out`, with the changes that `argv` names as --name=value (a config file
     only tells where the run is). Raises ValueError for a change that would make it another run."""
-    state = load_training_state(out)
+    state = load_run(out)
     if state is None:
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
-    if not {"options", "optimizer", "step", "tokens", "seconds", "row"} <= state.keys():
-        raise ValueError(f"--resume: {out}/training_state.pt is not that of a training run")
     changes = [argument for argument in argv if argument.startswith("--") and not argument.startswith("--config=")]
     names = {field.name for field in dataclasses.fields(options_class)}
     if not state["options"].keys() <= names:
         raise ValueError(f"--resume: the run in {out} is of another stage: it has the options "
-                         f"{' '.join(sorted(state['options'].keys() - names))}")  # fmt: skip
+                         f"{' '.join(sorted(map(str, state['options'].keys() - names)))}")  # fmt: skip
     base = state["options"] | dict(out_dir=Path(out).as_posix(), resume=True)
     options = parse_options(options_class, changes, base=base)
     for name, before in state["options"].items():
@@ -476,16 +489,19 @@ def read_meta(folder, kind="text"):
         raise ValueError(f"{folder}: there is no {path}; python prepare_data.py SOURCE "
                          f"--kind={kind} --out={folder} makes one")  # fmt: skip
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_json(path)
         numbers = [meta["vocab_size"], meta["train"]["tokens"], meta["val"]["tokens"]]
         if meta["dtype"] not in ("uint16", "uint32") or not all(type(n) is int and n >= 0 for n in numbers):
             raise KeyError(f"dtype {meta['dtype']}, numbers {numbers}")
         if kind != "text" and not isinstance(meta.get("sizes"), dict):
             raise KeyError("sizes")
+        labels = meta["labels"] if kind == meta.get("kind") == "labels" else ["", ""]
+        if type(labels) is not list or len(labels) < 2 or not all(type(label) is str for label in labels):
+            raise KeyError(f"labels {labels}")
         if (found := meta.get("kind", "text")) != kind:
             raise ValueError(f"{folder} holds --kind={found}, and this stage reads --kind={kind}")
         return meta | {"tokenizer_sha256": str(meta["tokenizer_sha256"])}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 
@@ -557,12 +573,13 @@ def flush(path):
 def settle(folder):
     """Finishes or undoes what an interrupted save left behind: a .saved folder is whole, a .saving folder is not."""
     saving, saved = Path(folder) / ".saving", Path(folder) / ".saved"
-    if saved.is_dir():
+    if saved.is_dir() and not saved.is_symlink():  # a link would bring in somebody else's files
         for path in saved.iterdir():
             os.replace(path, Path(folder) / path.name)
         saved.rmdir()
-    if saving.is_dir():
+    if saving.is_dir() and not saving.is_symlink():
         shutil.rmtree(saving)
+    saving.unlink(missing_ok=True)  # none of ours
 
 
 def clear(folder):
@@ -617,7 +634,21 @@ def load_training_state(folder):
             step = (file.metadata() or {}).get("step")
     if step is not None and step != str(state.get("step")):
         raise ValueError(f"{folder} is a mixture of two checkpoints: model.safetensors is of step {step}, "
-                         f"training_state.pt of step {state.get('step')}; copy it again, whole")  # fmt: skip
+                         f"training_state.pt of step {one_line(repr(state.get('step')))[:50]}; "
+                         "copy it again, whole")  # fmt: skip
+    return state
+
+
+def load_run(folder):
+    """load_training_state of a training run. Raises ValueError if it is not that of one."""
+    state = load_training_state(folder)
+    kinds = dict(options=dict, optimizer=dict, step=int, tokens=int, seconds=int | float, row=dict | None)
+    for name, kind in kinds.items() if state is not None else ():
+        value = state.get(name)
+        whole = isinstance(value, kind) and (not isinstance(value, int | float) or 0 <= value < 2**62)
+        if not whole or name == "optimizer" and not all(isinstance(entry, dict) for entry in value.values()):
+            raise ValueError(f"{folder}/training_state.pt is not that of a training run: its {name} is "
+                             f"{one_line(repr(value))[:50]}")  # fmt: skip
     return state
 
 
@@ -631,17 +662,20 @@ def load_optimizer_state(optimizers, names, state):
     """Gives every parameter that `state` knows its part of it back. The others start afresh, and so do those whose
     state another kind of optimizer left."""
     for optimizer in optimizers:
-        own = "momentum_buffer" if isinstance(optimizer, torch.optim.Muon) else "exp_avg"
+        muon = isinstance(optimizer, torch.optim.Muon)
+        own = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq", "step")
         for group in optimizer.param_groups:
-            for p in (p for p in group["params"] if own in state.get(names[p], ())):
-                if state[names[p]][own].shape != p.shape:
-                    raise ValueError(f"training_state.pt has {names[p]} of shape {list(state[names[p]][own].shape)}, "
-                                     f"the model {list(p.shape)}: they are not of one run")  # fmt: skip
-                optimizer.state[p] = {
+            for p in (p for p in group["params"] if own[0] in state.get(names[p], ())):
+                optimizer.state[p] = {}
+                for k in own:  # the kernels do not look whether the shapes are right
+                    v, shape = state[names[p]].get(k), () if k == "step" else p.shape
+                    if not isinstance(v, torch.Tensor) or v.dtype != torch.float32:
+                        raise ValueError(f"training_state.pt is damaged: it has no {k} of {names[p]} in float32")
+                    if v.shape != shape:
+                        raise ValueError(f"training_state.pt has {names[p]} of shape {list(v.shape)}, the model "
+                                         f"{list(shape)}: they are not of one run")  # fmt: skip
                     # a step counter stays on the host, but for fused kernels, which read it themselves
-                    k: v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
-                    for k, v in state[names[p]].items()
-                }
+                    optimizer.state[p][k] = v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -661,6 +695,7 @@ class Log:
         self.steps = {int(row["step"]) for row in rows}
         self.best = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf)
         temporary = self.path.with_name(self.path.name + ".new")
+        temporary.unlink(missing_ok=True)  # a link would lead elsewhere
         self.append(temporary, "w", [dict(zip(columns, columns, strict=True)), *rows])
         os.replace(temporary, self.path)
 
@@ -678,10 +713,17 @@ class Log:
 
 
 def read_log(path):
-    """log.csv -> list of {column: text}, without a last line that a crash cut short."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
-    return [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
+    """log.csv -> list of {column: text}, without a last line that a crash cut short. Raises ValueError for a file whose
+    numbers are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+        rows = [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
+        for row in rows:
+            int(row["step"]), int(row.get("tokens") or 0), [float(value or 0) for value in row.values()]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}; move it away") from None
+    return rows
 
 
 def plot_loss(log_path, picture_path):
@@ -736,7 +778,9 @@ def try_out(machine, model, loss_of, options):
             except RuntimeError as error:  # what dynamo and inductor raise, a missing C++ compiler among it
                 line = f"eager, since torch.compile failed here: {one_line(error)[:150]}"
         return model, timed(model), line
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         name = "batch_size" if hasattr(options, "batch_size") else "micro_tokens"
         raise ValueError(f"--{name}={getattr(options, name)}: out of memory; lower it, or --gradient_checkpointing=true"
                          ) from None  # fmt: skip
@@ -779,6 +823,12 @@ class Run:
         load_optimizer_state(self.optimizers, self.names, state["optimizer"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.row, self.fresh = state["row"], False
+        row = self.row or dict(step=self.step, loss=0.0)
+        if not {"step", "loss"} <= row.keys() <= set(self.columns) or row["step"] != self.step or not (
+                isinstance(row["loss"], float) and all(isinstance(value, int | float | str) for value in row.values())
+        ):  # fmt: skip
+            raise ValueError(f"training_state.pt is damaged: the row of its step {self.step} is "
+                             f"{one_line(repr(row))[:100]}")  # fmt: skip
 
     def state(self):
         options = {k: v for k, v in dataclasses.asdict(self.options).items() if not k.startswith("resume")}

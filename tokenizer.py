@@ -68,6 +68,8 @@ CHAT_TEMPLATE = """{{- bos_token }}
 {%- endif %}
 """
 
+# What a chat template, a stranger's program, can raise besides jinja's own errors.
+PROGRAM_ERRORS = ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
 FETCH_SECONDS = 120  # tiktoken's download has no timeout of its own; its largest file, 4 MB, passes at 35 kB/s
 
 
@@ -196,7 +198,7 @@ class Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         if token is None:
             token = next((name for name in usual if name in self.special_tokens), None)
-        elif token not in self.special_tokens:
+        elif not isinstance(token, str) or token not in self.special_tokens:
             raise ValueError(f"tokenizer_config.json names {key} {token!r}, which tokenizer.json does not have")
         return token
 
@@ -211,12 +213,12 @@ class Tokenizer:
         with exactly the same ids.
         """
         file = Path(path)
-        if not file.exists():
-            return _from_tiktoken(str(path))
         if file.is_dir():
             file = file / "tokenizer.json"
-            if not file.exists():
+            if not file.is_file():
                 raise ValueError(f"the folder {path} holds no tokenizer.json")
+        elif not file.is_file():
+            return _from_tiktoken(str(path))
         data = file.read_bytes()
         try:
             return cls(*_read_tokenizer_json(data), config=_read_config(Path(config_folder or file.parent)), data=data)
@@ -413,7 +415,7 @@ def _compile(source: str):
     jinja.globals["raise_exception"] = raise_exception
     try:
         return jinja.from_string(source)
-    except TemplateError as error:
+    except (TemplateError, *PROGRAM_ERRORS) as error:
         raise ValueError(f"the chat template cannot be read: {_line(error)}") from None
 
 
@@ -422,7 +424,7 @@ def _fill(template, **values) -> str:
 
     try:
         return template.render(tools=None, documents=None, **values)
-    except TemplateError as error:
+    except (TemplateError, *PROGRAM_ERRORS) as error:
         raise ValueError(f"the chat template refuses these messages: {_line(error)}") from None
 
 
@@ -511,7 +513,7 @@ def _write_tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int
 
 def _read_tokenizer_json(data: bytes) -> tuple[dict[bytes, int], dict[str, int], str]:
     """(ranks, special_tokens, pattern) of a tokenizer.json; ValueError with the reason where tiktoken would differ."""
-    document = _read_json(data)
+    document = read_object(data)
     try:
         ranks, merges = _read_model(document)
         special_tokens = {token["content"]: token["id"] for token in document["added_tokens"]}
@@ -522,8 +524,8 @@ def _read_tokenizer_json(data: bytes) -> tuple[dict[bytes, int], dict[str, int],
         ids = [*ranks.values(), *special_tokens.values()]
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise ValueError("its ids are not all whole numbers from 0")
-        if not all(special_tokens) or len(set(ids)) < len(ids):
-            raise ValueError("two of its tokens share an id, or an added token is empty")
+        if not all(type(token) is str and token for token in special_tokens) or len(set(ids)) < len(ids):
+            raise ValueError("two of its tokens share an id, or an added token is empty or no text")
         if any(vocab.get(token, i) != i for token, i in special_tokens.items()):
             raise ValueError("one of its added tokens has another id in the vocabulary")
         if sticky:
@@ -588,27 +590,45 @@ def _split_pattern(pre_tokenizer: dict) -> str:
     # Hugging Face's engine, Oniguruma, reads these in its own way: `$` and `^` at every line, `{1,3}+` as (...)+.
     if re.search(r"(?<!\\)\$|\{[0-9,]+\}\+|(?<![\\\[])\^", pattern):
         raise ValueError(f"its split pattern {pattern!r} uses $, ^ or {{1,3}}+, which engines read differently")
+    every = "".join(map(chr, range(0x3000))) + "It's 12345 words,\r\n\r\n  \u6f22\u5b57 \U0001f600!? "
+    try:
+        pieces = [match.group() for match in regex.finditer(pattern, every, timeout=5)]
+    except (regex.error, RecursionError, TimeoutError) as error:
+        raise ValueError(f"its split pattern {pattern!r} cannot be used: {_line(error)}") from None
+    if "".join(pieces) != every or not all(pieces):
+        raise ValueError(f"its split pattern {pattern!r} leaves out some characters: they would be lost")
     return pattern
 
 
 def _read_config(folder: Path) -> dict | None:
     """tokenizer_config.json, with the chat template that newer transformers keep in a file of its own beside it."""
     file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    if not file.exists() and not template.exists():
+    if not file.is_file() and not template.is_file():
         return None
-    config = _read_json(file.read_bytes(), file.name) if file.exists() else {}
-    if template.exists():
+    config = read_object(file.read_bytes(), file.name) if file.is_file() else {}
+    if template.is_file():
         config["chat_template"] = template.read_text(encoding="utf-8")
     if not isinstance(config.get("chat_template") or "", str):
         raise ValueError("tokenizer_config.json has several chat templates: leave the one to use, as text")
     return config
 
 
-def _read_json(data: bytes, name: str = "it") -> dict:
+def read_object(data: bytes, name: str = "it") -> dict:
+    """A JSON object, from a stranger's file. ValueError for what is none, for a key that stands there twice (which of
+    the two counts?), and for half a character, which could not be written again."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(pairs) > len(found := dict(pairs)):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"{twice!r} stands there twice")
+        return found
+
     try:
-        document = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} is not JSON ({error})") from None
+        document = json.loads(data, object_pairs_hook=unique)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({_line(error)})") from None
     if not isinstance(document, dict):
         raise ValueError(f"{name} holds a {type(document).__name__}, where an object was expected")
     return document

@@ -103,7 +103,8 @@ class Rows:
     def __init__(self, folder, split, length):
         self.folder, self.length = Path(folder), length
         meta = runtime.read_meta(folder)
-        path = self.folder / f"{split}.bin"
+        self.path = path = self.folder / f"{split}.bin"
+        self.vocab_size = meta["vocab_size"]
         dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), path.stat().st_size
         if size != meta[split]["tokens"] * dtype.itemsize:
             raise ValueError(f"{path} has {size:,} bytes, and meta.json says {meta[split]['tokens']:,} {dtype.name} "
@@ -114,12 +115,21 @@ class Rows:
             raise ValueError(f"--sequence_length={length} is longer than the data: {path} has {len(self.tokens)} "
                              "tokens, and a row takes one more than its length")  # fmt: skip
 
+    def piece(self, start, stop):
+        """These tokens. Raises ValueError for an id that the vocabulary has not; the file is too large to be looked
+        through beforehand."""
+        tokens = self.tokens[start:stop]
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise ValueError(f"{self.path} has the id {tokens.max()} at or after token {start}, and meta.json says "
+                             f"vocab_size {self.vocab_size}: it was changed; prepare the data again")  # fmt: skip
+        return tokens
+
     def batch(self, rows):
         """Row numbers -> tokens, targets (B, T) int64. A row past the end of the file is filled with token 0 and the
         target -100, which the loss ignores."""
         span = np.full((len(rows), self.length + 1), -1, dtype=np.int64)
         for i, row in enumerate(rows):
-            piece = self.tokens[row * self.length : (row + 1) * self.length + 1]
+            piece = self.piece(row * self.length, (row + 1) * self.length + 1)
             span[i, : len(piece)] = piece
         tokens, targets = torch.from_numpy(span[:, :-1]), torch.from_numpy(span[:, 1:])
         return tokens.clamp(min=0), targets.masked_fill(targets < 0, -100)
@@ -129,8 +139,8 @@ COMMON = 1 / 500  # of all tokens: a copy of "the" or "." says nothing. A tiny w
 
 
 def common_tokens(tokens, vocab_size):
-    """(V,) bool: the tokens that make up more than COMMON of a text, judged by its first ten million."""
-    counts = np.bincount(tokens[:10_000_000], minlength=vocab_size)
+    """(V,) bool: the tokens that make up more than COMMON of a text."""
+    counts = np.bincount(tokens, minlength=vocab_size)
     return counts > COMMON * counts.sum()
 
 
@@ -165,8 +175,9 @@ def open_data(options, machine):
     meta = runtime.read_meta(options.data)
     train, val = (Rows(options.data, split, options.sequence_length) for split in ("train", "val"))
     tokenizer = Tokenizer.load(options.data)
-    if tokenizer.digest != meta["tokenizer_sha256"]:
-        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 differs)")
+    if (tokenizer.digest, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
+        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 or "
+                         "vocab_size differs)")  # fmt: skip
     if len(val.tokens) < 2:
         raise ValueError(f"{options.data}/val.bin has {len(val.tokens)} tokens: too few to validate on")
     return train, val, tokenizer
@@ -311,7 +322,7 @@ def start(options, machine, tokenizer):
     if own_tokenizer.digest != tokenizer.digest:
         raise ValueError(f"{folder} was trained with another tokenizer than --data={options.data}: prepare the data "
                          f"with --tokenizer={folder}")  # fmt: skip
-    state = runtime.load_training_state(folder)
+    state = runtime.load_run(folder)
     if options.init_from and not options.resume:
         becomes_moe = options.is_moe and not model.config.is_moe
         shape = ("is_moe", "num_experts", "num_experts_per_tok") if becomes_moe else ()
@@ -406,7 +417,7 @@ def train(options, machine):
     def loss_of(rows):  # a micro-batch's share of the mean over the whole step
         return forward(*train_rows.batch(rows), run.network) / (accumulation * machine.world_size)
 
-    common = common_tokens(train_rows.tokens, tokenizer.vocab_size) if options.copy_steps else None
+    common = common_tokens(train_rows.piece(0, 10_000_000), tokenizer.vocab_size) if options.copy_steps else None
 
     def copies_in(rows):
         tokens, targets = train_rows.batch(rows)
@@ -469,7 +480,7 @@ def read_options(argv):
         return runtime.resumed_options(TrainOptions, argv, out, MAY_CHANGE)
     base = {}
     if source := asked.get("init_from"):
-        state = runtime.load_training_state(source) or {}
+        state = runtime.load_run(source) or {}
         where, known = ("out_dir", "data", "init_from", "overwrite"), {f.name for f in dataclasses.fields(TrainOptions)}
         recipe = state.get("options", {})
         if recipe.keys() <= known:  # else it was tuned, and only its shape is of use here

@@ -268,6 +268,20 @@ def test_a_damaged_or_other_folder_is_refused(tmp_path, checkpoint):
         TokenSet(folder, "train", "preferences")
     with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=text"):
         runtime.read_meta(folder)
+    for name, dtype, place, value, message in (
+        ("ids", "<u2", 5, 65535, "ids.bin has the id 65535, and meta.json says vocab_size"),
+        ("mask", "u1", 9, 7, "mask.bin marks what cannot be learned"),
+        ("mask", "u1", 0, 1, "mask.bin marks what cannot be learned"),
+        ("offsets", "<i8", 1, -1, "offsets.bin does not fit train.ids.bin"),
+    ):
+        path = folder / f"train.{name}.bin"
+        good = np.fromfile(path, dtype)
+        bad = good.copy()
+        bad[place] = value
+        bad.tofile(path)
+        with pytest.raises(ValueError, match=message):
+            TokenSet(folder, "train", "chat")
+        good.tofile(path)
     (folder / "train.mask.bin").write_bytes((folder / "train.mask.bin").read_bytes()[:-1])
     with pytest.raises(ValueError, match="train.mask.bin has not the .* bytes"):
         TokenSet(folder, "train", "chat")

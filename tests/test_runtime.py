@@ -287,6 +287,32 @@ def test_an_optimizer_of_another_shape_is_refused():
     state = {"w": dict(step=torch.tensor(1.0), exp_avg=torch.zeros(3, 3), exp_avg_sq=torch.zeros(3, 3))}
     with pytest.raises(ValueError, match=r"has w of shape \[3, 3\], the model \[2, 3\]"):
         runtime.load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
+    state["w"]["exp_avg"] = torch.zeros(2, 3)  # the other moment too: the fused kernel would write past its end
+    with pytest.raises(ValueError, match=r"has w of shape \[3, 3\], the model \[2, 3\]"):
+        runtime.load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
+    del state["w"]["exp_avg_sq"]
+    with pytest.raises(ValueError, match="it has no exp_avg_sq of w"):
+        runtime.load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links are for administrators there")
+def test_links_do_not_lead_out_of_a_folder(tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    folder.mkdir(), other.mkdir()
+    (other / "mine").write_text("mine")
+    (folder / ".saved").symlink_to(other)
+    (folder / ".saving").symlink_to(other)
+    (folder / "log.csv.new").symlink_to(other / "mine")
+    runtime.settle(folder)
+    runtime.Log(folder / "log.csv", 1)
+    assert (other / "mine").read_text() == "mine" and not (folder / "mine").exists()
+
+
+@pytest.mark.parametrize("text", ["step,loss\n1,x\n", "step,loss\n²,1\n", "step\n" + "9" * 5000 + "\n", "step\n1,2\n"])
+def test_a_log_that_holds_no_numbers_is_refused(tmp_path, text):
+    (tmp_path / "log.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="log.csv is damaged: .*; move it away"):
+        runtime.Log(tmp_path / "log.csv", 1)
 
 
 @pytest.mark.parametrize("where, error, words", [

@@ -384,6 +384,8 @@ DAMAGE = {
     "prefix space": (set_at("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", True), "pre_tokenizer"),
     "behavior": (set_at("pre_tokenizer", "pretokenizers", 0, "behavior", "Removed"), "pre_tokenizer"),
     "dollar": (set_at("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", r"\s+$|\S+"), "$"),
+    "a pattern for letters alone": (set_at("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", r"\w+"), "be lost"),
+    "a pattern that may be empty": (set_at("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", "x*"), "be lost"),
     "no regex": (set_at("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", "(((a"), "tokenizer.json"),
     "no model": (drop("model"), "model"),
     "no merges": (drop("model", "merges"), "merges"),
@@ -415,7 +417,8 @@ def test_files_that_cannot_be_represented(folder, tmp_path, name):
     one_line(lambda: Tokenizer.load(tmp_path), "tokenizer.json", word)
 
 
-@pytest.mark.parametrize("data", [b"", b'{"model": {"ty', b"no json", b"\xff\xfe\x00\xd8", b"[1, 2]", b"null", b"{}"])
+@pytest.mark.parametrize("data", [b"", b'{"model": {"ty', b"no json", b"\xff\xfe\x00\xd8", b"[1, 2]", b"null", b"{}",
+                                  b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}', b"[" * 9**5])  # fmt: skip
 def test_files_that_are_no_tokenizer(folder, tmp_path, data):
     (tmp_path / "tokenizer.json").write_bytes(data)
     one_line(lambda: Tokenizer.load(tmp_path), "tokenizer.json")

@@ -171,6 +171,9 @@ def test_a_row_overlaps_its_neighbour_by_the_one_token_that_is_only_a_target(dat
     tokens, targets = rows.batch([rows.count])  # the rest of the file, filled up
     rest = raw[rows.count * 16 + 1 :].tolist()
     assert targets[0].tolist() == rest + [-100] * (16 - len(rest)) and tokens.min() >= 0
+    rows.vocab_size = raw[48:65].max()  # as if one id were not in the vocabulary
+    with pytest.raises(ValueError, match=f"train.bin has the id {rows.vocab_size} at or after token 48, and meta.json"):
+        rows.batch([3])
 
 
 def test_bits_per_byte_by_hand(data, tmp_path):
