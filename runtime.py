@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 import typing
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -231,6 +231,7 @@ class RunOptions:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+    shard: bool = False  # divide the weights, gradients and moments over the processes: for a model too large for one
 
     def check(self):
         """Raises ValueError for values no run can have. Called by a stage once its options are complete."""
@@ -292,7 +293,7 @@ class TuneOptions(RunOptions):
 
 # What a resumed tuning run may change: what it costs, and where and how often it reports. The rest is the run.
 TUNE_MAY_CHANGE = set("""resume out_dir overwrite keep_best log_every eval_every eval_rows save_every device
-    dtype compile micro_tokens gradient_checkpointing""".split())
+    dtype compile shard micro_tokens gradient_checkpointing""".split())
 
 
 def read_tune_options(options_class, argv, default_config, may_change=()):
@@ -465,6 +466,67 @@ class Machine:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def shard(model, options, machine, entry="forward"):
+    """With --shard, leaves each process its part of the weights, and so of their gradients and of Adam's moments:
+    16 / processes bytes a parameter instead of 16 (torch's FSDP2). The weights of a layer are gathered when it
+    computes, and let go of after it. entry: the method of the model by which the stage's losses are computed.
+
+    To be called before the optimizers are made, for it puts other parameters, DTensors, in the place of the model's.
+    """
+    if options.shard and machine.world_size > 1:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # most of a second to import
+
+        for layer in (*model.layers, model):  # the model last: what is left, the embedding among it
+            fully_shard(layer)
+        if entry != "forward":
+            register_fsdp_forward_method(model, entry)
+
+
+@contextmanager
+def gathered(model):
+    """Within it each process has the whole weights of a sharded model, 4 bytes a parameter, and can compute without
+    the others: they may have more rows to validate, or longer answers to write."""
+    parts = [part for part in model.modules() if hasattr(part, "unshard")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)  # the model's own are needed to the end
+
+
+def whole(tensor):
+    """A tensor that may be sharded, whole; every process must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_like(tensor, p):
+    """This process's part of a whole tensor, if the parameter p is sharded."""
+    if not hasattr(p, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)  # None: all have it already
+
+
+def collect(tensors):
+    """{name: tensor} with all that are sharded whole, on the CPU, for the first process to save."""
+    found = {}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            full = tensor.full_tensor()
+            tensor = full.cpu() if dist.get_rank() == 0 else None  # else each process would hold them all
+        found[name] = tensor
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data folders
 
 
@@ -511,9 +573,9 @@ def hugging_face_config(model, tokenizer):
     return kind | fields | ids | dict(hidden_act="silu", hidden_dropout=0.0, attention_dropout=0.0)
 
 
-def save_checkpoint(folder, model, tokenizer, state=None, fields=None):
+def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=None):
     """Writes model.safetensors, config.json, tokenizer.json and, if given, training_state.pt into `folder`. fields: of
-    config.json, in place of what it would say.
+    config.json, in place of what it would say. weights: what model.state_dict() says, of a sharded model (collect).
 
     The files must change together. They are written to folder/.saving, flushed to the disk, and the rename of that
     to .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a
@@ -522,7 +584,7 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None):
     folder = Path(folder)
     saving, saved = folder / ".saving", folder / ".saved"
     settle(folder)
-    weights = {hf_name(name): w.detach().contiguous().cpu() for name, w in model.state_dict().items()}
+    weights = {hf_name(name): w.detach().contiguous().cpu() for name, w in (weights or model.state_dict()).items()}
     stamp = {} if state is None else {"step": str(state["step"])}  # see load_training_state
     try:
         saving.mkdir(parents=True)
@@ -624,7 +686,7 @@ def load_training_state(folder):
 def optimizer_state(optimizers, names):
     """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (a MoE
     twin) can take it over. names = {parameter: its name}."""
-    return {names[p]: dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
+    return {names[p]: collect(state) for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
 def load_optimizer_state(optimizers, names, state):
@@ -642,6 +704,7 @@ def load_optimizer_state(optimizers, names, state):
                     k: v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
                     for k, v in state[names[p]].items()
                 }
+                optimizer.state[p] |= {k: part_like(v, p) for k, v in optimizer.state[p].items() if v.dim()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -759,7 +822,8 @@ class Run:
                  milestones=None, columns=()):  # fmt: skip
         self.options, self.machine, self.model, self.tokenizer = options, machine, model, tokenizer
         several = machine.world_size > 1
-        self.network = DistributedDataParallel(network, gradient_as_bucket_view=True) if several else network
+        self.copies = several and not options.shard  # every process has a whole model, and they add up their gradients
+        self.network = DistributedDataParallel(network, gradient_as_bucket_view=True) if self.copies else network
         self.columns = [*COLUMNS, *columns]
         self.optimizers, self.evaluate, self.flops_per_token = optimizers, evaluate, flops_per_token
         self.folder, self.milestones = Path(options.out_dir), milestones or {}
@@ -845,13 +909,13 @@ class Run:
             self.model.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1  # gradients are exchanged once a step
-            with nullcontext() if last or processes == 1 else self.network.no_sync():
+            with self.network.no_sync() if self.copies and not last else nullcontext():
                 share = loss_of(batch)
                 share, columns = share if isinstance(share, tuple) else (share, {})
                 (share * processes).backward()  # the exchange takes the mean over the processes, and we want the sum
             loss = loss + share.detach()
             extra = {name: extra.get(name, 0.0) + value for name, value in columns.items()}
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr if group["routed"] or not experts_only else 0.0
@@ -875,7 +939,7 @@ class Run:
         saves = saves or bool(self.stop)
         numbers = {"loss": loss, "gradient norm": float(grad_norm)}
         if saves or milestone:  # what is saved is good: weights that this step's loss does not depend on are asked too
-            numbers["norm of the weights"] = float(torch.nn.utils.get_total_norm(self.model.parameters()))
+            numbers["norm of the weights"] = float(whole(torch.nn.utils.get_total_norm(self.model.parameters())))
         if not all(math.isfinite(number) for number in numbers.values()):
             where = "nothing was saved yet" if self.fresh else f"{self.folder} holds the last good checkpoint"
             raise ValueError(", ".join(f"{name} {number}" for name, number in numbers.items()) +
@@ -891,25 +955,32 @@ class Run:
                         grad_norm=numbers["gradient norm"], tokens_per_second=round(speed), mfu=mfu,
                         memory=self.machine.peak_memory(), **dict(zip(extra, values, strict=True)))  # fmt: skip
         self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
-        if self.machine.is_main and (saves or milestone):
-            for folder in [milestone] * bool(milestone) + [self.folder] * saves:  # resumed after it, a run needs both
-                save_checkpoint(folder, self.model, self.tokenizer, self.state())
+        if saves or milestone:
+            self.save([milestone] * bool(milestone) + [self.folder] * saves, self.state())  # resumed, a run needs both
         self.fresh = self.fresh and not saves
         if logs:
             self.write_row()
         self.mark = time.perf_counter(), self.tokens
 
+    def save(self, folders, state=None):
+        """Saves the model in each of the folders."""
+        weights = collect(self.model.state_dict())
+        for folder in folders if self.machine.is_main else []:
+            save_checkpoint(folder, self.model, self.tokenizer, state, weights=weights)
+
     def write_row(self):
         """Completes the current row with a validation where one is due, and writes it."""
         row = dict(self.row)
         if self.is_due("eval_every"):
-            row |= self.evaluate()
+            with gathered(self.model):
+                row |= self.evaluate()
             self.machine.print(f"step {row['step']:>6}  loss {row['loss']:.4f}  "
                                + "  ".join(f"{k} {row[k]:.4f}" for k in row if k.startswith("val")))  # fmt: skip
+        best = self.options.keep_best and self.log and row.get("val_loss", math.inf) < self.log.best
+        if self.options.keep_best and self.machine.sum([bool(best)])[0]:  # what the first process finds
+            self.save([self.folder / "best"])
         if self.log:
-            if self.options.keep_best and row.get("val_loss", math.inf) < self.log.best:
-                self.log.best = row["val_loss"]
-                save_checkpoint(self.folder / "best", self.model, self.tokenizer)
+            self.log.best = row["val_loss"] if best else self.log.best
             self.log.write(row)
 
     def finish(self):

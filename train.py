@@ -245,11 +245,12 @@ class Muon(torch.optim.Muon):
                     if not state:
                         state["momentum_buffer"] = torch.zeros_like(p)
                     state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov's
+                    nesterov = p.grad.lerp(state["momentum_buffer"], group["momentum"])
+                    updates.append(runtime.whole(nesterov))  # with --shard every process does all the work that follows
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # match_rms_adamw
                 updates = orthogonal(torch.stack(updates), *group["ns_coefficients"])
                 for p, update in zip(matrices, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(runtime.part_like(update, p), alpha=-rate)
 
 
 def orthogonal(x, a, b, c, steps=5):
@@ -384,6 +385,7 @@ def train(options, machine):
     if options.moe_warmup_steps and not model.config.is_moe:
         raise ValueError(f"--moe_warmup_steps={options.moe_warmup_steps}: this model has no experts to train first")
     rows_per_step, accumulation = divide_batch(options, machine)
+    runtime.shard(model, options, machine)
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
 
     def forward(tokens, targets, network=model):
@@ -429,8 +431,10 @@ def train(options, machine):
             run.update(parts[machine.rank :: machine.world_size], share, options.batch_tokens, lr,
                        experts_only=step < options.moe_warmup_steps)  # fmt: skip
     run.finish()
-    if machine.is_main and options.sample_tokens:
-        print_sample(model, tokenizer, machine, options)
+    if options.sample_tokens:
+        with runtime.gathered(model):
+            if machine.is_main:
+                print_sample(model, tokenizer, machine, options)
 
 
 def divide_batch(options, machine):
@@ -456,7 +460,7 @@ def print_sample(model, tokenizer, machine, options):
 
 # What a resumed run may change: what it costs, where and how often it reports, and when it ends. The rest is the run.
 MAY_CHANGE = set("""resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens
-    save_every device dtype compile batch_size gradient_checkpointing sample_tokens""".split())
+    save_every device dtype compile shard batch_size gradient_checkpointing sample_tokens""".split())
 
 
 def read_options(argv):
