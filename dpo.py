@@ -357,7 +357,7 @@ def kept_reference(options, state, train_pairs, val_pairs):
 
 def main(argv):
     options = runtime.read_tune_options(DpoOptions, argv, "dpo_tiny.py")
-    machine = runtime.Machine(options.device, options.dtype)
+    machine = runtime.Machine(options.device, options.dtype, options.patience)
     machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
     try:
         train(options, machine)

@@ -461,7 +461,7 @@ def train(options, machine):
 
 def main(argv):
     options = runtime.read_tune_options(GrpoOptions, argv, "grpo_tiny.py", may_change=["eval_samples"])
-    machine = runtime.Machine(options.device, options.dtype)
+    machine = runtime.Machine(options.device, options.dtype, options.patience)
     machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
     try:
         train(options, machine)

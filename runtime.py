@@ -18,6 +18,7 @@ Run.          A training run that can be killed at any moment and continued as i
 import ast
 import csv
 import dataclasses
+import datetime
 import difflib
 import inspect
 import json
@@ -78,10 +79,10 @@ def run(main):
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not re.search("gloo.*Connection (closed|reset) by peer", str(error), re.DOTALL):
+        if not re.search("gloo.*(Connection (closed|reset) by peer|[Tt]imed out)", str(error), re.DOTALL):
             raise
-        print("error: another process of this run has ended; once its own message is dealt with, --resume goes on from "
-              "the last checkpoint", file=sys.stderr)  # fmt: skip
+        print("error: another process of this run has ended, or has not answered for --patience seconds; once its own "
+              "message is dealt with, --resume goes on from the last checkpoint", file=sys.stderr)  # fmt: skip
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -231,6 +232,7 @@ class RunOptions:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+    patience: int = 600  # seconds that processes wait for one of them that does not answer; then the run ends
     shard: bool = False  # divide the weights, gradients and moments over the processes: for a model too large for one
 
     def check(self):
@@ -244,6 +246,8 @@ class RunOptions:
         for name in ("max_steps", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
+        if not 1 <= self.patience <= 10**6:
+            raise ValueError(f"--patience={self.patience} must be from 1 to 1,000,000 seconds")
         for name in ("learning_rate", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name}={getattr(self, name)} must be a number from 0 up")
@@ -293,7 +297,7 @@ class TuneOptions(RunOptions):
 
 # What a resumed tuning run may change: what it costs, and where and how often it reports. The rest is the run.
 TUNE_MAY_CHANGE = set("""resume out_dir overwrite keep_best log_every eval_every eval_rows save_every device
-    dtype compile shard micro_tokens gradient_checkpointing""".split())
+    dtype compile patience shard micro_tokens gradient_checkpointing""".split())
 
 
 def read_tune_options(options_class, argv, default_config, may_change=()):
@@ -380,7 +384,7 @@ def resumed_options(options_class, argv, out, may_change):
 class Machine:
     """The device this process computes on, the format it computes in, and its place among its fellows."""
 
-    def __init__(self, device="auto", dtype="auto"):
+    def __init__(self, device="auto", dtype="auto", patience=600):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         kind, reason = device, "asked for"
         if device == "auto":
@@ -401,7 +405,8 @@ class Machine:
         self.summary = f"{kind} ({self.name}), {reason}; {str(self.dtype).removeprefix('torch.')}, {why}"
         if self.world_size > 1:
             try:
-                dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+                wait = datetime.timedelta(seconds=patience)
+                dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=wait)
             except RuntimeError as error:
                 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                     raise

@@ -460,7 +460,7 @@ def print_sample(model, tokenizer, machine, options):
 
 # What a resumed run may change: what it costs, where and how often it reports, and when it ends. The rest is the run.
 MAY_CHANGE = set("""resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens
-    save_every device dtype compile shard batch_size gradient_checkpointing sample_tokens""".split())
+    save_every device dtype compile patience shard batch_size gradient_checkpointing sample_tokens""".split())
 
 
 def read_options(argv):
@@ -486,7 +486,7 @@ def read_options(argv):
 
 def main(argv):
     options = read_options(argv)
-    machine = runtime.Machine(options.device, options.dtype)
+    machine = runtime.Machine(options.device, options.dtype, options.patience)
     machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
     try:
         train(options, machine)
