@@ -327,6 +327,16 @@ def disk(argv, root, how):
     return dict(tries=tries, failures=len(wrong), note="; ".join([*sorted(words), *wrong[:3]]))
 
 
+def await_checkpoint(folder):
+    """Waits for the first one, without opening it: its files are still being moved to their places."""
+    deadline = time.monotonic() + 3 * PATIENCE  # processes have to start
+    while not (folder / "training_state.pt").is_file():
+        if time.monotonic() > deadline:
+            return ["no checkpoint was written"]
+        time.sleep(0.01)
+    return []
+
+
 def torchrun(argv, root, number):
     """The real launcher. SIGKILL for one of two processes: --max-restarts goes on by itself. SIGINT or SIGTERM for the
     launcher, as Ctrl-C or a job queue sends it: the run is saved and says how to go on."""
@@ -337,9 +347,7 @@ def torchrun(argv, root, number):
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see runtime.Machine
     with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent,
                                                   env=environment) as launcher:  # fmt: skip
-        deadline, wrong = time.monotonic() + PATIENCE, []
-        while runtime.load_training_state(folder) is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wrong = await_checkpoint(folder)
         start = time.monotonic()
         ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         os.kill(int(ranks[-1]) if number == signal.SIGKILL else launcher.pid, number)
@@ -397,9 +405,7 @@ def two_hosts(argv, root):
             launchers.append(stack.enter_context(subprocess.Popen(
                 ["ip", "netns", "exec", host, *command, *more, *training], stdout=open(logs[i], "w"),
                 stderr=subprocess.STDOUT, cwd=HERE.parent, env=environment)))  # fmt: skip
-        deadline = time.monotonic() + 2 * PATIENCE
-        while runtime.load_training_state(folder) is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wrong += await_checkpoint(folder)
         start, ended = time.monotonic(), None
         subprocess.run(["ip", "-n", hosts[1], "link", "set", hosts[1], "down"], check=True)
         while time.monotonic() < start + PATIENCE and not ended:
@@ -446,10 +452,16 @@ def parts(root, options):
     def train_killed(name, *extra, **more):
         return lambda: killed(train.main, [*pretrain, *extra], root / name, options, **more)
 
+    def compiled():
+        row = train_killed("compiled", "--compile=on", *MOE, kills=2)()
+        eager = not (root / "compiled" / "whole.txt").read_text().count("; torch.compile\n")
+        return row | dict(failures=row["failures"] + eager, note=row["note"] + "; it did not compile" * eager)
+
     a_fifth = max(1, options.kills // 5)  # for what takes long
     rows = {
         "train": train_killed("train"),
         "train_moe_muon_accumulation": train_killed("moe", *MOE),
+        "train_compiled": compiled,
         "sft": lambda: tune(sft, "chat", "--eval_answers=0"),
         "dpo": lambda: tune(dpo, "preferences", kills=a_fifth),
         "grpo": lambda: tune(grpo, "problems", *WRITE, kills=a_fifth),
