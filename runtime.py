@@ -10,6 +10,7 @@ Options.      A stage declares one dataclass: a field is an option, its comment 
 Machine.      Which device, which number format, how many processes, and why.
 Checkpoints.  A folder that sample.py and transformers open. It is written beside the old one and takes its place in
               one rename, so at any instant a whole checkpoint is on the disk.
+Shards.       A model that is too large for one device, divided among several.
 Run.          A training run that can be killed at any moment and continued as if nothing had happened. That is easy
               when nothing is random by accident: the order of data is a pure function of (seed, step), so the state
               of a run is its weights, its optimizer and the number of the step.
@@ -231,7 +232,7 @@ class RunOptions:
     keep_best: bool = False  # also keep the model of the lowest val_loss, in OUT_DIR/best
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU, without --shard
     patience: int = 600  # seconds that processes wait for one of them that does not answer; then the run ends
     shard: bool = False  # divide the weights, gradients and moments over the processes: for a model too large for one
 
@@ -477,7 +478,8 @@ class Machine:
 def shard(model, options, machine, entry="forward"):
     """With --shard, leaves each process its part of the weights, and so of their gradients and of Adam's moments:
     16 / processes bytes a parameter instead of 16 (torch's FSDP2). The weights of a layer are gathered when it
-    computes, and let go of after it. entry: the method of the model by which the stage's losses are computed.
+    computes, and let go of after it. Of the family only the 320M's twin with experts asks for it: 23 GB, and the next
+    largest 8. A checkpoint is the same with and without. entry: the method by which the stage's losses are computed.
 
     To be called before the optimizers are made, for it puts other parameters, DTensors, in the place of the model's.
     """
@@ -795,7 +797,8 @@ def try_out(machine, model, loss_of, options):
 
     line = "eager (--compile=on tries torch.compile)"
     try:
-        if options.compile == "on" or (options.compile == "auto" and machine.device.type == "cuda"):
+        by_itself = machine.device.type == "cuda" and not options.shard
+        if options.compile == "on" or (options.compile == "auto" and by_itself):
             try:
                 candidate = torch.compile(model)
                 return candidate, timed(candidate), "torch.compile"

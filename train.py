@@ -363,7 +363,8 @@ def announce(options, machine, model, train_rows, tokenizer, accumulation, secon
     if T > c.keep_window_size:
         attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
     duration = seconds * accumulation * steps
-    memory = machine.peak_memory() + 8 * parameters  # Adam's two moments come with the first step
+    owned = parameters / (machine.world_size if options.shard else 1)
+    memory = machine.peak_memory() + 8 * owned  # Adam's two moments come with the first step
     machine.print(
         f"model     {parameters:,} parameters ({kind}), {c.num_hidden_layers} layers of {c.hidden_size}, "
         f"vocabulary {c.vocab_size:,}\n"
