@@ -468,7 +468,7 @@ def parts(root, options):
         "train_2_processes": train_killed("two", world_size=2, kills=a_fifth),
         "train_4_processes": train_killed("four", "--batch_size=1", world_size=4, kills=max(1, options.kills // 10)),
         "train_2_shards": train_killed("shards", "--shard", *MUON, world_size=2, kills=a_fifth),
-        "train_sigterm": train_killed("term", number=signal.SIGTERM),
+        "train_sigterm": train_killed("term", "--save_every=1", number=signal.SIGTERM),
         "full_disk": lambda: disk(pretrain, root / "full", "full"),
         "read_only_disk": lambda: disk(pretrain, root / "read_only", "read-only"),
     }
@@ -477,9 +477,10 @@ def parts(root, options):
         rows[f"{world_size}_processes_as_1"] = functools.partial(as_one, argv, root / f"as_{world_size}", world_size)
         argv = [*argv, "--shard"]
         rows[f"{world_size}_shards_as_1"] = functools.partial(as_one, argv, root / f"shards_{world_size}", world_size)
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):  # asked to stop, a run saves after any step
         name = f"torchrun_{number.name.lower()}"
-        rows[name] = functools.partial(torchrun, [*pretrain, "--max_steps=100"], root / name, number)
+        argv = [*pretrain, "--max_steps=100", f"--save_every={2 if number == signal.SIGKILL else 1}"]
+        rows[name] = functools.partial(torchrun, argv, root / name, number)
     rows["two_hosts_one_cut_off"] = functools.partial(two_hosts, [*pretrain, "--max_steps=100"], root / "hosts")
     return rows
 
