@@ -163,7 +163,7 @@ def key_scores(A, dt):
     Above 88.7 exp leaves the range of fp32 (which is bf16's too), and a softmax over inf is nan. `fold` multiplies by
     sqrt(D) on top of it. So the exponent stops at 80: e^80 = 5.5e34 leaves room for a factor of 6,000. A score so large
     draws all attention to its key whatever it is exactly; one that was stopped has no gradient. (fp16 ends at 65,504,
-    which an exponent of 8.6 reaches for heads of 128; no stage trains in it, and `fold` stops scores there at half.)
+    which an exponent of 8.7 reaches for heads of 128; no stage trains in it, and `fold` stops scores there at half.)
     """
     return torch.exp((A.float() * F.softplus(dt.float())).clamp(max=LARGEST))
 

@@ -918,7 +918,7 @@ class Run:
             (share[0] if isinstance(share, tuple) else share).backward()
             self.model.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1  # gradients are exchanged once a step
+            last = i == len(batches) - 1  # gradients are exchanged once a step, but for shards, which hold only theirs
             with self.network.no_sync() if self.copies and not last else nullcontext():
                 share = loss_of(batch)
                 share, columns = share if isinstance(share, tuple) else (share, {})
@@ -973,7 +973,7 @@ class Run:
         self.mark = time.perf_counter(), self.tokens
 
     def save(self, folders, state=None):
-        """Saves the model in each of the folders."""
+        """Saves the model in each of the folders. Every process must call it: each may have a part of the weights."""
         weights = collect(self.model.state_dict())
         for folder in folders if self.machine.is_main else []:
             save_checkpoint(folder, self.model, self.tokenizer, state, weights=weights)

@@ -403,8 +403,8 @@ def two_hosts(argv, root):
             more = [f"--local-addr=10.77.0.{i + 1}", f"--rdzv-conf=is_host={1 - i}"]
             environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": host}
             launchers.append(stack.enter_context(subprocess.Popen(
-                ["ip", "netns", "exec", host, *command, *more, *training], stdout=open(logs[i], "w"),
-                stderr=subprocess.STDOUT, cwd=HERE.parent, env=environment)))  # fmt: skip
+                ["ip", "netns", "exec", host, *command, *more, *training], cwd=HERE.parent, env=environment,
+                stdout=stack.enter_context(logs[i].open("w")), stderr=subprocess.STDOUT)))  # fmt: skip
         wrong += await_checkpoint(folder)
         start, ended = time.monotonic(), None
         subprocess.run(["ip", "-n", hosts[1], "link", "set", hosts[1], "down"], check=True)
@@ -453,7 +453,7 @@ def parts(root, options):
         return lambda: killed(train.main, [*pretrain, *extra], root / name, options, **more)
 
     def compiled():
-        row = train_killed("compiled", "--compile=on", *MOE, kills=2)()
+        row = train_killed("compiled", "--compile=on", "--optimizer=muon", kills=2)()
         eager = not (root / "compiled" / "whole.txt").read_text().count("; torch.compile\n")
         return row | dict(failures=row["failures"] + eager, note=row["note"] + "; it did not compile" * eager)
 
