@@ -11,7 +11,7 @@ mean loss and its gradient, move the weights a little against it. The rest of th
 
 Which rows. An epoch visits every row once, in an order that is a pure function of (seed, epoch). So the rows of step
 n are known without having run the steps before, and a run that was killed goes on with exactly what it would have read.
-On a processor it ends at the same weights to the last bit. With --compile=on it did too whenever that was tried, for the
+On a processor it ends at the same weights to the last bit. With --compile=on it did so too where it was tried, for the
 same torch makes the same functions again; but nothing promises it on another version or machine, nor on a GPU.
 
 How far. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
