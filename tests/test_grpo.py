@@ -317,7 +317,7 @@ def test_two_processes_equal_one(base, data, tmp_path):
     alone = run(base, data, tmp_path / "one", *extra)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "grpo.py", *GRPO]
     command += [f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", *extra, "--shard"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=120,
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):

@@ -289,7 +289,7 @@ def test_two_processes_go_on_where_one_was_stopped_and_one_where_they_were(data,
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     command += [f"--out_dir={tmp_path / 'two'}", "--resume", "--shard"]
     command += ["--max_steps=8", "--decay_steps=0", "--keep_best"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=120,
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
     assert_same_weights(weights(tmp_path / "two" / "best"), weights(tmp_path / "two"))
