@@ -288,6 +288,7 @@ def train(options, machine):
         raise ValueError(f"--micro_tokens={options.micro_tokens} is less than one pair, two rows of "
                          f"{options.sequence_length}")  # fmt: skip
     runtime.count_steps(options, train_pairs.count, machine)
+    runtime.shard(model, options, machine, "hidden")
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
     plain = Answers(model)
 
@@ -307,9 +308,12 @@ def train(options, machine):
     announce(options, machine, model, train_pairs, val_pairs, which, seconds, line)
     show_example(train_pairs, rows_of_step(0, train_pairs.count, 1, options.seed)[0], tokenizer, machine)
     # of all validation pairs, since a resumed run may raise --eval_rows
-    reference = kept_reference(options, state, train_pairs, val_pairs) if options.resume else dict(
-        train=reference_logp(answers, train_pairs, which, machine, options),
-        val=reference_logp(answers, val_pairs, np.arange(val_pairs.count), machine, options))  # fmt: skip
+    if options.resume:
+        reference = kept_reference(options, state, train_pairs, val_pairs)
+    else:
+        with runtime.gathered(model):
+            reference = dict(train=reference_logp(answers, train_pairs, which, machine, options),
+                             val=reference_logp(answers, val_pairs, np.arange(val_pairs.count), machine, options))
     evaluate = make_evaluate(machine, answers, val_pairs, reference["val"], options)
     columns = "accuracy margin chosen_reward rejected_reward kl val_accuracy val_margin val_chosen_logp".split()
     run = Run(options, machine, model, network, tokenizer, optimizers, evaluate,
@@ -354,7 +358,7 @@ def kept_reference(options, state, train_pairs, val_pairs):
 
 def main(argv):
     options = runtime.read_tune_options(DpoOptions, argv, "dpo_tiny.py")
-    machine = runtime.Machine(options.device, options.dtype)
+    machine = runtime.Machine(options.device, options.dtype, options.patience)
     machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
     try:
         train(options, machine)

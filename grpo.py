@@ -189,16 +189,17 @@ def write_answers(machine, model, tokenizer, prompts, options, key=None):
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     pieces = [order[i : i + options.rollout_rows] for i in range(0, len(order), options.rollout_rows)]
-    decoder, mine = Decoder(model, machine.dtype), {}
-    for i in range(machine.rank, len(pieces), machine.world_size):
-        sampling = dict(temperature=0.0)
-        if key is not None:
-            generator = torch.Generator(machine.device).manual_seed(scramble(key + i))
-            sampling = dict(temperature=options.temperature, generator=generator)
-        with machine.autocast():
+    mine = {}
+    with runtime.gathered(model), machine.autocast():
+        decoder = Decoder(model, machine.dtype)
+        for i in range(machine.rank, len(pieces), machine.world_size):
+            sampling = dict(temperature=0.0)
+            if key is not None:
+                generator = torch.Generator(machine.device).manual_seed(scramble(key + i))
+                sampling = dict(temperature=options.temperature, generator=generator)
             answers = generate(model, tokenizer, [prompts[j] for j in pieces[i]], options.max_new_tokens,
                                options.rollout_rows, decoder=decoder, **sampling)  # fmt: skip
-        mine.update(zip(pieces[i], answers, strict=True))
+            mine.update(zip(pieces[i], answers, strict=True))
     written = {}
     for part in machine.gather(mine):
         written.update(part)
@@ -421,7 +422,6 @@ def open_problems(options, machine):
 def train(options, machine):
     """Runs the whole tuning and leaves a checkpoint, log.csv, loss.png and samples.jsonl in options.out_dir."""
     train_problems, val_problems, tokenizer, model, state = open_problems(options, machine)
-    optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
     policy = Policy(model, tokenizer.vocab_size, options.temperature)
     reference = load_reference(options, machine, model, tokenizer)
     balance = model.config.router_aux_loss_coef
@@ -433,6 +433,8 @@ def train(options, machine):
         raise ValueError(f"out of memory: lower --rollout_rows={options.rollout_rows}") from None
     writing = time.perf_counter() - begin
     batches, _ = make_batches(machine, *answers, tokenizer, options)
+    runtime.shard(model, options, machine, "hidden")
+    optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
     tried = runtime.try_out(machine, policy, lambda network: make_loss(
         machine, network, reference, columns, balance, options)(batches[0])[0], options)  # fmt: skip
     network, learning, which = tried
@@ -457,7 +459,7 @@ def train(options, machine):
 
 def main(argv):
     options = runtime.read_tune_options(GrpoOptions, argv, "grpo_tiny.py", may_change=["eval_samples"])
-    machine = runtime.Machine(options.device, options.dtype)
+    machine = runtime.Machine(options.device, options.dtype, options.patience)
     machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
     try:
         train(options, machine)

@@ -164,7 +164,8 @@ def key_scores(A, dt):
 
     Above 88.7 exp leaves the range of fp32 (which is bf16's too), and a softmax over inf is nan. `fold` multiplies by
     sqrt(D) on top of it. So the exponent stops at 80: e^80 = 5.5e34 leaves room for a factor of 6,000. A score so large
-    draws all attention to its key whatever it is exactly; one that was stopped has no gradient.
+    draws all attention to its key whatever it is exactly; one that was stopped has no gradient. (fp16 ends at 65,504,
+    which an exponent of 8.7 reaches for heads of 128; no stage trains in it, and `fold` stops scores there at half.)
     """
     return torch.exp((A.float() * F.softplus(dt.float())).clamp(max=LARGEST))
 
@@ -176,7 +177,7 @@ def fold(k, v, s):
     kernels want the width a multiple of 8, and v as wide as k; in bf16 the score is split over two of those columns,
     high part and remainder, and keeps 16 bits.
     """
-    column = s[..., None] * math.sqrt(k.shape[-1])
+    column = (s[..., None] * math.sqrt(k.shape[-1])).clamp(max=torch.finfo(k.dtype).max / 2)  # room for q.k beside it
     high = column.to(k.dtype)
     low = (column - high.float()).to(k.dtype)
     zeros = k.new_zeros(8)

@@ -10,6 +10,7 @@ Options.      A stage declares one dataclass: a field is an option, its comment 
 Machine.      Which device, which number format, how many processes, and why.
 Checkpoints.  A folder that sample.py and transformers open. It is written beside the old one and takes its place in
               one rename, so at any instant a whole checkpoint is on the disk.
+Shards.       A model that is too large for one device, divided among several.
 Run.          A training run that can be killed at any moment and continued as if nothing had happened. That is easy
               when nothing is random by accident: the order of data is a pure function of (seed, step), so the state
               of a run is its weights, its optimizer and the number of the step.
@@ -18,6 +19,7 @@ Run.          A training run that can be killed at any moment and continued as i
 import ast
 import csv
 import dataclasses
+import datetime
 import difflib
 import inspect
 import json
@@ -30,7 +32,7 @@ import signal
 import sys
 import time
 import typing
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,10 +83,10 @@ def run(main):
         if is_out_of_memory(error):
             print(f"error: out of memory: {one_line(error)[:200]}", file=sys.stderr)
             sys.exit(2)
-        if not re.search("gloo.*Connection (closed|reset) by peer", str(error), re.DOTALL):
+        if not re.search("gloo.*(Connection (closed|reset) by peer|[Tt]imed out)", str(error), re.DOTALL):
             raise
-        print("error: another process of this run has ended; once its own message is dealt with, --resume goes on from "
-              "the last checkpoint", file=sys.stderr)  # fmt: skip
+        print("error: another process of this run has ended, or has not answered for --patience seconds; once its own "
+              "message is dealt with, --resume goes on from the last checkpoint", file=sys.stderr)  # fmt: skip
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -245,7 +247,9 @@ class RunOptions:
     keep_best: bool = False  # also keep the model of the lowest val_loss, in OUT_DIR/best
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU, without --shard
+    patience: int = 600  # seconds that processes wait for one of them that does not answer; then the run ends
+    shard: bool = False  # divide the weights, gradients and moments over the processes: for a model too large for one
 
     def check(self):
         """Raises ValueError for values no run can have. Called by a stage once its options are complete."""
@@ -258,6 +262,10 @@ class RunOptions:
         for name in ("max_steps", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
+        if self.shard and self.compile == "on":
+            raise ValueError("--compile=on and --shard=true have not been tried together: choose one")
+        if not 1 <= self.patience <= 10**6:
+            raise ValueError(f"--patience={self.patience} must be from 1 to 1,000,000 seconds")
         for name in ("learning_rate", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name}={getattr(self, name)} must be a number from 0 up")
@@ -307,7 +315,7 @@ class TuneOptions(RunOptions):
 
 # What a resumed tuning run may change: what it costs, and where and how often it reports. The rest is the run.
 TUNE_MAY_CHANGE = set("""resume out_dir overwrite keep_best log_every eval_every eval_rows save_every device
-    dtype compile micro_tokens gradient_checkpointing""".split())
+    dtype compile patience shard micro_tokens gradient_checkpointing""".split())
 
 
 def read_tune_options(options_class, argv, default_config, may_change=()):
@@ -392,7 +400,7 @@ def resumed_options(options_class, argv, out, may_change):
 class Machine:
     """The device this process computes on, the format it computes in, and its place among its fellows."""
 
-    def __init__(self, device="auto", dtype="auto"):
+    def __init__(self, device="auto", dtype="auto", patience=600):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         kind, reason = device, "asked for"
         if device == "auto":
@@ -413,7 +421,8 @@ class Machine:
         self.summary = f"{kind} ({self.name}), {reason}; {str(self.dtype).removeprefix('torch.')}, {why}"
         if self.world_size > 1:
             try:
-                dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+                wait = datetime.timedelta(seconds=patience)
+                dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=wait)
             except RuntimeError as error:
                 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                     raise
@@ -478,6 +487,68 @@ class Machine:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def shard(model, options, machine, entry="forward"):
+    """With --shard, leaves each process its part of the weights, and so of their gradients and of Adam's moments:
+    16 / processes bytes a parameter instead of 16 (torch's FSDP2). The weights of a layer are gathered when it
+    computes, and let go of after it. Of the family only the 320M's twin with experts asks for it: 23 GB, and the next
+    largest 8. A checkpoint is the same with and without. entry: the method by which the stage's losses are computed.
+
+    To be called before the optimizers are made, for it puts other parameters, DTensors, in the place of the model's.
+    """
+    if options.shard and machine.world_size > 1:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # most of a second to import
+
+        for layer in (*model.layers, model):  # the model last: what is left, the embedding among it
+            fully_shard(layer)
+        if entry != "forward":
+            register_fsdp_forward_method(model, entry)
+
+
+@contextmanager
+def gathered(model):
+    """Within it each process has the whole weights of a sharded model, 4 bytes a parameter, and can compute without
+    the others: they may have more rows to validate, or longer answers to write."""
+    parts = [part for part in model.modules() if hasattr(part, "unshard")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)  # the model's own are needed to the end
+
+
+def whole(tensor):
+    """A tensor that may be sharded, whole; every process must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_like(tensor, p):
+    """This process's part of a whole tensor, if the parameter p is sharded."""
+    if not hasattr(p, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)  # None: all have it already
+
+
+def collect(tensors):
+    """{name: tensor} with all that are sharded whole, on the CPU, for the first process to save."""
+    found = {}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            full = tensor.full_tensor()
+            tensor = full.cpu() if dist.get_rank() == 0 else None  # else each process would hold them all
+        found[name] = tensor
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data folders
 
 
@@ -527,9 +598,9 @@ def hugging_face_config(model, tokenizer):
     return kind | fields | ids | dict(hidden_act="silu", hidden_dropout=0.0, attention_dropout=0.0)
 
 
-def save_checkpoint(folder, model, tokenizer, state=None, fields=None):
+def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=None):
     """Writes model.safetensors, config.json, tokenizer.json and, if given, training_state.pt into `folder`. fields: of
-    config.json, in place of what it would say.
+    config.json, in place of what it would say. weights: what model.state_dict() says, of a sharded model (collect).
 
     The files must change together. They are written to folder/.saving, flushed to the disk, and the rename of that
     to .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a
@@ -538,7 +609,7 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None):
     folder = Path(folder)
     saving, saved = folder / ".saving", folder / ".saved"
     settle(folder)
-    weights = {hf_name(name): w.detach().contiguous().cpu() for name, w in model.state_dict().items()}
+    weights = {hf_name(name): w.detach().contiguous().cpu() for name, w in (weights or model.state_dict()).items()}
     stamp = {} if state is None else {"step": str(state["step"])}  # see load_training_state
     try:
         saving.mkdir(parents=True)
@@ -655,7 +726,7 @@ def load_run(folder):
 def optimizer_state(optimizers, names):
     """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (a MoE
     twin) can take it over. names = {parameter: its name}."""
-    return {names[p]: dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
+    return {names[p]: collect(state) for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
 def load_optimizer_state(optimizers, names, state):
@@ -675,7 +746,8 @@ def load_optimizer_state(optimizers, names, state):
                         raise ValueError(f"training_state.pt has {names[p]} of shape {list(v.shape)}, the model "
                                          f"{list(shape)}: they are not of one run")  # fmt: skip
                     # a step counter stays on the host, but for fused kernels, which read it themselves
-                    optimizer.state[p][k] = v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
+                    v = v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
+                    optimizer.state[p][k] = part_like(v, p) if v.dim() else v
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -769,7 +841,8 @@ def try_out(machine, model, loss_of, options):
 
     line = "eager (--compile=on tries torch.compile)"
     try:
-        if options.compile == "on" or (options.compile == "auto" and machine.device.type == "cuda"):
+        by_itself = machine.device.type == "cuda" and not options.shard
+        if options.compile == "on" or (options.compile == "auto" and by_itself):
             try:
                 candidate = torch.compile(model)
                 return candidate, timed(candidate), "torch.compile"
@@ -803,7 +876,8 @@ class Run:
                  milestones=None, columns=()):  # fmt: skip
         self.options, self.machine, self.model, self.tokenizer = options, machine, model, tokenizer
         several = machine.world_size > 1
-        self.network = DistributedDataParallel(network, gradient_as_bucket_view=True) if several else network
+        self.copies = several and not options.shard  # every process has a whole model, and they add up their gradients
+        self.network = DistributedDataParallel(network, gradient_as_bucket_view=True) if self.copies else network
         self.columns = [*COLUMNS, *columns]
         self.optimizers, self.evaluate, self.flops_per_token = optimizers, evaluate, flops_per_token
         self.folder, self.milestones = Path(options.out_dir), milestones or {}
@@ -897,14 +971,14 @@ class Run:
             (share[0] if isinstance(share, tuple) else share).backward()
             self.model.zero_grad(set_to_none=True)
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1  # gradients are exchanged once a step
-            with nullcontext() if last or processes == 1 else self.network.no_sync():
+            last = i == len(batches) - 1  # gradients are exchanged once a step, but for shards, which hold only theirs
+            with self.network.no_sync() if self.copies and not last else nullcontext():
                 share = loss_of(batch)
                 share, columns = share if isinstance(share, tuple) else (share, {})
                 (share * processes).backward()  # the exchange takes the mean over the processes, and we want the sum
             loss = loss + share.detach()
             extra = {name: extra.get(name, 0.0) + value for name, value in columns.items()}
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr if group["routed"] or not experts_only else 0.0
@@ -928,7 +1002,7 @@ class Run:
         saves = saves or bool(self.stop)
         numbers = {"loss": loss, "gradient norm": float(grad_norm)}
         if saves or milestone:  # what is saved is good: weights that this step's loss does not depend on are asked too
-            numbers["norm of the weights"] = float(torch.nn.utils.get_total_norm(self.model.parameters()))
+            numbers["norm of the weights"] = float(whole(torch.nn.utils.get_total_norm(self.model.parameters())))
         if not all(math.isfinite(number) for number in numbers.values()):
             where = "nothing was saved yet" if self.fresh else f"{self.folder} holds the last good checkpoint"
             raise ValueError(", ".join(f"{name} {number}" for name, number in numbers.items()) +
@@ -944,25 +1018,32 @@ class Run:
                         grad_norm=numbers["gradient norm"], tokens_per_second=round(speed), mfu=mfu,
                         memory=self.machine.peak_memory(), **dict(zip(extra, values, strict=True)))  # fmt: skip
         self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
-        if self.machine.is_main and (saves or milestone):
-            for folder in [milestone] * bool(milestone) + [self.folder] * saves:  # resumed after it, a run needs both
-                save_checkpoint(folder, self.model, self.tokenizer, self.state())
+        if saves or milestone:
+            self.save([milestone] * bool(milestone) + [self.folder] * saves, self.state())  # resumed, a run needs both
         self.fresh = self.fresh and not saves
         if logs:
             self.write_row()
         self.mark = time.perf_counter(), self.tokens
 
+    def save(self, folders, state=None):
+        """Saves the model in each of the folders. Every process must call it: each may have a part of the weights."""
+        weights = collect(self.model.state_dict())
+        for folder in folders if self.machine.is_main else []:
+            save_checkpoint(folder, self.model, self.tokenizer, state, weights=weights)
+
     def write_row(self):
         """Completes the current row with a validation where one is due, and writes it."""
         row = dict(self.row)
         if self.is_due("eval_every"):
-            row |= self.evaluate()
+            with gathered(self.model):
+                row |= self.evaluate()
             self.machine.print(f"step {row['step']:>6}  "
                                + "  ".join(f"{k} {row[k]:.4f}" for k in row if k == "loss" or k.startswith("val")))
+        best = self.options.keep_best and self.log and row.get("val_loss", math.inf) < self.log.best
+        if self.options.keep_best and self.machine.sum([bool(best)])[0]:  # what the first process finds
+            self.save([self.folder / "best"])
         if self.log:
-            if self.options.keep_best and row.get("val_loss", math.inf) < self.log.best:
-                self.log.best = row["val_loss"]
-                save_checkpoint(self.folder / "best", self.model, self.tokenizer)
+            self.log.best = row["val_loss"] if best else self.log.best
             self.log.write(row)
 
     def finish(self):

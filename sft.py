@@ -38,7 +38,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import runtime
 from conversations import divide, final_answer, generate, open_sets, pad
@@ -158,7 +157,7 @@ def count_labels(model, rows, group, tokenizer, machine):
     tokens, targets, _ = pad([rows.row(i) for i in group], tokenizer.pad_id)
     last, targets = (targets >= 0).to(machine.device), targets.to(machine.device)
     with machine.autocast():
-        logits = F.linear(model.hidden(tokens.to(machine.device))[0][last], model.output_weight)
+        logits = model(tokens.to(machine.device))[0][last]
     return int((logits.argmax(-1) == targets[last]).sum())
 
 
@@ -198,6 +197,7 @@ def train(options, machine):
         raise ValueError(f"--sequence_length={options.sequence_length}: of {len(train_set)} training and "
                          f"{len(val_set)} validation conversations, {train_rows.count} and {val_rows.count} fit")
     runtime.count_steps(options, train_rows.count, machine)
+    runtime.shard(model, options, machine)
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
 
     def loss_sum(rows, group, network):
@@ -231,7 +231,7 @@ def train(options, machine):
 
 def main(argv):
     options = runtime.read_tune_options(SftOptions, argv, "sft_tiny.py", may_change=["eval_answers"])
-    machine = runtime.Machine(options.device, options.dtype)
+    machine = runtime.Machine(options.device, options.dtype, options.patience)
     machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
     try:
         train(options, machine)

@@ -11,6 +11,8 @@ mean loss and its gradient, move the weights a little against it. The rest of th
 
 Which rows. An epoch visits every row once, in an order that is a pure function of (seed, epoch). So the rows of step
 n are known without having run the steps before, and a run that was killed goes on with exactly what it would have read.
+On a processor it ends at the same weights to the last bit. With --compile=on it did so too where it was tried, for the
+same torch makes the same functions again; but nothing promises it on another version or machine, nor on a GPU.
 
 How far. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
 et al. 2024, arXiv 2405.18392). Unlike a cosine it need not know the end beforehand. The weights just before the decay
@@ -256,11 +258,12 @@ class Muon(torch.optim.Muon):
                     if not state:
                         state["momentum_buffer"] = torch.zeros_like(p)
                     state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov's
+                    nesterov = p.grad.lerp(state["momentum_buffer"], group["momentum"])
+                    updates.append(runtime.whole(nesterov))  # with --shard every process does all the work that follows
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # match_rms_adamw
                 updates = orthogonal(torch.stack(updates), *group["ns_coefficients"])
                 for p, update in zip(matrices, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(runtime.part_like(update, p), alpha=-rate)
 
 
 def orthogonal(x, a, b, c, steps=5):
@@ -373,7 +376,8 @@ def announce(options, machine, model, train_rows, tokenizer, accumulation, secon
     if T > c.keep_window_size:
         attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
     duration = seconds * accumulation * steps
-    memory = machine.peak_memory() + 8 * parameters  # Adam's two moments come with the first step
+    owned = parameters / (machine.world_size if options.shard else 1)
+    memory = machine.peak_memory() + 8 * owned  # Adam's two moments come with the first step
     machine.print(
         f"model     {parameters:,} parameters ({kind}), {c.num_hidden_layers} layers of {c.hidden_size}, "
         f"vocabulary {c.vocab_size:,}\n"
@@ -395,6 +399,7 @@ def train(options, machine):
     if options.moe_warmup_steps and not model.config.is_moe:
         raise ValueError(f"--moe_warmup_steps={options.moe_warmup_steps}: this model has no experts to train first")
     rows_per_step, accumulation = divide_batch(options, machine)
+    runtime.shard(model, options, machine)
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
 
     def forward(tokens, targets, network=model):
@@ -440,8 +445,10 @@ def train(options, machine):
             run.update(parts[machine.rank :: machine.world_size], share, options.batch_tokens, lr,
                        experts_only=step < options.moe_warmup_steps)  # fmt: skip
     run.finish()
-    if machine.is_main and options.sample_tokens:
-        print_sample(model, tokenizer, machine, options)
+    if options.sample_tokens:
+        with runtime.gathered(model):
+            if machine.is_main:
+                print_sample(model, tokenizer, machine, options)
 
 
 def divide_batch(options, machine):
@@ -467,7 +474,7 @@ def print_sample(model, tokenizer, machine, options):
 
 # What a resumed run may change: what it costs, where and how often it reports, and when it ends. The rest is the run.
 MAY_CHANGE = set("""resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens
-    save_every device dtype compile batch_size gradient_checkpointing sample_tokens""".split())
+    save_every device dtype compile patience shard batch_size gradient_checkpointing sample_tokens""".split())
 
 
 def read_options(argv):
@@ -493,7 +500,7 @@ def read_options(argv):
 
 def main(argv):
     options = read_options(argv)
-    machine = runtime.Machine(options.device, options.dtype)
+    machine = runtime.Machine(options.device, options.dtype, options.patience)
     machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
     try:
         train(options, machine)

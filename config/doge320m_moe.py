@@ -1,7 +1,8 @@
 """Doge-1.4B-MoE, 1,417.9M parameters: the dense Doge-320M with 16,384 experts in every layer.
 
 It starts from the dense model's weights before their decay, at the same learning rate and without a warm-up, and at its
-first step computes exactly what the dense model did.
+first step computes exactly what the dense model did. Weights, gradients and Adam's moments take 23 GB a GPU; --shard
+divides them by the number of GPUs.
 
     torchrun --nproc_per_node=8 train.py config/doge320m_moe.py --init_from=out/doge320m/stable
 """

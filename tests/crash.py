@@ -16,7 +16,8 @@ Starting Python and torch takes seconds and a step of this model milliseconds, s
 one, which has imported everything and computed nothing. (A process that has computed gradients cannot be forked.)
 
 After the kills: several processes against one; one of several killed, and how soon the others end; a full disk and a
-read-only folder (both need root, to mount a small tmpfs); and torchrun, whole: --max-restarts, and Ctrl-C.
+read-only folder (both need root, to mount a small tmpfs); torchrun, whole: --max-restarts, and Ctrl-C; and two hosts,
+namespaces with a cable between them (root and iproute2), of which one is cut off for a while.
 """
 
 import contextlib
@@ -43,6 +44,8 @@ import torch  # noqa: E402
 from helpers import TINY, TUNE, VOLATILE, make_checkpoint, make_data, make_set  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+import dpo  # noqa: E402
+import grpo  # noqa: E402
 import runtime  # noqa: E402
 import sft  # noqa: E402
 import train  # noqa: E402
@@ -150,8 +153,8 @@ class Undisturbed:
         def main_with_snapshots(argv):
             save = runtime.save_checkpoint
 
-            def save_and_keep(place, model, tokenizer, state):
-                save(place, model, tokenizer, state)
+            def save_and_keep(place, model, tokenizer, state=None, **more):
+                save(place, model, tokenizer, state, **more)
                 if place == folder:
                     shutil.copytree(place, self.snapshots / str(state["step"]))
 
@@ -189,8 +192,12 @@ class Undisturbed:
         for place in (folder, *[folder / "stable"] * (self.folder / "stable").is_dir()):
             twin = self.folder / place.relative_to(folder)
             a, b = (runtime.load_training_state(x) for x in (place, twin))
-            if not (a and same(weights(place), weights(twin)) and same(a["optimizer"], b["optimizer"])):
+            kept = [{name: state.get(name) for name in ("optimizer", "reference")} for state in (a or {}, b)]
+            if not (a and same(weights(place), weights(twin)) and same(*kept)):
                 wrong.append(f"different: {place.name}")
+        written = [path.read_bytes() if path.is_file() else b"" for path in (
+            place / "samples.jsonl" for place in (folder, self.folder))]  # fmt: skip
+        wrong += ["different: samples.jsonl"] * (written[0] != written[1])
         return wrong + [f"different: {name} is left" for name in (".saving", ".saved") if (folder / name).exists()]
 
 
@@ -320,6 +327,16 @@ def disk(argv, root, how):
     return dict(tries=tries, failures=len(wrong), note="; ".join([*sorted(words), *wrong[:3]]))
 
 
+def await_checkpoint(folder):
+    """Waits for the first one, without opening it: its files are still being moved to their places."""
+    deadline = time.monotonic() + 3 * PATIENCE  # processes have to start
+    while not (folder / "training_state.pt").is_file():
+        if time.monotonic() > deadline:
+            return ["no checkpoint was written"]
+        time.sleep(0.01)
+    return []
+
+
 def torchrun(argv, root, number):
     """The real launcher. SIGKILL for one of two processes: --max-restarts goes on by itself. SIGINT or SIGTERM for the
     launcher, as Ctrl-C or a job queue sends it: the run is saved and says how to go on."""
@@ -330,9 +347,7 @@ def torchrun(argv, root, number):
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see runtime.Machine
     with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent,
                                                   env=environment) as launcher:  # fmt: skip
-        deadline, wrong = time.monotonic() + PATIENCE, []
-        while runtime.load_training_state(folder) is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wrong = await_checkpoint(folder)
         start = time.monotonic()
         ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         os.kill(int(ranks[-1]) if number == signal.SIGKILL else launcher.pid, number)
@@ -351,12 +366,75 @@ def torchrun(argv, root, number):
     return dict(tries=1, failures=len(wrong), seconds=round(seconds), note="; ".join(wrong[:3]))
 
 
+@contextlib.contextmanager
+def cable():
+    """Two hosts, namespaces of the kernel, with nothing but a cable between them -> their names, which are those of
+    their ends of the cable too; host i has the address 10.77.0.{i + 1}. Needs root."""
+    names = [f"doge{i}.{os.getpid()}" for i in range(2)]
+    ip = functools.partial(subprocess.run, check=True)
+    try:
+        for name in names:
+            ip(["ip", "netns", "add", name])
+        ip(["ip", "link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns",
+            names[1]])  # fmt: skip
+        for i, name in enumerate(names):
+            ip(["ip", "-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", name])
+            for device in ("lo", name):
+                ip(["ip", "-n", name, "link", "set", device, "up"])
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL)
+
+
+def two_hosts(argv, root):
+    """A process on each of two hosts. The cable is pulled, and nothing tells either that the other is gone: within
+    --patience both end, and once the cable is back torchrun starts them again from the last checkpoint."""
+    if os.geteuid() or not shutil.which("ip"):
+        return dict(tries=0, failures=0, note="needs root and iproute2, to make two hosts")
+    root.mkdir()
+    whole, folder, launchers, wrong = Undisturbed(train.main, argv, root / "whole", 2), root / "run", [], []
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3",
+               "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400", "--rdzv-id=hosts"]  # fmt: skip
+    training = ["train.py", *argv, f"--out_dir={folder}", "--resume_or_start", "--patience=30"]
+    logs = [root / f"host{i}.txt" for i in range(2)]
+    with cable() as hosts, contextlib.ExitStack() as stack:
+        for i, host in enumerate(hosts):
+            more = [f"--local-addr=10.77.0.{i + 1}", f"--rdzv-conf=is_host={1 - i}"]
+            environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": host}
+            launchers.append(stack.enter_context(subprocess.Popen(
+                ["ip", "netns", "exec", host, *command, *more, *training], cwd=HERE.parent, env=environment,
+                stdout=stack.enter_context(logs[i].open("w")), stderr=subprocess.STDOUT)))  # fmt: skip
+        wrong += await_checkpoint(folder)
+        start, ended = time.monotonic(), None
+        subprocess.run(["ip", "-n", hosts[1], "link", "set", hosts[1], "down"], check=True)
+        while time.monotonic() < start + PATIENCE and not ended:
+            time.sleep(0.1)
+            if all("another process of this run has ended" in log.read_text() for log in logs):
+                ended = time.monotonic() - start
+        subprocess.run(["ip", "-n", hosts[1], "link", "set", hosts[1], "up"], check=True)
+        for launcher in launchers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(5 * PATIENCE)
+            launcher.kill()
+    texts = [log.read_text() for log in logs]
+    wrong += [] if ended else [f"not ended within {PATIENCE} s of the cut: {texts[0][-300:]} {texts[1][-300:]}"]
+    wrong += [f"status {x.returncode}: {text[-999:]}" for x, text in zip(launchers, texts, strict=True) if x.returncode]
+    wrong = wrong or whole.compare(folder)
+    note = "; ".join(wrong[:3]) or f"both ended {ended:.0f} s after the cut, each with a line"
+    return dict(tries=1, failures=len(wrong), note=note)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
 
 LONG = ["--max_steps=40", "--decay_steps=8", "--save_every=2", "--eval_every=4"]
-MOE = ["--is_moe", "--num_experts=16", "--num_experts_per_tok=2", "--optimizer=muon", "--batch_size=1"]
+MUON = ["--optimizer=muon", "--batch_size=1"]
+MOE = ["--is_moe", "--num_experts=16", "--num_experts_per_tok=2", *MUON]
+# Answers that now and then end by chance, and shorter ones are better: even a random model has something to learn.
+WRITE = ["--batch_rows=4", "--generations=4", "--max_new_tokens=24", "--rollout_rows=8", "--max_steps=12",
+         "--eval_rows=8", "--reward_length=1", "--kl=0.1", "--updates_per_rollout=2"]  # fmt: skip
 
 
 def parts(root, options):
@@ -364,31 +442,46 @@ def parts(root, options):
     data = make_data(root / "data")
     pretrain = [*TINY, f"--data={data}", *LONG]
 
-    def tune():
-        base = make_checkpoint(root / "base")
-        chat = make_set(root / "chat", base)
-        argv = [*TUNE, "--eval_answers=0", f"--init_from={base}", f"--data={chat}", *LONG[:1], *LONG[2:]]
-        return killed(sft.main, argv, root / "sft", options)
+    def tune(stage, kind, *extra, kills=None):
+        name = stage.__name__
+        base = make_checkpoint(root / f"{name}-base")
+        rows = make_set(root / f"{name}-rows", base, kind, count=80)
+        argv = [*TUNE, f"--init_from={base}", f"--data={rows}", *LONG[:1], *LONG[2:], *extra]
+        return killed(stage.main, argv, root / name, options, kills=kills)
 
     def train_killed(name, *extra, **more):
         return lambda: killed(train.main, [*pretrain, *extra], root / name, options, **more)
 
+    def compiled():
+        row = train_killed("compiled", "--compile=on", "--optimizer=muon", kills=2)()
+        eager = not (root / "compiled" / "whole.txt").read_text().count("; torch.compile\n")
+        return row | dict(failures=row["failures"] + eager, note=row["note"] + "; it did not compile" * eager)
+
+    a_fifth = max(1, options.kills // 5)  # for what takes long
     rows = {
         "train": train_killed("train"),
         "train_moe_muon_accumulation": train_killed("moe", *MOE),
-        "sft": tune,
-        "train_2_processes": train_killed("two", world_size=2, kills=options.kills // 5),
-        "train_4_processes": train_killed("four", "--batch_size=1", world_size=4, kills=options.kills // 10),
-        "train_sigterm": train_killed("term", number=signal.SIGTERM),
+        "train_compiled": compiled,
+        "sft": lambda: tune(sft, "chat", "--eval_answers=0"),
+        "dpo": lambda: tune(dpo, "preferences", kills=a_fifth),
+        "grpo": lambda: tune(grpo, "problems", *WRITE, kills=a_fifth),
+        "train_2_processes": train_killed("two", world_size=2, kills=a_fifth),
+        "train_4_processes": train_killed("four", "--batch_size=1", world_size=4, kills=max(1, options.kills // 10)),
+        "train_2_shards": train_killed("shards", "--shard", *MUON, world_size=2, kills=a_fifth),
+        "train_sigterm": train_killed("term", "--save_every=1", number=signal.SIGTERM),
         "full_disk": lambda: disk(pretrain, root / "full", "full"),
         "read_only_disk": lambda: disk(pretrain, root / "read_only", "read-only"),
     }
     for world_size in (2, 4):
         argv = [*pretrain, f"--batch_size={4 // world_size}"]
         rows[f"{world_size}_processes_as_1"] = functools.partial(as_one, argv, root / f"as_{world_size}", world_size)
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        argv = [*argv, "--shard"]
+        rows[f"{world_size}_shards_as_1"] = functools.partial(as_one, argv, root / f"shards_{world_size}", world_size)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):  # asked to stop, a run saves after any step
         name = f"torchrun_{number.name.lower()}"
-        rows[name] = functools.partial(torchrun, [*pretrain, "--max_steps=300"], root / name, number)
+        argv = [*pretrain, "--max_steps=100", f"--save_every={2 if number == signal.SIGKILL else 1}"]
+        rows[name] = functools.partial(torchrun, argv, root / name, number)
+    rows["two_hosts_one_cut_off"] = functools.partial(two_hosts, [*pretrain, "--max_steps=100"], root / "hosts")
     return rows
 
 

@@ -281,6 +281,8 @@ def test_scores_up_to_their_bound_are_exact_and_beyond_it_stay_numbers():
                 loss = model(tokens := torch.arange(60).view(2, 30), tokens)[1]
             loss.backward()
             assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():  # weights that convert.py wrote as float16
+        assert model.half()(tokens)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("window", [5, 16, 200])
@@ -538,6 +540,9 @@ def test_a_batch_without_a_target_has_loss_zero_and_no_nan():
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert m.linear_cross_entropy(torch.zeros(0, 64), model.output_weight, tokens[:0, 0]).item() == 0  # nor a row
+    states, _ = model.hidden(tokens, torch.tensor([0, 9]))  # a row of nothing but padding, its keys all masked
+    assert states.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

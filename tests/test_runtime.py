@@ -338,15 +338,21 @@ def test_a_lost_process_is_one_line(capsys):
     def main(argv):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typ ...")
 
+    def timed_out(argv):
+        raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 30000ms for recv operation ...")
+
     with pytest.raises(SystemExit) as stop:
         runtime.run(main)
     assert stop.value.code == 1 and "another process of this run has ended" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # a host that was cut off
+        runtime.run(timed_out)
+    assert "has not answered for --patience seconds" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
         runtime.run(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_processes_that_torchrun_started_again_say_what_they_need(monkeypatch):
-    def lost(backend):
+    def lost(backend, timeout):
         raise RuntimeError("Gloo connectFullMesh failed with ... Connection refused")
 
     monkeypatch.setattr(torch.distributed, "init_process_group", lost)

@@ -137,6 +137,9 @@ def test_copy_steps_count_every_copy_alike(data, tmp_path, monkeypatch):
     parts = run(data, tmp_path / "b", "--copy_steps=2", "--batch_size=1")
     losses = [[float(row["loss"]) for row in rows] for rows in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    monkeypatch.setattr(train, "COMMON", 0)
+    none = run(data, tmp_path / "none", "--copy_steps=2", "--max_steps=6")  # steps without a single target
+    assert float(none[0]["loss"]) == 0 and float(none[5]["loss"]) > 1
     plain = run(data, tmp_path / "c", "--batch_size=4")
     assert abs(float(plain[0]["loss"]) - losses[0][0]) > 1e-3
 
@@ -225,7 +228,7 @@ def test_groups_of_the_optimizer():
 MOE = ["--is_moe", "--num_experts=16", "--num_experts_per_tok=2"]
 
 
-@pytest.mark.parametrize("extra", [[], ["--optimizer=muon"], MOE], ids=["adamw", "muon", "moe"])
+@pytest.mark.parametrize("extra", [[], ["--optimizer=muon"], [*MOE, "--optimizer=muon"]], ids=["adamw", "muon", "moe"])
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(data, tmp_path, monkeypatch, extra):
     whole = run(data, tmp_path / "whole", *extra)
     monkeypatch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
@@ -279,17 +282,21 @@ def test_accumulation_does_not_change_the_step(data, tmp_path):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
 
 
-def test_two_processes_go_on_where_one_was_stopped(data, tmp_path, monkeypatch):
-    """On the same rows in the same order, so the losses are those of one. (Two from the start: tests/test_sft.py, and
-    four: tests/crash.py.)"""
-    alone = run(data, tmp_path / "one")
-    monkeypatch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
-    with pytest.raises(ZeroDivisionError):
-        run(data, tmp_path / "two")
+def test_two_processes_go_on_where_one_was_stopped_and_one_where_they_were(data, tmp_path, monkeypatch):
+    """On the same rows in the same order, so the losses are those of one; the two divide the weights between them.
+    (Two from the start, each with all weights: tests/test_sft.py; kills, and four: tests/crash.py.)"""
+    alone = run(data, tmp_path / "one", "--optimizer=muon")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
+        run(data, tmp_path / "two", "--optimizer=muon")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    done = subprocess.run([*command, f"--out_dir={tmp_path / 'two'}", "--resume"], capture_output=True, text=True,
-                          cwd=runtime.HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)  # fmt: skip
+    command += [f"--out_dir={tmp_path / 'two'}", "--resume", "--shard"]
+    command += ["--max_steps=8", "--decay_steps=0", "--keep_best"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
+    assert_same_weights(weights(tmp_path / "two" / "best"), weights(tmp_path / "two"))
+    train.main([f"--out_dir={tmp_path / 'two'}", "--resume", "--max_steps=12", "--decay_steps=4", "--shard=false"])
     for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
@@ -379,6 +386,8 @@ def test_gradient_checkpointing_and_long_rows_change_nothing_else(data, tmp_path
     (["--resume"], "no run to go on with"),
     (["config/nothing.py"], "no config file 'config/nothing.py'"),
     (["--beta1=1"], "beta1=1"),
+    (["--patience=0"], "patience=0 must be from 1"),
+    (["--shard", "--compile=on"], "choose one"),
     (["--moe_warmup_steps=3"], "no experts to train first"),
     (["--initializer_range=-1"], "initializer_range=-1.0"),
     (["--seed=100000000000000000000"], "seed=100000000000000000000"),
@@ -605,12 +614,35 @@ def test_a_resumed_run_may_become_longer(data, tmp_path):
     run(data, tmp_path / "run")
     train.main([str(train.TINY), f"--out_dir={tmp_path / 'run'}", "--resume"])
     assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 12
-    state = runtime.load_training_state(tmp_path / "run")
-    torch.save(state | dict(tokens=2**40), tmp_path / "run" / "training_state.pt")  # far more than 32 bits count
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_steps=14"])
+    assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 14
+
+
+def test_no_number_ends_at_32_bits(data, tmp_path):
+    """A run that has done more steps and seen more tokens than 32 bits count, on data with more rows and bytes."""
+    run(data, tmp_path / "run")
+    state = runtime.load_training_state(tmp_path / "run") | dict(step=2**33, tokens=2**60)
+    runtime.save_checkpoint(tmp_path / "run", *runtime.load_model(tmp_path / "run"), state)
+    train.main([f"--out_dir={tmp_path / 'run'}", "--resume", f"--max_steps={2**33 + 2}"])
     rows = runtime.read_log(tmp_path / "run" / "log.csv")
-    assert len(rows) == 14 and int(rows[-1]["tokens"]) == 2**40 + 128
+    assert [int(row["step"]) for row in rows[12:]] == [2**33 + 1, 2**33 + 2]
+    assert int(rows[-1]["tokens"]) == 2**60 + 128 and 0 < float(rows[-1]["lr"]) < float(rows[-2]["lr"])
     assert sorted(train.rows_of_step(10**12, 20, 20, seed=5)) == list(range(20))
+    many = train.rows_of_step(2**31 // 500, 2**40, 1000, seed=5)
+    assert len(set(many)) == 1000 and 2**38 < min(many) + max(many) < 2**41 and max(many) < 2**40
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a file with a hole takes up its whole length")
+def test_rows_beyond_four_billion_bytes(data, tmp_path):
+    meta, count = json.loads((data / "meta.json").read_text()), 2**32 + 5
+    meta["train"]["tokens"] = count
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.seek(2 * count - 10)
+        file.write(np.arange(1, 6, dtype="<u2").tobytes())
+    rows = train.Rows(tmp_path, "train", 4)
+    tokens, targets = rows.batch([rows.count - 1])
+    assert rows.count == 2**30 + 1 and tokens.tolist() == [[1, 2, 3, 4]] and targets.tolist() == [[2, 3, 4, 5]]
 
 
 def test_a_run_touches_no_other_run(data, tmp_path):
