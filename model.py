@@ -780,25 +780,31 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, wants_gradient):
         budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU wants large pieces
-        rows = max(LOSS_ROWS, budget // len(weight))
-        total = torch.zeros((), device=x.device)
-        if wants_gradient:
-            dx, dweight = torch.empty_like(x), None
-            if ctx.needs_input_grad[1]:
-                dweight = torch.zeros_like(weight, dtype=torch.float32)
+        rows = max(1, min(len(x), max(LOSS_ROWS, budget // len(weight))))
+        dtype = F.linear(x[:1], weight[:1]).dtype  # autocast's, if there is one
+        matrix, total, dx, dweight = weight.to(dtype), torch.zeros((), device=x.device), torch.empty_like(x), None
+        if wants_gradient and ctx.needs_input_grad[1]:
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
+        # Every piece is written over the last: a system hands out new memory page by page, filled with zeros first.
+        logits = torch.empty(rows, len(weight), dtype=dtype, device=x.device)
+        exps = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         for i in range(0, len(x), rows):
-            piece, target = x[i : i + rows], targets[i : i + rows, None]
+            piece, target = x[i : i + rows].to(dtype), targets[i : i + rows, None]
             ignored, target = target == -100, target.clamp(min=0)
-            logits = F.linear(piece, weight)  # (rows, V), in the precision of autocast
-            logp = logits.float().log_softmax(dim=-1)
-            total -= logp.gather(1, target).masked_fill(ignored, 0.0).sum()
-            if wants_gradient:
-                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1])).to(x.dtype)
-                dx[i : i + rows] = (dlogits @ weight.to(x.dtype)).masked_fill(ignored, 0.0)
-                piece = piece.masked_fill(ignored, 0.0)
+            y = torch.mm(piece, matrix.T, out=logits[: len(piece)])
+            top = y.amax(dim=-1, keepdim=True).float()
+            own = y.gather(1, target) - top
+            e = torch.sub(y, top, out=exps[: len(piece)]).exp_()
+            norm = e.sum(dim=-1, keepdim=True)
+            total += (norm.log() - own).masked_fill(ignored, 0.0).sum()
+            if wants_gradient:  # dlogits = e / norm - onehot. What is divided are the short rows that it is multiplied by
+                dlogits = e.scatter_add_(1, target, -norm).to(dtype)
+                scale = norm.reciprocal().masked_fill(ignored, 0.0)
+                dx[i : i + rows] = (dlogits @ matrix) * scale
+                piece = (piece * scale).to(dtype)
                 if dweight is None:
                     continue
-                if logits.dtype == dweight.dtype:
+                if dtype == torch.float32:
                     dweight.addmm_(dlogits.T, piece)  # one tensor of the weight's size less
                 else:
                     dweight += dlogits.T @ piece
