@@ -797,7 +797,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             e = torch.sub(y, top, out=exps[: len(piece)]).exp_()
             norm = e.sum(dim=-1, keepdim=True)
             total += (norm.log() - own).masked_fill(ignored, 0.0).sum()
-            if wants_gradient:  # dlogits = e / norm - onehot. What is divided are the short rows that it is multiplied by
+            if wants_gradient:  # dlogits = e / norm - onehot; what is divided are the short rows it is multiplied by
                 dlogits = e.scatter_add_(1, target, -norm).to(dtype)
                 scale = norm.reciprocal().masked_fill(ignored, 0.0)
                 dx[i : i + rows] = (dlogits @ matrix) * scale
