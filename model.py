@@ -199,8 +199,8 @@ def attend(q, k, v, mask=None):
 
 def attend_keeping(q, k, v, mask):
     """attend, and the logarithms (B, H, T) of what the softmax of each query divided by. With them attend_gradients
-    need not attend a second time. F's attention keeps them to itself, but its kernel on a CPU can be called by its name;
-    elsewhere they are nan."""
+    need not attend a second time. F's attention keeps them to itself, but on a CPU its kernel can be called by its
+    name; elsewhere they are nan."""
     if q.device.type != "cpu":
         return attend(q, k, v, mask), math.nan
     kernel, size = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q.shape[-1]
