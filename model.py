@@ -185,15 +185,43 @@ def fold(k, v, s):
             torch.cat((v, zeros.to(v.dtype).expand(*v.shape[:-1], 8)), dim=-1))  # fmt: skip
 
 
+def fold_queries(q):
+    """q (..., T, D) with 8 columns more, which meet those of k: 1 for the two parts of the score."""
+    columns = torch.cat((q.new_ones(2), q.new_zeros(6)))
+    return torch.cat((q, columns.expand(*q.shape[:-1], 8)), dim=-1)
+
+
 def attend(q, k, v, mask=None):
     """The fused kernel over folded k, v (B, K, S, D + 8): q (B, H, T, D) -> (B, H, T, D). `mask` (B, 1, T, S) is added
     to the logits; without one, T = S and every query sees all keys up to its own."""
     size = q.shape[-1]
-    columns = torch.cat((q.new_ones(2), q.new_zeros(6)))
-    q = torch.cat((q, columns.expand(*q.shape[:-1], 8)), dim=-1)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=size**-0.5, enable_gqa=True
+        fold_queries(q), k, v, attn_mask=mask, is_causal=mask is None, scale=size**-0.5, enable_gqa=True
     )[..., :size]  # fmt: skip
+
+
+def attend_keeping(q, k, v, mask):
+    """attend, and the logarithms (B, H, T) of what the softmax of each query divided by. With them attend_gradients
+    need not attend a second time. F's attention keeps them to itself, but on a CPU its kernel can be called by its
+    name; elsewhere they are nan."""
+    if q.device.type != "cpu":
+        return attend(q, k, v, mask), math.nan
+    kernel, size = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q.shape[-1]
+    out, logsumexp = kernel(fold_queries(q), k, v, attn_mask=mask, scale=size**-0.5)
+    return out[..., :size], logsumexp
+
+
+def attend_gradients(dout, q, k, v, mask, out, logsumexp):
+    """The gradients of q, k and v, from that of the output of attend_keeping and what it returned."""
+    if q.device.type != "cpu":
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            return torch.autograd.grad(attend(*inputs, mask), inputs, dout)
+    kernel, size = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, q.shape[-1]
+    dout, out = (F.pad(x, (0, 8)) for x in (dout, out))  # as wide as v; the columns of v are 0, hence these
+    inputs = fold_queries(q), k, v, out, logsumexp
+    dq, dk, dv = kernel(dout, *inputs, 0.0, False, attn_mask=mask, scale=size**-0.5)
+    return dq[..., :size], dk, dv
 
 
 def causal_attention(q, k, v, s):
@@ -253,8 +281,7 @@ def chunks(end, first, window):
         kept = torch.cat((kept, new.expand(R, -1)), dim=-1)
         risk = kept[:, None, -2 * len(new) :]  # (R, 1, 2c), against the queries (c, 1)
         visible = (risk <= new[:, None]) & (new[:, None] < end.gather(-1, risk[:, 0])[:, None])
-        mask = torch.zeros(visible.shape, device=end.device).masked_fill_(~visible, -math.inf)
-        mask = F.pad(mask, (kept.shape[1] - risk.shape[2], 0))[:, None]
+        mask = F.pad(torch.where(visible, 0.0, -math.inf), (kept.shape[1] - risk.shape[2], 0))[:, None]
         yield slice(start - first, start - first + len(new)), kept + offset, mask
 
 
@@ -263,29 +290,30 @@ class ChunkedAttention(torch.autograd.Function):
 
     A Function of its own, because the automatic gradient of picking keys would be a tensor as long as the text for each
     chunk, T T in all; here every chunk adds to the same one. And the picked keys are not held for the backward pass,
-    which would be W / CHUNK times the text, but picked again, and the chunk computed again.
+    which would be W / CHUNK times the text, but picked again.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, end, window):
-        ctx.save_for_backward(q, k, v, end)
-        ctx.window, out = window, torch.empty_like(q)
+        out = torch.empty_like(q)
+        logsumexp = torch.empty_like(q[..., 0], dtype=torch.promote_types(q.dtype, torch.float32))
         for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], window):
             picked = (F.embedding(rows, x)[:, None] for x in (k, v))  # whole rows, where gather goes number by number
-            out[:, :, piece] = attend(q[:, :, piece], *picked, mask.to(q.dtype))
+            out[:, :, piece], logsumexp[:, :, piece] = attend_keeping(q[:, :, piece], *picked, mask.to(q.dtype))
+        ctx.save_for_backward(q, k, v, end, out, logsumexp)
+        ctx.window = window
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        q, k, v, end = ctx.saved_tensors
+        q, k, v, end, out, logsumexp = ctx.saved_tensors
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
         for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], ctx.window):
-            inputs = [q[:, :, piece].detach(), *(F.embedding(rows, x)[:, None] for x in (k, v))]
-            with torch.enable_grad():
-                out = attend(*(x.requires_grad_() for x in inputs), mask.to(q.dtype))
-            dq[:, :, piece], *parts = torch.autograd.grad(out, inputs, dout[:, :, piece])
+            picked = (F.embedding(rows, x)[:, None] for x in (k, v))
+            dy, x, *kept = (x[:, :, piece] for x in (dout, q, out, logsumexp))
+            dq[:, :, piece], *parts = attend_gradients(dy, x, *picked, mask.to(q.dtype), *kept)
             for total, part in zip((dk, dv), parts, strict=True):
                 total.index_add_(0, rows.flatten(), part.flatten(0, 2).to(total.dtype))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
@@ -783,25 +811,31 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, wants_gradient):
         budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU wants large pieces
-        rows = max(LOSS_ROWS, budget // len(weight))
-        total = torch.zeros((), device=x.device)
-        if wants_gradient:
-            dx, dweight = torch.empty_like(x), None
-            if ctx.needs_input_grad[1]:
-                dweight = torch.zeros_like(weight, dtype=torch.float32)
+        rows = max(1, min(len(x), max(LOSS_ROWS, budget // len(weight))))
+        dtype = F.linear(x[:1], weight[:1]).dtype  # autocast's, if there is one
+        matrix, total, dx, dweight = weight.to(dtype), torch.zeros((), device=x.device), torch.empty_like(x), None
+        if wants_gradient and ctx.needs_input_grad[1]:
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
+        # Every piece is written over the last: a system hands out new memory page by page, filled with zeros first.
+        logits = torch.empty(rows, len(weight), dtype=dtype, device=x.device)
+        exps = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         for i in range(0, len(x), rows):
-            piece, target = x[i : i + rows], targets[i : i + rows, None]
+            piece, target = x[i : i + rows].to(dtype), targets[i : i + rows, None]
             ignored, target = target == -100, target.clamp(min=0)
-            logits = F.linear(piece, weight)  # (rows, V), in the precision of autocast
-            logp = logits.float().log_softmax(dim=-1)
-            total -= logp.gather(1, target).masked_fill(ignored, 0.0).sum()
-            if wants_gradient:
-                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(logp[:, :1])).to(x.dtype)
-                dx[i : i + rows] = (dlogits @ weight.to(x.dtype)).masked_fill(ignored, 0.0)
-                piece = piece.masked_fill(ignored, 0.0)
+            y = torch.mm(piece, matrix.T, out=logits[: len(piece)])
+            top = y.amax(dim=-1, keepdim=True).float()
+            own = y.gather(1, target) - top
+            e = torch.sub(y, top, out=exps[: len(piece)]).exp_()
+            norm = e.sum(dim=-1, keepdim=True)
+            total += (norm.log() - own).masked_fill(ignored, 0.0).sum()
+            if wants_gradient:  # dlogits = e / norm - onehot; what is divided are the short rows it is multiplied by
+                dlogits = e.scatter_add_(1, target, -norm).to(dtype)
+                scale = norm.reciprocal().masked_fill(ignored, 0.0)
+                dx[i : i + rows] = (dlogits @ matrix) * scale
+                piece = (piece * scale).to(dtype)
                 if dweight is None:
                     continue
-                if logits.dtype == dweight.dtype:
+                if dtype == torch.float32:
                     dweight.addmm_(dlogits.T, piece)  # one tensor of the weight's size less
                 else:
                     dweight += dlogits.T @ piece
