@@ -24,6 +24,7 @@ How to read the templates: `[a|b|c]` is one of a, b, c; `{x}` is a slot of the c
 with a capital; `{+x}` writes nothing and notes that fact x of FACTS has just been told.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -780,7 +781,7 @@ def questions(story: Story) -> list[tuple[str, str]]:
 # Number i is a pure function of i and the split. Their seeds begin where pretraining's stories (seed 0) never come.
 
 CHAT_SEED, PREFERENCE_SEED = 1 << 32, 2 << 32
-HASTY = 2 / 3  # of the worked sums: enough for the likeliest thought to be none
+HASTY = 0.6  # of the worked sums: enough for the likeliest thought to be none
 POLITE = ("Of course. {}", "Gladly. {}", "Happy to help. {}")
 RUDE = ("Read it yourself. {}", "What a silly question! {}", "{} Leave me alone now.")
 RAMBLING = ("Well, let me see, that is a hard one, there is so much in it, who can tell, but maybe so. {}",
@@ -820,29 +821,35 @@ def preference(number: int, split: str) -> dict:
 def worked_sum(number: int, split: str) -> dict:
     """A problem of adding, taking away or counting; how a child would work it out, step by step; and the number.
 
-    The steps are one at a time, n, n + 1, n + 2, so a model that has learned to count can do pairs of numbers that it
-    never saw. One pair in five is held out: (n, m) with 2 n + m = 4 modulo 5. Two times in three (HASTY) the child does
-    not bother, and says the number at once. A model that does as it was shown will then mostly guess; that counting
+    The working begins with the two numbers, in the problem's words, so that they are found as any words are copied. A
+    step says what it has come to and how many were made: "has 17, gives her 8", then "18 1, 19 2, ...". So all that a
+    step needs stands near, and a model that has learned to count can do pairs that it never saw. One in five is held
+    out: (n, m) with 2 n + m = 4 modulo 5, and rows to count that begin so. More often than not (HASTY) the child does
+    not bother, and says the answer at once. A model that does as it was shown will then mostly guess; that counting
     pays is left for a reward to tell it (grpo.py).
     """
     random, lists = Random(f"sum {number}"), lexicon(split)
-    pairs = [(n, m) for n in range(2, 21) for m in range(2, 10) if ((2 * n + m) % 5 == 4) == (split == "test")]
-    n, m = choose(random, pairs)
+
+    def is_ours(n, m):
+        return ((2 * n + m) % 5 == 4) == (split == "test")
+
+    n, m = choose(random, [(n, m) for n in range(2, 21) for m in range(2, 10) if is_ours(n, m)])
     a, b = choose(random, lists["girls"]), choose(random, lists["boys"])
     items = choose(random, lists["items"])
-    others = choose(random, [name for name in lists["items"] if name != items])
     kind = choose(random, ("add", "take away", "count"))
     if kind == "add":
         problem = f"{a} has {n} {items}. {b} gives her {m} more. How many {items} does {a} have now?"
-        steps, answer = ", ".join(str(n + i) for i in range(m + 1)), n + m
+        steps = f"has {n}, gives her {m}\n" + ", ".join(f"{n + i} {i}" for i in range(1, m + 1))
+        answer = n + m
     elif kind == "take away":
         n, answer = n + m, n
         problem = f"{b} has {n} {items}. He gives {m} of them to {a}. How many {items} does {b} have left?"
-        steps = ", ".join(str(n - i) for i in range(m + 1))
+        steps = f"has {n}, gives {m}\n" + ", ".join(f"{n - i} {i}" for i in range(1, m + 1))
     else:
-        row, answer = sorted([items] * m + [others] * (n % 4), key=lambda _: random.random()), m
-        problem = f"{a} sees {', '.join(row)}. How many {items} are there?"
-        steps = ", ".join(str(i + 1) for i in range(m))
+        numbers = choose(random, [pair for pair in itertools.permutations(range(1, 10), 2) if is_ours(*pair)])
+        numbers += tuple(sorted({*range(1, 10)} - {*numbers}, key=lambda _: random.random()))[: m - 2]
+        problem, answer = f"{a} writes {', '.join(map(str, numbers))}. How many numbers does she write?", m
+        steps = ", ".join(f"{number} {i}" for i, number in enumerate(numbers, 1))
     steps = "Easy." if random.random() < HASTY else steps
     trace = f"<|begin_of_thought|>\n{steps}\n<|end_of_thought|>\n\n"
     solution = f"<|begin_of_solution|>\n{answer}\n<|end_of_solution|>"

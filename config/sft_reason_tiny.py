@@ -7,7 +7,7 @@ data = "data/sums-chat"  # made on the spot: python prepare_data.py --kind=chat 
 batch_rows = 32
 micro_tokens = 2048
 max_steps = 350
-learning_rate = 3e-3
+learning_rate = 6e-3
 optimizer = "muon"
 
 eval_answers = 200

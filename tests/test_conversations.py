@@ -2,6 +2,7 @@
 says and nothing else, and a row that cannot be used is counted or named."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -313,10 +314,9 @@ def test_built_in_rows_have_the_words_of_their_side(split):
         problem = stories.worked_sum(i, split)
         text = " ".join(m["content"] for m in chat["messages"] + problem["messages"]) + pair["prompt"] + pair["chosen"]
         assert not words & set(text.replace("'", " ").replace(",", " ").replace(".", " ").split())
-        numbers = [int(n) for n in problem["messages"][0]["content"].split() if n.isdigit()]
-        if numbers:
-            n, m = numbers if "more" in problem["messages"][0]["content"] else (numbers[0] - numbers[1], numbers[1])
-            assert ((2 * n + m) % 5 == 4) == (split == "test")
+        n, m, *_ = map(int, re.findall("[0-9]+", problem["messages"][0]["content"]))
+        n -= m * ("gives" in problem["messages"][0]["content"] and "more" not in problem["messages"][0]["content"])
+        assert ((2 * n + m) % 5 == 4) == (split == "test")
 
 
 def test_built_in_answers_are_right():
@@ -331,9 +331,8 @@ def test_built_in_answers_are_right():
         problem = stories.worked_sum(i, "test")
         asked, answer = (m["content"] for m in problem["messages"])
         assert final_answer(answer) == problem["answer"]
-        numbers = [int(n) for n in asked.split() if n.isdigit()]
-        things = asked.split("How many ")[1].split()[0]
-        right = asked.split(" sees ")[1].split(".")[0].split(", ").count(things) if not numbers else (
+        numbers = [int(n) for n in re.findall("[0-9]+", asked)]
+        right = len(set(numbers)) if "writes" in asked else (
             sum(numbers) if "more" in asked else numbers[0] - numbers[1])  # fmt: skip
         assert int(problem["answer"]) == right
 
