@@ -1,5 +1,5 @@
-"""The tiny model learns how sums are worked out, between the thought tags: one time in three step by step, else hastily,
-by a guess. So it mostly guesses, though it has learned to count. That counting pays is for grpo.py to find by trying."""
+"""The tiny model learns how sums are worked out, between the thought tags: two times in five step by step, else by a
+hasty guess. So it mostly guesses, though it has learned to count. That counting pays is for grpo.py to find out."""
 
 init_from = "out/stories-chat"  # what `python sft.py` leaves
 data = "data/sums-chat"  # made on the spot: python prepare_data.py --kind=chat sums --tokenizer=out/stories-chat
