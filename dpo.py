@@ -39,7 +39,6 @@ What is too long. A pair of which one row does not fit is left out and counted. 
 its EOS and be compared for half of what it says; cut at the front, the prompt would lose what was asked.
 """
 
-import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -49,12 +48,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import runtime
 from conversations import divide, open_sets, pad
-from model import LOSS_ELEMENTS, LOSS_ROWS
+from model import token_logprobs
 from train import cosine, make_optimizers, rows_of_step
 
 # Nats. A chosen answer that has gained less on the rejected one than this is in a tie with it: with the usual beta, one
@@ -149,25 +147,13 @@ class Answers(nn.Module):
         return answer_logp(x, self.model.output_weight, targets), balance
 
 
-@torch.compiler.disable  # the number of pieces differs from batch to batch, and each would be compiled anew
+@torch.compiler.disable  # how many targets there are differs from batch to batch, and each would be compiled anew
 def answer_logp(x, weight, targets):
-    """x (B, T, C), weight (V, C), targets (B, T) -> (B,) fp32: the log-probabilities of a row's targets, added up.
-
-    Only places with a target meet the output matrix, a few at a time, for the logits of all would be the largest tensor
-    of the step. They are forgotten, and computed again in the backward pass: how much an answer's gradient counts is
-    known only when both of a pair are read, so it cannot be made on the way as in model.linear_cross_entropy.
-    """
-
-    def piece_logp(x, words):
-        return -F.cross_entropy(F.linear(x, weight).float(), words, reduction="none")
-
+    """x (B, T, C), weight (V, C), targets (B, T), -100 = none -> (B,) fp32: the log-probabilities of a row's targets,
+    added up. Only places with a target meet the output matrix."""
     places = (targets != -100).flatten().nonzero()[:, 0]
-    states, words = x.flatten(0, 1).index_select(0, places), targets.flatten()[places]
-    rows = max(LOSS_ROWS, (LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS) // len(weight))
-    pieces = [checkpoint(piece_logp, *piece, use_reentrant=False, preserve_rng_state=False)
-              for piece in zip(states.split(rows), words.split(rows), strict=True)]  # fmt: skip
-    logp = torch.zeros(targets.numel(), device=x.device).index_copy(0, places, torch.cat(pieces))
-    return logp.view(targets.shape).sum(1)
+    logp = token_logprobs(x.flatten(0, 1).index_select(0, places), weight, targets.flatten()[places])
+    return torch.zeros(targets.numel(), device=x.device).index_copy(0, places, logp).view(targets.shape).sum(1)
 
 
 def compare(logp, reference, sizes, options):
@@ -357,13 +343,7 @@ def kept_reference(options, state, train_pairs, val_pairs):
 
 
 def main(argv):
-    options = runtime.read_tune_options(DpoOptions, argv, "dpo_tiny.py")
-    machine = runtime.Machine(options.device, options.dtype, options.patience)
-    machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
-    try:
-        train(options, machine)
-    finally:
-        machine.close()
+    runtime.carry_out(train, runtime.read_tune_options(DpoOptions, argv, "dpo_tiny.py"))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ then the solution between its own, each tag once. Length, if it is given a weigh
 OUT_DIR/samples.jsonl: a number that rises may mean that the model found what you did not think of.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -51,13 +50,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import runtime
 from conversations import divide, final_answer, generate, open_sets, pad
 from decode import Decoder
-from model import LOSS_ELEMENTS, LOSS_ROWS
+from model import token_logprobs
 from tokenizer import read_object
 from train import cosine, make_optimizers, rows_of_step, scramble
 
@@ -250,20 +247,6 @@ def make_batches(machine, prompts, written, above, tokenizer, options):
 # The loss
 
 
-def token_logprobs(x, weight, targets, temperature=1.0):
-    """The log-probabilities of targets (N,) by the logits x @ weight.T / temperature, of x (N, C) and weight (V, C):
-    (N,) fp32. All logits together would be the largest tensor of a step: they are made a piece at a time, forgotten,
-    and made again in the backward pass."""
-
-    def piece(x, target):
-        return -F.cross_entropy(F.linear(x, weight).float() / temperature, target, reduction="none")
-
-    budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU wants large pieces
-    rows = max(LOSS_ROWS, budget // len(weight))
-    return torch.cat([checkpoint(piece, *pair, use_reentrant=False, preserve_rng_state=False)
-                      for pair in zip(x.split(rows), targets.split(rows), strict=True)])  # fmt: skip
-
-
 class Policy(nn.Module):
     """The model as what draws tokens: tokens (B, T), places (N,), targets (N,) (see Batch) -> the log-probabilities
     (N,) that the drawing gave the targets, and the load-balance value of the experts. It draws at `temperature`, and
@@ -272,13 +255,11 @@ class Policy(nn.Module):
     def __init__(self, model, vocab_size, temperature):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
-        # The number of pieces changes from batch to batch, and torch.compile would make a form for each.
-        self.logprobs = torch.compiler.disable(token_logprobs)
 
     def forward(self, tokens, places, targets):
         x, balance = self.model.hidden(tokens)
         weight = self.model.output_weight[: self.vocab_size]
-        return self.logprobs(x.flatten(0, 1)[places], weight, targets, self.temperature), balance
+        return token_logprobs(x.flatten(0, 1)[places], weight, targets, self.temperature), balance
 
 
 def clipped_losses(logprobs, old, advantages, clip_low, clip_high):
@@ -458,13 +439,7 @@ def train(options, machine):
 
 
 def main(argv):
-    options = runtime.read_tune_options(GrpoOptions, argv, "grpo_tiny.py", may_change=["eval_samples"])
-    machine = runtime.Machine(options.device, options.dtype, options.patience)
-    machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
-    try:
-        train(options, machine)
-    finally:
-        machine.close()
+    runtime.carry_out(train, runtime.read_tune_options(GrpoOptions, argv, "grpo_tiny.py", may_change=["eval_samples"]))
 
 
 if __name__ == "__main__":

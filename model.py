@@ -798,6 +798,30 @@ def linear_cross_entropy(x, weight, targets):
     return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled()) / (targets != -100).sum().clamp(min=1)
 
 
+@torch.compiler.disable  # the number of pieces differs from batch to batch, and each would be compiled anew
+def token_logprobs(x, weight, targets, temperature=1.0):
+    """The log-probabilities (N,) fp32 of targets (N,) by the logits x @ weight.T / temperature, of x (N, C), weight
+    (V, C).
+
+    As in LinearCrossEntropy all logits together would be the largest tensor of a step. Here each piece of them is made
+    again in the backward pass: how much a token counts may depend on the others (the two answers of a pair, dpo.py),
+    so the gradient cannot be made on the way.
+    """
+
+    def piece(x, target):
+        return -F.cross_entropy(F.linear(x, weight).float() / temperature, target, reduction="none")
+
+    rows = rows_at_once(x, weight)
+    return torch.cat([checkpoint(piece, *pair, use_reentrant=False, preserve_rng_state=False)
+                      for pair in zip(x.split(rows), targets.split(rows), strict=True)])  # fmt: skip
+
+
+def rows_at_once(x, weight):
+    """How many rows of x meet the output matrix at once."""
+    budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU wants large pieces
+    return max(LOSS_ROWS, budget // len(weight))
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum of the cross-entropies, with its gradient made on the way.
 
@@ -810,8 +834,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, wants_gradient):
-        budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU wants large pieces
-        rows = max(1, min(len(x), max(LOSS_ROWS, budget // len(weight))))
+        rows = max(1, min(len(x), rows_at_once(x, weight)))
         dtype = F.linear(x[:1], weight[:1]).dtype  # autocast's, if there is one
         matrix, total, dx, dweight = weight.to(dtype), torch.zeros((), device=x.device), torch.empty_like(x), None
         if wants_gradient and ctx.needs_input_grad[1]:

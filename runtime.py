@@ -822,6 +822,16 @@ def plot_loss(log_path, picture_path):
 # A run
 
 
+def carry_out(stage, options):
+    """stage(options, machine), on the machine that the options ask for."""
+    machine = Machine(options.device, options.dtype, options.patience)
+    machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
+    try:
+        stage(options, machine)
+    finally:
+        machine.close()
+
+
 def try_out(machine, model, loss_of, options):
     """Runs one micro-batch forward and backward before anything counts, to learn what a step will cost and whether
     the model compiles here. loss_of(model) -> loss. Returns (the model or its compiled form, seconds, a line on which).

@@ -31,7 +31,6 @@ A classifier too (--kind=labels, data of prepare_data.py --kind=labels): of a te
 last token, is its label. A small matrix with a row a label takes the place of the vocabulary, and the rest is the same.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -230,13 +229,7 @@ def train(options, machine):
 
 
 def main(argv):
-    options = runtime.read_tune_options(SftOptions, argv, "sft_tiny.py", may_change=["eval_answers"])
-    machine = runtime.Machine(options.device, options.dtype, options.patience)
-    machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
-    try:
-        train(options, machine)
-    finally:
-        machine.close()
+    runtime.carry_out(train, runtime.read_tune_options(SftOptions, argv, "sft_tiny.py", may_change=["eval_answers"]))
 
 
 if __name__ == "__main__":

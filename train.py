@@ -499,13 +499,7 @@ def read_options(argv):
 
 
 def main(argv):
-    options = read_options(argv)
-    machine = runtime.Machine(options.device, options.dtype, options.patience)
-    machine.print("options   " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(options).items()))
-    try:
-        train(options, machine)
-    finally:
-        machine.close()
+    runtime.carry_out(train, read_options(argv))
 
 
 if __name__ == "__main__":

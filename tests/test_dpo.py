@@ -127,8 +127,8 @@ def test_log_probabilities_equal_float64_whatever_the_company(base, pairs, refer
     with torch.no_grad():
         wanted = torch.stack([logp_by(reference, row) for row in rows])
         for filling, size in ((2, 256), (7, 5)):
-            monkeypatch.setattr(dpo, "LOSS_ROWS", size)
-            monkeypatch.setattr(dpo, "LOSS_ELEMENTS", 1)
+            monkeypatch.setattr("model.LOSS_ROWS", size)
+            monkeypatch.setattr("model.LOSS_ELEMENTS", 1)
             found = model(*pad(rows, filling)[:2])[0]
             torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-5)
         for i in (0, 5, 15):
