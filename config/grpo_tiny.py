@@ -10,10 +10,10 @@ max_new_tokens = 96  # the longest right answer has 77
 rollout_rows = 64
 micro_tokens = 2048  # what a processor's cache likes
 
-max_steps = 40
+max_steps = 20
 learning_rate = 2e-4
 warmup = 0.1
 
 log_every = 1
-eval_every = 10
+eval_every = 5
 save_every = 10
