@@ -379,7 +379,7 @@ def test_data_of_another_kind_or_without_its_answers_is_refused(base, data, tmp_
     with pytest.raises(ValueError, match=f"answers.jsonl has {len(lines) - 1} answers to {len(lines)} problems"):
         run(base, short, tmp_path / "run")
     (short / "train.answers.jsonl").unlink()
-    with pytest.raises(OSError, match="answers.jsonl"):
+    with pytest.raises(ValueError, match="answers.jsonl has 0 answers"):
         run(base, short, tmp_path / "run")
     run(base, data, tmp_path / "run", "--max_steps=1")
     with pytest.raises(ValueError, match="holds a run already"):
