@@ -49,6 +49,7 @@ source has been read. A killed run continues from that note and ends with the sa
 Why threads and not processes: tiktoken lets go of Python's lock while it works, and a thread costs no memory.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -61,6 +62,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from filelock import FileLock  # torch and datasets bring it
 
 import conversations
 import runtime
@@ -410,9 +412,29 @@ def prepare(options, quiet=False):
         raise ValueError(f"--out={options.out}: not the name of a folder of its own")
     given = Tokenizer.load(runtime.locate(options.tokenizer)) if options.tokenizer else None
     request = describe(options, sources, given)
-    if is_there(out, request, options.overwrite):
-        say(f"{out} is there already, made by the same call")
-        return out
+    if not is_there(out, request, options.overwrite):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with alone(out):
+            if not is_there(out, request, options.overwrite):  # another process may have made it meanwhile
+                make(options, sources, given, request, out, say, quiet)
+                return out
+    say(f"{out} is there already, made by the same call")
+    return out
+
+
+@contextlib.contextmanager
+def alone(out):
+    """Waits until no other process prepares `out`: two at once would write into each other's files."""
+    path = out.with_name(out.name + ".lock")
+    try:
+        with FileLock(path):
+            yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def make(options, sources, given, request, out, say, quiet):
+    """Reads the sources into OUT.partial, from where an earlier call was stopped, then makes that `out`."""
     partial = out.with_name(out.name + ".partial")
     meta = read_meta(partial)
     if meta and meta.get("request") != request:
@@ -420,7 +442,6 @@ def prepare(options, quiet=False):
             raise ValueError(f"{partial}: unfinished work of another call ({differences(meta, request)}); finish that, "
                              "or discard it with --overwrite")
         meta = None
-    out.parent.mkdir(parents=True, exist_ok=True)
     rows = text_rows(options.text_column)
     if options.kind != "text":
         rows = Rows(*conversations.rows(options.kind, options.system, options.labels))
@@ -447,7 +468,6 @@ def prepare(options, quiet=False):
             raise
     replace_folder(partial, out)
     report(out, meta, say)
-    return out
 
 
 def replace_folder(new, out):

@@ -1,4 +1,4 @@
-"""tests/fuzz.py with some three hundred cases: they find nothing, and they would find something."""
+"""tests/fuzz.py with a few of its cases: they find nothing, and they would find something."""
 
 import os
 import sys
@@ -12,8 +12,8 @@ if sys.platform != "linux":
 
 import fuzz
 
-COUNTS = dict(command_line=80, config_file=40, tokenizer=100, rows=12, text_data=15, tuning_data=15, checkpoint=30,
-              convert=4, resume=4)  # fmt: skip
+COUNTS = dict(command_line=40, config_file=20, tokenizer=25, rows=6, text_data=8, tuning_data=8, checkpoint=16,
+              convert=2, resume=3)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_broken_files_and_command_lines_are_refused_in_a_line(root):
     results = {(part, n): fuzz.run_case(root, part, n, 0) for part, count in COUNTS.items() for n in range(count)}
     assert {place: said for place, said in results.items() if said[0] not in ("worked", "refused")} == {}
     found = [result for result, _ in results.values()]
-    assert found.count("worked") > 50 and found.count("refused") > 100
+    assert found.count("worked") > 20 and found.count("refused") > 40
 
 
 def test_the_checks_see_what_they_are_for(root):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
+import runtime
 import sources as reading
 from prepare_data import PrepareOptions, prepare
 from tokenizer import Tokenizer, train_bpe
@@ -477,3 +479,14 @@ def test_an_existing_path_wins(tmp_path, monkeypatch):
         source = reading.parse_source(name)
         assert (source.kind, source.ratio) == ("file", 0)
     assert reading.parse_source("a@0.5@0.25").ratio == 0.25
+
+
+def test_two_at_once_do_not_write_into_each_other(tmp_path):
+    """The second one waits, and then finds the work done."""
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i} of a text" for i in range(3000)))
+    options = prepare_data.PrepareOptions([str(tmp_path / "a.txt")], str(tmp_path / "out"), vocab_size=300)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: prepare_data.prepare(options, quiet=True), range(2)))
+    meta = runtime.read_meta(folders[0])
+    assert (folders[0] / "train.bin").stat().st_size == 2 * meta["train"]["tokens"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
