@@ -77,7 +77,7 @@ def run(main):
         if isinstance(error, ValueError) and not ours:
             raise
         message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
-        print(f"error: {message}", file=sys.stderr)
+        print("error: " + "\\n".join(message.splitlines()), file=sys.stderr)  # names can hold ends of lines
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -190,10 +190,13 @@ def convert(value, hint, where):
         return text.lower() in ("true", "1")
     if hint in (int, float) and not isinstance(value, bool):
         try:
-            return hint(text)
+            number = hint(text)
+            if hint is float or abs(number) < 2**63:
+                return number
+            kind = "a whole number below 2^63"
         except ValueError:
             kind = "a whole number" if hint is int else "a number"
-            raise ValueError(f"{where}: {text!r} is not {kind}") from None
+        raise ValueError(f"{where}: {text!r} is not {kind}")
     if hint is str and isinstance(value, str):
         return value
     if hint == list[str] and isinstance(value, (str, list, tuple)):

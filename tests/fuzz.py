@@ -788,6 +788,8 @@ def watch(event, args):
         if isinstance(path, int):
             continue
         path = os.fsdecode(path)
+        if event == "os.mkdir" and os.path.isdir(path):
+            continue  # it is there
         real = os.path.realpath(path) if event in ("open", "os.truncate") else os.path.realpath(os.path.dirname(path))
         if "/case" not in real and real != "/dev/null":
             OUTSIDE.append(f"{event} {path}")

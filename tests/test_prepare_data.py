@@ -484,7 +484,8 @@ def test_an_existing_path_wins(tmp_path, monkeypatch):
 def test_two_at_once_do_not_write_into_each_other(tmp_path):
     """The second one waits, and then finds the work done."""
     (tmp_path / "a.txt").write_text("\n".join(f"line {i} of a text" for i in range(3000)))
-    options = prepare_data.PrepareOptions([str(tmp_path / "a.txt")], str(tmp_path / "out"), vocab_size=300)
+    options = prepare_data.PrepareOptions([str(tmp_path / "a.txt")], str(tmp_path / "out"), vocab_size=300,
+                                          val_fraction=0.5)  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: prepare_data.prepare(options, quiet=True), range(2)))
     meta = runtime.read_meta(folders[0])
