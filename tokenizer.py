@@ -624,7 +624,7 @@ def read_object(data: bytes, name: str = "it") -> dict:
         return found
 
     try:
-        document = json.loads(data, object_pairs_hook=unique)
+        document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
         if re.search(rb"\\u[dD][89a-fA-F]", data):
             json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -143,7 +143,7 @@ def twist(draw, value):
             continue
         kind, number = draw.randrange(8), type(value[key]) in (int, float)
         if number and kind < 3:
-            value[key] = draw.choice([value[key] + 1, value[key] - 1, 2 * value[key], -value[key], float(value[key])])
+            value[key] = draw.choice([value[key] + 1, value[key] - 1, 2 * value[key], -value[key], 0.5])
         elif kind == 3:
             del value[key]
         elif kind == 4:
