@@ -100,7 +100,7 @@ def messages_of(value, where):
             role, content = "from", "value"
         if not isinstance(message, dict) or not isinstance(message.get(content), str):
             raise ValueError(f"{where}: message {len(messages)} has no text as its {content!r}")
-        if message.get(role) not in ROLES:
+        if message.get(role) not in [*ROLES]:  # a list, for it may be nothing that a dict can be asked for
             raise ValueError(f"{where}: message {len(messages)} is from {message.get(role)!r}, not one of "
                              f"{' '.join(ROLES)}")  # fmt: skip
         messages.append(dict(role=ROLES[message[role]], content=message[content]))

@@ -87,7 +87,8 @@ def run(main):
             raise
         print("error: another process of this run has ended, or has not answered for --patience seconds; once its own "
               "message is dealt with, --resume goes on from the last checkpoint", file=sys.stderr)  # fmt: skip
-        sys.exit(1)
+        sys.stderr.flush()
+        os._exit(1)  # at once: to take a process group apart that has lost a member can take for ever
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

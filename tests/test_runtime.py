@@ -334,7 +334,9 @@ def test_a_disk_that_takes_no_more_leaves_the_old_checkpoint(small, folder, monk
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_lost_process_is_one_line(capsys):
+def test_a_lost_process_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
     def main(argv):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typ ...")
 
