@@ -254,7 +254,7 @@ def read_config(path, fields, tensors):
     values = {}
     for field, default in DogeConfig().__dict__.items():
         value = fields.get(field, default)
-        whole = type(default) is float and type(value) is int
+        whole = type(default) is float and type(value) is int and abs(value) < 2**63
         if type(value) is not type(default) and not whole:
             raise ValueError(f"{path}: {field}: {value!r} is not of type {type(default).__name__}")
         values[field] = type(default)(value)
