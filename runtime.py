@@ -83,7 +83,7 @@ def run(main):
         if is_out_of_memory(error):
             print(f"error: out of memory: {one_line(error)[:200]}", file=sys.stderr)
             sys.exit(2)
-        if not re.search("gloo.*(Connection (closed|reset) by peer|[Tt]imed out)", str(error), re.DOTALL):
+        if not re.search("(gloo|socket).*(Connection (closed|reset) by peer|[Tt]imed out)", str(error), re.DOTALL):
             raise
         print("error: another process of this run has ended, or has not answered for --patience seconds; once its own "
               "message is dealt with, --resume goes on from the last checkpoint", file=sys.stderr)  # fmt: skip

@@ -440,7 +440,7 @@ WRITE = ["--batch_rows=4", "--generations=4", "--max_new_tokens=24", "--rollout_
 def parts(root, options):
     """{part of the table: a function that makes its row}."""
     data = make_data(root / "data")
-    pretrain = [*TINY, f"--data={data}", *LONG]
+    pretrain = [*TINY, f"--data={data}", *LONG, "--patience=30"]  # one killed before they met is waited for so long
 
     def tune(stage, kind, *extra, kills=None):
         name = stage.__name__
