@@ -617,7 +617,7 @@ def classifier(tmp_path_factory, words):
 
 def test_a_classifier_learns_and_goes_to_transformers(classifier, words):
     log = runtime.read_log(classifier / "run" / "log.csv")
-    assert abs(float(log[0]["loss"]) - math.log(2)) < 1e-5 and float(log[-1]["val_exact"]) == 1
+    assert abs(float(log[0]["val_loss"]) - math.log(2)) < 1e-5 and float(log[-1]["val_exact"]) == 1
     ours, _ = runtime.load_model(classifier / "run", labels=())
     theirs = AutoModelForSequenceClassification.from_pretrained(classifier / "run", attn_implementation="eager").eval()
     assert ours.labels == ("dog", "cat") and theirs.config.id2label == {0: "dog", 1: "cat"}
