@@ -52,7 +52,7 @@ LOSS_ELEMENTS = 2**20  # logits alive at once in the loss: 4 MB, so that they st
 LOSS_ROWS = 256  # but at least these rows of them, to keep the matrix product busy
 LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
 LARGEST = 80.0  # exponent of a key's score: see key_scores
-LAYERS, SIZE = 1024, 2**24  # most of them, in a model: what is far beyond them is a slip, and would build for hours
+LAYERS, SIZE = 256, 2**24  # most of them, in a model: what is far beyond them is a slip, and would build for hours
 NEVER = -1e30  # score of a slot without a key: exp(NEVER - anything) is 0, and it is finite, so no inf - inf = nan
 
 
