@@ -62,7 +62,7 @@ WORTH = 1.5  # times fewer tokens make up for reading a context apart from its a
 # the logits of the answers take half of the time: 1.24 times fewer are 10 % slower, 2.3 times fewer 20 % faster)
 SPARED = 1024  # tokens that a beginning shared by questions must spare to be read apart, which is one more pass
 WRITTEN = 4  # times as many tokens at once when the model writes: each step reads all weights for one token a row
-PEER_ROWS = 16  # a batch of the `hf` model: its best of 1, 4, 16 and 64 on a processor
+PEER_ROWS = 16  # questions at once of the `hf` model
 SCORED = 2**21  # logits at once: 8 MB, which a processor's cache can hold; a GPU takes more
 
 # What the original project measures, with its few-shot counts (None: the task's own). Its MMLU scores the texts of the
