@@ -464,29 +464,29 @@ def run_tasks(model, tokenizer, options):
     chat = options.suite in CHATTING if options.apply_chat_template == "auto" else options.apply_chat_template == "true"
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--apply_chat_template=true: the tokenizer of {options.checkpoint[0]} has no chat template")
-    load_tasks(shots, options.include_path)  # mistakes first: the rest loads for seconds
+    items = load_tasks(shots, options.include_path)
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    def ask(harness):
-        items, start = load_tasks(shots, options.include_path), time.perf_counter()
+    def ask(harness, items):
+        start = time.perf_counter()
         results = simple_evaluate(
             harness, tasks=items, num_fewshot=options.num_fewshot if options.num_fewshot >= 0 else None,
             limit=options.limit or None, apply_chat_template=chat, log_samples=options.peer,
             bootstrap_iters=1000,  # where the standard error has no formula; its own error is then 2 %
             task_manager=TaskManager(include_defaults=False),
         )  # fmt: skip
-        return items, results, time.perf_counter() - start
+        return results, time.perf_counter() - start
 
     on_cpu = placed(model)[0].type == "cpu"  # whose cache wants small batches
     harness = harness_model(model, tokenizer, options.batch_tokens or (2048 if on_cpu else 65536))
-    items, results, seconds = ask(harness)
+    results, seconds = ask(harness, items)
     if options.peer:
         from lm_eval.models.huggingface import HFLM
 
         device, dtype = placed(model)
         hf = HFLM(pretrained=options.checkpoint[0], device=str(device), dtype=dtype, batch_size=PEER_ROWS)
-        _, theirs, their_seconds = ask(hf)
+        theirs, their_seconds = ask(hf, load_tasks(shots, options.include_path))  # tasks keep what was asked
         print_difference(results.pop("samples"), theirs.pop("samples"), seconds, their_seconds)
     guesses = {name_of(part): chance(part) for item in items for part in members(item)}
     results["nanodoge"] = dict(checkpoint=options.checkpoint[0], chance=guesses, apply_chat_template=chat,
