@@ -1,7 +1,15 @@
 """What several tests need: a small data folder, a small model, a run in a few seconds."""
 
 import json
+import multiprocessing
+import os
 import random
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -78,3 +86,37 @@ def make_set(folder, checkpoint, kind="chat", count=120, rows=None, **options):
         source.write_text("".join(json.dumps(row) + "\n" for row in rows or rows_of(kind, count)), encoding="utf-8")
     options = dict(val_fraction=0.2, tokenizer=str(checkpoint), kind=kind) | options
     return prepare_data.prepare(prepare_data.PrepareOptions([str(source)], str(folder), **options), quiet=True)
+
+
+# Starting Python and torch takes seconds: processes are forked from one that has imported everything (not on Windows).
+STARTED = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+STARTED.set_forkserver_preload(["crash", "dpo", "grpo", "prepare_data", "sample", "sft", "torch.distributed.fsdp", "train"])
+
+
+def call(main, argv, rank, world_size, port, folder):
+    """The body of a process of `command`."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = [f"{main.__module__}.py", *argv]
+    runtime.run(main)
+
+
+def command(main, argv, processes=1, timeout=120):
+    """What `python train.py ARGV` does (with main = train.main), or torchrun with so many processes: -> returncode of
+    the first that failed or else 0, stdout and stderr of all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        started = [STARTED.Process(target=call, args=(main, argv, rank, processes, port, folder))
+                   for rank in range(processes)]  # fmt: skip
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the one that imports
+            for process in started:
+                process.start()
+        for process in started:
+            process.join(timeout)
+            process.kill()
+            process.join()
+        out, err = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    return SimpleNamespace(returncode=next((p.exitcode for p in started if p.exitcode), 0), stdout=out, stderr=err)

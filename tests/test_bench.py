@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from helpers import STARTED
 
 import bench
 import runtime
@@ -86,7 +87,13 @@ def test_tokenizer_and_its_peer(tmp_path, capsys):
     assert float(rows[1]["reached"]) == pytest.approx(text.stat().st_size / float(rows[1]["seconds"]), rel=1e-4)
 
 
-def test_data_reports_the_whole_process(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that need not be fresh, and so need not import everything anew."""
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: STARTED)
+
+
+def test_data_reports_the_whole_process(tmp_path, capsys, monkeypatch, forked):
     monkeypatch.setattr(bench.sources, "stdlib_parts", lambda: [])  # the stories alone: reading 400 files is slow
     rows, _ = table(tmp_path, capsys, "data", "--megabytes=1", "--vocab_size=300", "--workers=1")
     assert 100_000 < int(rows[0]["tokens"]) < 1_000_000
@@ -110,7 +117,7 @@ class Dies(str):
         return os._exit, (9,)
 
 
-def test_a_process_that_dies_is_one_line():
+def test_a_process_that_dies_is_one_line(forked):
     with pytest.raises(ValueError, match="a case, ours: its process was killed, for want of memory"):
         bench.in_fresh_process(dataclasses.replace(case(), what=Dies()), "ours")
 

@@ -1,26 +1,24 @@
 """tests/crash.py with a handful of kills: it finds nothing, and it would find something."""
 
 import pathlib
-import subprocess
 import sys
 
+import crash
 import pytest
 import torch
+from helpers import command
 
 import runtime
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 def test_killed_at_random_moments_nothing_is_lost():
-    command = [sys.executable, "tests/crash.py", "--kills=4", "--only=train"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE)
+    done = command(crash.main, ["--kills=4", "--only=train"])
     assert done.returncode == 0 and "tries=4" in done.stdout and "failures=0" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_checks_see_what_they_are_for(tmp_path, monkeypatch):
     """A row lost or doubled, weights of another run, a checkpoint that is older than one before it."""
-    import crash
-
     whole, states = object.__new__(crash.Undisturbed), {"run": dict(step=2)}
     whole.rows, whole.snapshots = [dict(step=str(step)) for step in (1, 2, 3)], pathlib.PurePosixPath("whole")
     tensors, rows = {"run": torch.zeros(2), "whole/2": torch.zeros(2)}, {"run": whole.rows[:2]}

@@ -4,15 +4,12 @@ or padding that take part, answers cut in the middle."""
 
 import dataclasses
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import TUNE, VOLATILE, make_checkpoint, make_set, rows_of
+from helpers import TUNE, VOLATILE, command, make_checkpoint, make_set, rows_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -269,10 +266,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, pairs,
 
 def test_two_processes_equal_one(base, data, tmp_path):
     alone = run(base, data, tmp_path / "one", "--max_steps=4")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dpo.py", *TUNE]
-    command += [f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--max_steps=4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--max_steps=4"]
+    done = command(dpo.main, argv, processes=2)
     assert done.returncode == 0, done.stderr
     names = "loss grad_norm accuracy margin chosen_reward rejected_reward kl val_loss val_accuracy val_chosen_logp"
     for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):

@@ -5,16 +5,13 @@ signal, one answer a group, answers that never end, a reference that drifts, oth
 import contextlib
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import TUNE, VOLATILE, make_checkpoint, make_set, texts
+from helpers import TUNE, VOLATILE, command, make_checkpoint, make_set, texts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -315,10 +312,8 @@ def test_two_processes_equal_one(base, data, tmp_path):
     of the weights."""
     extra = ["--rollout_rows=6", "--kl=0.1", "--eval_every=4", "--save_every=4"]
     alone = run(base, data, tmp_path / "one", *extra)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "grpo.py", *GRPO]
-    command += [f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", *extra, "--shard"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    argv = [*GRPO, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", *extra, "--shard"]
+    done = command(grpo.main, argv, processes=2)
     assert done.returncode == 0, done.stderr
     for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
         for name in ("loss", "grad_norm", "kl", *grpo.COLUMNS):

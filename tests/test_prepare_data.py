@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import command
 
 import prepare_data
 import runtime
@@ -360,14 +361,14 @@ def test_bad_options(tmp_path, vocabulary, monkeypatch, option, message):
 
 
 @pytest.mark.parametrize("arguments", [["latin1.txt"], ["good.jsonl", "--fraction=2"]])
-def test_command_line_exits_2_and_keeps_what_was_there(tmp_path, arguments):
+def test_command_line_exits_2_and_keeps_what_was_there(tmp_path, monkeypatch, arguments):
     write_jsonl(tmp_path / "good.jsonl", documents(300))
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1") * 100_000)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "meta.json").write_text("{}")
     (tmp_path / "out" / "train.bin").write_bytes(b"earlier")
-    command = [sys.executable, str(ROOT / "prepare_data.py"), *arguments, "--out=out", "--overwrite"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    done = command(prepare_data.main, [*arguments, "--out=out", "--overwrite"])
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"earlier" and not (tmp_path / "out.partial").exists()

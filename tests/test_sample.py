@@ -2,13 +2,12 @@
 
 import io
 import itertools
-import subprocess
 import sys
 import types
 
 import pytest
 import torch
-from helpers import TINY, make_data
+from helpers import TINY, command, make_data
 
 import runtime
 import sample
@@ -107,6 +106,5 @@ def test_bad_options_are_named(checkpoint, options, words):
 
 
 def test_no_checkpoint_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "sample.py", str(tmp_path / "nothing")], capture_output=True, text=True,
-                          cwd=runtime.HERE)  # fmt: skip
+    done = command(sample.main, [str(tmp_path / "nothing")])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nothing" in done.stderr

@@ -2,15 +2,12 @@
 way in which users of such stages were hurt: the mask, the end, rows too long or empty, uneven means, resuming."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TUNE, VOLATILE, make_checkpoint, make_set, rows_of
+from helpers import TUNE, VOLATILE, command, make_checkpoint, make_set, rows_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
@@ -261,10 +258,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
 def test_two_processes_equal_one(base, data, tmp_path):
     """Though they hold different numbers of targets."""
     alone = run(base, data, tmp_path / "one", "--eval_answers=6")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sft.py", *TUNE]
-    command += [f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--eval_answers=6"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--eval_answers=6"]
+    done = command(sft.main, argv, processes=2)
     assert done.returncode == 0, done.stderr
     for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
         for name in ("loss", "grad_norm", "val_loss", "val_exact"):

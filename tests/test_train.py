@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, VOLATILE, make_data
+from helpers import TINY, VOLATILE, command, make_data
 from safetensors.torch import load_file
 from transformers import get_wsd_schedule
 
@@ -289,10 +289,10 @@ def test_two_processes_go_on_where_one_was_stopped_and_one_where_they_were(data,
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
         run(data, tmp_path / "two", "--optimizer=muon")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    command += [f"--out_dir={tmp_path / 'two'}", "--resume", "--shard"]
-    command += ["--max_steps=8", "--decay_steps=0", "--keep_best"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE, timeout=300,
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    torchrun += [f"--out_dir={tmp_path / 'two'}", "--resume", "--shard"]
+    torchrun += ["--max_steps=8", "--decay_steps=0", "--keep_best"]
+    done = subprocess.run(torchrun, capture_output=True, text=True, cwd=runtime.HERE, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
     assert_same_weights(weights(tmp_path / "two" / "best"), weights(tmp_path / "two"))
@@ -519,8 +519,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_the_command_line_ends_a_mistake_with_one_line_and_status_2(data, tmp_path):
     """Here: no permission to write, by the one means that stops root too, a file where a folder is wanted."""
     (tmp_path / "file").write_text("in the way")
-    command = [sys.executable, "train.py", *TINY, f"--data={data}", f"--out_dir={tmp_path / 'file' / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE)
+    done = command(train.main, [*TINY, f"--data={data}", f"--out_dir={tmp_path / 'file' / 'run'}"])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr
 
