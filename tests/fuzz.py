@@ -76,6 +76,7 @@ LINES = {str(path): path.read_text(encoding="utf-8").splitlines() for path in ru
 SECONDS = 20  # of a case, on the processor
 PATIENCE = 120  # seconds on the clock
 MEMORY = 1 << 30  # bytes that a process may take beyond what it was forked with
+AT_A_TIME = 1000  # cases of one process: the libraries keep a little of each
 
 
 @dataclass
@@ -829,7 +830,7 @@ def run_part(root, part, count, seed):
     """-> a row of the table."""
     results, failures, start, numbers = collections.Counter(), {}, time.monotonic(), list(range(count))
     while numbers:
-        child, reading = fork(worker(root, part, numbers, seed))
+        child, reading = fork(worker(root, part, numbers[:AT_A_TIME], seed))
         rest, ended = b"", False
         while not ended:
             if not select.select([reading], [], [], PATIENCE)[0]:
