@@ -142,17 +142,18 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions, head_dim, theta):
-    """positions (..., T) integers -> cos, sin (..., T, D / 2) fp32: the angle of dimension d turns by theta^(-2d/D) a
-    token, so a query and a key that have been rotated meet in a product that knows only their distance."""
+    """positions (..., T) integers -> cos, sin (..., T, D) fp32: the angle of dimension d turns by theta^(-2d/D) a token,
+    so a query and a key that have been rotated meet in a product that knows only their distance. Both halves have the
+    same angles; the sines of the first are negative (see rotate)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[..., None].float() * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
     """Rotates x (B, heads, T, D): dimension d is paired with d + D/2 (the half-split convention of Llama)."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,17 +264,17 @@ def lifetimes(order, window):
     return end.scatter_(-1, order[..., window:], torch.maximum(base, order[..., window:]))
 
 
-def chunks(end, first, window):
+def chunks(end, first, window, dtype):
     """Cuts the queries `first` .. S, whose keys have the ends `end` (R, S), into chunks of c. Yields the queries as a
     slice counted from `first`, the keys they may see (R, n + c) as rows of an (R S, D) matrix, and the mask
-    (R, 1, c, n + c) to add to the logits.
+    (R, 1, c, n + c) to add to the logits, which the next chunk may write over.
 
     Those keys are the n <= W alive at the chunk's start and its own c. A new key pushes out at most one, so at most c
     of the old leave within the chunk: put in order of their ends, those are the last c, and stand beside the new ones.
-    Only these 2 c columns need to be compared.
+    Only these 2 c columns need to be compared; in the mask the others stay 0.
     """
     R, S = end.shape
-    kept = torch.arange(first, device=end.device).expand(R, first)
+    kept, mask = torch.arange(first, device=end.device).expand(R, first), end.new_zeros(0, dtype=dtype)
     offset = torch.arange(0, R * S, S, device=end.device)[:, None]
     for start in range(first, S, CHUNK):
         new = torch.arange(start, min(start + CHUNK, S), device=end.device)
@@ -281,7 +282,9 @@ def chunks(end, first, window):
         kept = torch.cat((kept, new.expand(R, -1)), dim=-1)
         risk = kept[:, None, -2 * len(new) :]  # (R, 1, 2c), against the queries (c, 1)
         visible = (risk <= new[:, None]) & (new[:, None] < end.gather(-1, risk[:, 0])[:, None])
-        mask = F.pad(torch.where(visible, 0.0, -math.inf), (kept.shape[1] - risk.shape[2], 0))[:, None]
+        if mask.shape != (R, 1, len(new), kept.shape[1]):
+            mask = end.new_zeros(R, 1, len(new), kept.shape[1], dtype=dtype)
+        mask[:, 0, :, -risk.shape[2] :] = torch.where(visible, 0.0, -math.inf)
         yield slice(start - first, start - first + len(new)), kept + offset, mask
 
 
@@ -297,9 +300,9 @@ class ChunkedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, end, window):
         out = torch.empty_like(q)
         logsumexp = torch.empty_like(q[..., 0], dtype=torch.promote_types(q.dtype, torch.float32))
-        for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], window):
+        for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], window, q.dtype):
             picked = (F.embedding(rows, x)[:, None] for x in (k, v))  # whole rows, where gather goes number by number
-            out[:, :, piece], logsumexp[:, :, piece] = attend_keeping(q[:, :, piece], *picked, mask.to(q.dtype))
+            out[:, :, piece], logsumexp[:, :, piece] = attend_keeping(q[:, :, piece], *picked, mask)
         ctx.save_for_backward(q, k, v, end, out, logsumexp)
         ctx.window = window
         return out
@@ -310,10 +313,10 @@ class ChunkedAttention(torch.autograd.Function):
         q, k, v, end, out, logsumexp = ctx.saved_tensors
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], ctx.window):
+        for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], ctx.window, q.dtype):
             picked = (F.embedding(rows, x)[:, None] for x in (k, v))
             dy, x, *kept = (x[:, :, piece] for x in (dout, q, out, logsumexp))
-            dq[:, :, piece], *parts = attend_gradients(dy, x, *picked, mask.to(q.dtype), *kept)
+            dq[:, :, piece], *parts = attend_gradients(dy, x, *picked, mask, *kept)
             for total, part in zip((dk, dv), parts, strict=True):
                 total.index_add_(0, rows.flatten(), part.flatten(0, 2).to(total.dtype))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
