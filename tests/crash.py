@@ -453,7 +453,7 @@ def parts(root, options):
         return lambda: killed(train.main, [*pretrain, *extra], root / name, options, **more)
 
     def compiled():
-        row = train_killed("compiled", "--compile=on", "--optimizer=muon", kills=max(1, options.kills // 10))()
+        row = train_killed("compiled", "--compile=on", *MOE, kills=max(1, options.kills // 10))()
         eager = not (root / "compiled" / "whole.txt").read_text().count("; torch.compile\n")
         return row | dict(failures=row["failures"] + eager, note=row["note"] + "; it did not compile" * eager)
 
