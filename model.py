@@ -142,9 +142,9 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions, head_dim, theta):
-    """positions (..., T) integers -> cos, sin (..., T, D) fp32: the angle of dimension d turns by theta^(-2d/D) a token,
-    so a query and a key that have been rotated meet in a product that knows only their distance. Both halves have the
-    same angles; the sines of the first are negative (see rotate)."""
+    """positions (..., T) integers -> cos, sin (..., T, D) fp32: the angle of dimension d turns by theta^(-2d/D) a
+    token, so a query and a key that have been rotated meet in a product that knows only their distance. Both halves
+    have the same angles; the sines of the first are negative (see rotate)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[..., None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()

@@ -90,7 +90,7 @@ def make_set(folder, checkpoint, kind="chat", count=120, rows=None, **options):
 
 # Starting Python and torch takes seconds: processes are forked from one that has imported everything (not on Windows).
 STARTED = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-STARTED.set_forkserver_preload(["crash", "dpo", "grpo", "prepare_data", "sample", "sft", "torch.distributed.fsdp", "train"])
+STARTED.set_forkserver_preload("crash dpo grpo prepare_data sample sft train torch.distributed.fsdp".split())
 
 
 def call(main, argv, rank, world_size, port, folder):
