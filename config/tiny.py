@@ -1,5 +1,5 @@
-"""A Doge for a laptop's processor: some six minutes on two cores, on the built-in stories. NOTES.md says what else was
-tried in its place."""
+"""A Doge for a laptop's processor: five and a half minutes on two cores, on the built-in stories. NOTES.md says what
+else was tried in its place."""
 
 data = "data/stories"  # or any other: the run goes to out/ and the name of its data
 
