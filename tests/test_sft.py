@@ -255,13 +255,14 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
         train.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
 
 
-def test_two_processes_equal_one(base, data, tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_equal_one(base, data, tmp_path, count):
     """Though they hold different numbers of targets."""
     alone = run(base, data, tmp_path / "one", "--eval_answers=6")
-    argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--eval_answers=6"]
-    done = command(sft.main, argv, processes=2)
+    argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'several'}", "--eval_answers=6"]
+    done = command(sft.main, argv, processes=count)
     assert done.returncode == 0, done.stderr
-    for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
+    for a, b in zip(alone, runtime.read_log(tmp_path / "several" / "log.csv"), strict=True):
         for name in ("loss", "grad_norm", "val_loss", "val_exact"):
             assert a[name] == b[name] == "" or float(a[name]) == pytest.approx(float(b[name]), abs=2e-5), name
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]

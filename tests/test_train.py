@@ -286,7 +286,7 @@ def test_accumulation_does_not_change_the_step(data, tmp_path):
 
 def test_two_processes_go_on_where_one_was_stopped_and_one_where_they_were(data, tmp_path, monkeypatch):
     """On the same rows in the same order, so the losses are those of one; the two divide the weights between them.
-    (Two from the start, each with all weights: tests/test_sft.py; kills, and four: tests/crash.py.)"""
+    (Two and four from the start, each with all weights: tests/test_sft.py; kills: tests/crash.py.)"""
     alone = run(data, tmp_path / "one", "--optimizer=muon")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
