@@ -143,12 +143,11 @@ class RMSNorm(nn.Module):
 
 def rotary_table(positions, head_dim, theta):
     """positions (..., T) integers -> cos, sin (..., T, D) fp32: the angle of dimension d turns by theta^(-2d/D) a
-    token, so a query and a key that have been rotated meet in a product that knows only their distance. Both halves
-    have the same angles; the sines of the first are negative (see rotate)."""
+    token, so a query and a key that have been rotated meet in a product that knows only their distance. The two halves
+    have the same angles, the first one backwards, which gives its sines the sign that `rotate` wants."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[..., None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    angles = positions[..., None].float() * torch.cat((-frequencies, frequencies))
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
