@@ -157,7 +157,7 @@ def read_config(path):
         raise ValueError(f"there is no config file {str(path)!r} (options are written --name=value)")
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path}: not a file of assignments ({error})") from None
     values = {}
     for node in tree.body:
