@@ -151,7 +151,8 @@ def rotary_table(positions, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """Rotates x (B, heads, T, D): dimension d is paired with d + D/2 (the half-split convention of Llama)."""
+    """Rotates x (B, heads, T, D) by the cos, sin (T, D) of rotary_table: dimension d is paired with d + D/2 (the
+    half-split convention of Llama), which a roll by D/2 puts in its place."""
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
@@ -266,7 +267,7 @@ def lifetimes(order, window):
 def chunks(end, first, window, dtype):
     """Cuts the queries `first` .. S, whose keys have the ends `end` (R, S), into chunks of c. Yields the queries as a
     slice counted from `first`, the keys they may see (R, n + c) as rows of an (R S, D) matrix, and the mask
-    (R, 1, c, n + c) to add to the logits, which the next chunk may write over.
+    (R, 1, c, n + c) of `dtype` to add to the logits, which the next chunk may write over.
 
     Those keys are the n <= W alive at the chunk's start and its own c. A new key pushes out at most one, so at most c
     of the old leave within the chunk: put in order of their ends, those are the last c, and stand beside the new ones.
