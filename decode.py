@@ -13,7 +13,8 @@ Python and torch need to launch it. So here the projections that share an input 
 torch.compile turns several layers at a time into one C++ function. That needs a C++ compiler, and half a minute or more
 for every length of cache, which are few (see room); torch keeps what it compiled on disk. One row against one matrix
 is then written as multiply and sum, a plain loop that the compiler vectorises, and which reads bfloat16 and int8 as
-easily as float32.
+easily as float32. What Python hands to the compiled function it checks at every call, tensor by tensor, so the weights
+of these layers are one tensor of each kind.
 
     decoder = Decoder(model, torch.int8, compile=True)
     for token in model.stream(prompt, 100, decoder=decoder): ...
@@ -32,26 +33,27 @@ import torch.nn.functional as F
 from model import CDMoE, key_scores, recall, remember, rotary_table, rotate
 
 LAYERS_AT_A_TIME = 8  # compiled as one function: 8 fit a 20M model whole; more layers call it again, compiled once
+FEW_SLOTS = 512  # a compiled step reads as many of the cache by loops of its own; beyond them products are faster
 
 
 class Weight(NamedTuple):
-    """A matrix that maps a row of `size` inputs to outputs: fp32 (in, out), bf16 (out, in), or int8 (out, in) with the
-    scale (out,) of every output. Read row by row, (in, out) is what a processor's BLAS is fastest with."""
+    """A matrix, or n of them, that map a row of inputs to outputs: fp32 (in, out), bf16 (out, in), or int8 (out, in)
+    with the scale (out,) of every output. Read row by row, (in, out) is what a processor's BLAS is fastest with."""
 
     values: torch.Tensor
     scale: torch.Tensor | None = None
 
 
 def pack(weight, dtype):
-    """weight (out, in) -> Weight. Raises ValueError for another dtype than float32, bfloat16, int8."""
+    """weight (out, in) or (n, out, in) -> Weight. Raises ValueError for another dtype than float32, bfloat16, int8."""
     weight = weight.detach().float()
     if dtype == torch.float32:
-        return Weight(weight.T.contiguous())
+        return Weight(weight.mT.contiguous())
     if dtype == torch.bfloat16:
         return Weight(weight.to(dtype).contiguous())
     if dtype == torch.int8:
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # an all-zero row stays zero
-        return Weight((weight / scale[:, None]).round().to(torch.int8), scale)
+        scale = weight.abs().amax(dim=-1).clamp(min=1e-12) / 127  # an all-zero row stays zero
+        return Weight((weight / scale[..., None]).round().to(torch.int8), scale)
     raise ValueError(f"dtype={dtype} must be float32, bfloat16 or int8")
 
 
@@ -71,55 +73,100 @@ def product(x, weight):
 
 
 def materialise(x):
-    """Tells the compiler to store x, which every output needs, instead of computing it anew for each."""
+    """Tells the compiler to store x, which a whole loop needs, instead of computing it anew in each of its rounds."""
     return x.as_strided(x.shape, x.stride())
 
 
+class Layers(NamedTuple):
+    """The weights of n blocks of model.py. vectors (n, all together) fp32 holds the small ones of a block, one after
+    another, of these `sizes`; projections are Weights of n matrices, those of the same input joined; experts are the
+    CDMoE of each block, or None: of their tables a token reads only a few rows, so they stay as they are."""
+
+    vectors: torch.Tensor
+    sizes: list[int]
+    projections: list[Weight]
+    experts: list[CDMoE | None]
+
+
 @torch.no_grad()
-def layer_weights(block, dtype):
-    """The weights of a block of model.py as one tuple, projections of the same input joined."""
-    attention, mlp = block.self_attn, block.mlp
-    join = lambda *layers: pack(torch.cat([layer.weight for layer in layers]), dtype)  # noqa: E731
-    small = block.input_layernorm, attention.q_norm, attention.k_norm, attention.dt_proj, block.post_attention_layernorm
-    return (
-        [module.weight.float() if hasattr(module, "weight") else None for module in small],  # q/k norm may be missing
-        [x.float() for x in (attention.A, block.input_residual, block.post_attention_residual)],
-        join(attention.q_proj, attention.k_proj, attention.v_proj),
-        join(attention.o_proj),
-        join(mlp.gate_proj, mlp.up_proj),
-        join(mlp.down_proj),
-        mlp if isinstance(mlp, CDMoE) else None,  # of the experts' tables only a few rows are read: left as they are
+def stack(blocks, dtype):
+    """Blocks of model.py -> Layers."""
+
+    def small(block):  # layer_step takes them apart in this order
+        attention = block.self_attn
+        modules = block.input_layernorm, attention.q_norm, attention.k_norm, attention.dt_proj
+        weights = [getattr(m, "weight", attention.A[:0]) for m in (*modules, block.post_attention_layernorm)]
+        weights += [attention.A, block.input_residual, block.post_attention_residual]
+        return [weight.float().flatten() for weight in weights]  # q_norm and k_norm may be missing: then of size 0
+
+    def join(*names):
+        joined = [torch.cat([block.get_submodule(name).weight for name in names]) for block in blocks]
+        return pack(torch.stack(joined), dtype)
+
+    return Layers(
+        torch.stack([torch.cat(small(block)) for block in blocks]),
+        [len(vector) for vector in small(blocks[0])],
+        [
+            join("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            join("self_attn.o_proj"),
+            join("mlp.gate_proj", "mlp.up_proj"),
+            join("mlp.down_proj"),
+        ],
+        [block.mlp if isinstance(block.mlp, CDMoE) else None for block in blocks],
     )
 
 
+def unstack(layers):
+    """Layers -> for each block its vectors, its projections and its experts. All are views, nothing is copied."""
+    for i, experts in enumerate(layers.experts):
+        projections = [Weight(values[i], None if scale is None else scale[i]) for values, scale in layers.projections]
+        yield layers.vectors[i].split(layers.sizes), projections, experts
+
+
 def norm(x, weight, eps):
-    return x if weight is None else F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps) if len(weight) else x
 
 
-def layer_step(x, rotary, length, evicts, slots, weights, sizes):
+def attend(slots, q):
+    """What the queries (B, H, 1, D) fp32 find in the slots of a layer: (B, H D) fp32."""
+    slot_k, slot_v, slot_s, _ = slots
+    (B, H, _, D), (K, N) = q.shape, slot_s.shape[1:]
+    if not torch.compiler.is_compiling() or B > 1 or q.device.type != "cpu" or N > FEW_SLOTS + 1:
+        return recall(slot_k, slot_v, slot_s, q.to(slot_k.dtype)).float().view(B, -1)
+    q = materialise((q * D**-0.5).view(B, K, H // K, 1, D))
+    p = materialise(((q * slot_k[:, :, None]).sum(-1) + slot_s[:, :, None]).softmax(-1))
+    return (p[..., None] * slot_v[:, :, None]).sum(-2).view(B, -1)
+
+
+def layer_step(x, rotary, length, evicts, slots, weights, shape):
     """One block for one token a row: x (B, C) -> (B, C). Computes what Block of model.py computes."""
-    (H, K, D), eps = sizes
-    norms, (A, input_residual, post_attention_residual), qkv, out, gate_up, down, experts = weights
+    (norm1, q_norm, k_norm, dt_proj, norm2, A, residual1, residual2), (qkv, out, gate_up, down), experts = weights
+    (H, K, D), eps = shape
     B = len(x)
-    q, k, v = product(norm(x, norms[0], eps), qkv).split((H * D, K * D, K * D), dim=-1)
-    s = key_scores(A, F.linear(v, norms[3]))[..., None]  # (B, K, 1)
-    q = rotate(norm(q.view(B, H, 1, D), norms[1], eps), *rotary)
-    k = rotate(norm(k.view(B, K, 1, D), norms[2], eps), *rotary)
+    q, k, v = product(norm(x, norm1, eps), qkv).split((H * D, K * D, K * D), dim=-1)
+    s = key_scores(A, F.linear(v, dt_proj.view(K, -1)))[..., None]  # (B, K, 1)
+    q = rotate(norm(q.view(B, H, 1, D), q_norm, eps), *rotary)
+    k = rotate(norm(k.view(B, K, 1, D), k_norm, eps), *rotary)
     remember(*slots, length, evicts, k, v.view(B, K, 1, D), s)
-    x = input_residual * x + product(recall(*slots[:3], q.to(slots[0].dtype)).float().view(B, -1), out)
-    h = norm(x, norms[4], eps)
+    x = residual1 * x + product(attend(slots, q), out)
+    h = norm(x, norm2, eps)
     gate, up = product(h, gate_up).chunk(2, dim=-1)
     y = product(F.silu(gate) * up, down)
     if experts is not None:
         y = y + experts.routed(h[:, None].to(experts.up_embed.weight.dtype))[0][:, 0].float()
-    return post_attention_residual * x + y
+    return residual2 * x + y
 
 
-def layers_step(x, rotary, length, evicts, slots, weights, sizes, head=None):
-    """Several blocks one after another; with `head`, the last norm's weight and the output matrix, then the logits."""
-    for layer_slots, layer in zip(slots, weights, strict=True):
-        x = layer_step(x, rotary, length, evicts, layer_slots, layer, sizes)
-    return x if head is None else product(norm(x, head[0], sizes[1]), head[1])
+def layers_step(x, state, slots, layers, shape, embedding=None, head=None):
+    """Several blocks one after another. With `embedding` (V, C) x is not the running state (B, C) but tokens (B,); with
+    `head`, the last norm's weight and the output matrix, what comes back is the logits."""
+    length, frequencies, evicts = state
+    x = x if embedding is None else F.embedding(x, embedding).float()
+    rotary = rotary_table(length[:, None, None], frequencies)
+    layers = unstack(layers) if isinstance(layers, Layers) else layers
+    for layer_slots, weights in zip(slots, layers, strict=True):
+        x = layer_step(x, rotary, length, evicts, layer_slots, weights, shape)
+    return x if head is None else product(norm(x, head[0], shape[1]), head[1])
 
 
 class Decoder:
@@ -129,15 +176,17 @@ class Decoder:
     """
 
     def __init__(self, model, dtype=torch.float32, compile=False):
-        config = model.config
-        self.config, self.embedding = config, model.embed_tokens
-        self.layers = [layer_weights(block, dtype) for block in model.layers]
+        config, blocks = model.config, model.layers
+        self.shape = (config.num_attention_heads, config.num_key_value_heads, config.head_dim), config.rms_norm_eps
+        self.embedding = model.embed_tokens.weight.detach()
+        self.layers = [stack(blocks[i : i + LAYERS_AT_A_TIME], dtype) for i in range(0, len(blocks), LAYERS_AT_A_TIME)]
         self.head = model.norm.weight.detach().float(), pack(model.output_weight, dtype)
-        self.sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim), config.rms_norm_eps
-        self.compiled = compile
+        self.compiled, self.layers_step = compile, layers_step
         if compile:  # a form for each length of cache (see room), dtype and model; torch gives up after 8
             torch._dynamo.config.recompile_limit = 64
-        self.layers_step = torch.compile(layers_step, dynamic=False, fullgraph=True) if compile else layers_step
+            self.layers_step = torch.compile(layers_step, dynamic=False, fullgraph=True)
+        else:  # taken apart once and for all
+            self.layers = [list(unstack(layers)) for layers in self.layers]
 
     def room(self, length):
         """How long a cache to make for a text of `length`: compiled code is made for one length, so few are used."""
@@ -145,12 +194,10 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, token, cache):
-        x = self.embedding(token).float()
-        rotary = rotary_table(cache.length[:, None, None], self.config.head_dim, cache.rope_base)
-        for i in range(0, len(self.layers), LAYERS_AT_A_TIME):
-            j = min(i + LAYERS_AT_A_TIME, len(self.layers))
-            head = self.head if j == len(self.layers) else None
-            state = cache.length, cache.evicts, cache.layers[i:j]
-            x = self.layers_step(x, rotary, *state, self.layers[i:j], self.sizes, head)
+        x, state = token, (cache.length, cache.frequencies, cache.evicts)
+        for i, layers in enumerate(self.layers):
+            slots = cache.layers[i * LAYERS_AT_A_TIME : (i + 1) * LAYERS_AT_A_TIME]
+            ends = None if i else self.embedding, self.head if i == len(self.layers) - 1 else None
+            x = self.layers_step(x, state, slots, layers, self.shape, *ends)
         cache.length += 1
         return x

@@ -261,7 +261,7 @@ def fork(model, cache, rows, room):
             fresh[:, :, : old.shape[2] - 1] = old[rows, :, :-1]  # all but the spare slot, which holds nothing
         _, _, s, when = new_slots
         when[s == NEVER] = -1  # padding of a batch whose longest row may not be here
-    new.length, new.rope_base = cache.length[rows], cache.rope_base  # which its keys were turned by
+    new.length, new.frequencies = cache.length[rows], cache.frequencies  # which its keys were turned by
     return new
 
 

@@ -141,12 +141,17 @@ class RMSNorm(nn.Module):
 # Position: rotary embedding (Su et al. 2021)
 
 
-def rotary_table(positions, head_dim, theta):
-    """positions (..., T) integers -> cos, sin (..., T, D) fp32: the angle of dimension d turns by theta^(-2d/D) a
-    token, so a query and a key that have been rotated meet in a product that knows only their distance. The two halves
-    have the same angles, the first one backwards, which gives its sines the sign that `rotate` wants."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[..., None].float() * torch.cat((-frequencies, frequencies))
+def rotary_frequencies(head_dim, theta, device=None):
+    """-> (D,) fp32: how far each dimension turns a token, theta^(-2d/D) for d < D/2. The two halves turn alike, the
+    first one backwards, which gives its sines the sign that `rotate` wants."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    return torch.cat((-frequencies, frequencies))
+
+
+def rotary_table(positions, frequencies):
+    """positions (..., T) integers, frequencies (D,) -> cos, sin (..., T, D) fp32 of the angles. A query and a key that
+    have been rotated meet in a product that knows only their distance."""
+    angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -359,14 +364,16 @@ class Cache:
     token to token, nothing is allocated, and rows of a batch may stand at different positions.
 
     layers: for each one k, v (B, K, N, D), s (B, K, N) fp32, NEVER where a slot holds no key, and when (B, K, N), the
-    positions, which break ties. length (B,): tokens read so far, whether or not their keys were kept. rope_base: of a
-    text of max_length tokens (see DogeConfig.rope_base).
+    positions, which break ties. length (B,): tokens read so far, whether or not their keys were kept. frequencies (D,):
+    of the rotary embedding in a text of max_length tokens (see DogeConfig.rope_base). With `room` the cache has the
+    shape of one for longer texts.
     """
 
-    def __init__(self, config, batch_size, max_length, device=None, dtype=None):
-        self.window, self.rope_base = config.keep_window_size, config.rope_base(max_length)
-        self.evicts = max_length > self.window  # else no key ever has to leave
-        shape = batch_size, config.num_key_value_heads, min(self.window, max_length) + 1
+    def __init__(self, config, batch_size, max_length, device=None, dtype=None, room=None):
+        room, self.window = room or max_length, config.keep_window_size
+        self.frequencies = rotary_frequencies(config.head_dim, config.rope_base(max_length), device)
+        self.evicts = room > self.window  # else no key ever has to leave
+        shape = batch_size, config.num_key_value_heads, min(self.window, room) + 1
         self.layers = [
             (torch.zeros(*shape, config.head_dim, device=device, dtype=dtype),
              torch.zeros(*shape, config.head_dim, device=device, dtype=dtype),
@@ -661,8 +668,9 @@ class Doge(nn.Module):
         steps = torch.arange(T, device=tokens.device)
         padding = None if lengths is None else steps >= lengths[:, None]  # (B, T)
         positions = steps if cache is None else (cache.length[:, None] + steps)[:, None]  # (T,) or (B, 1, T)
-        base = self.config.rope_base(T) if cache is None else cache.rope_base
-        rotary = rotary_table(positions, self.config.head_dim, base)
+        if cache is None:
+            frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_base(T), tokens.device)
+        rotary = rotary_table(positions, frequencies if cache is None else cache.frequencies)
         x, balance = self.embed_tokens(tokens), 0.0
         for layer, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -725,9 +733,8 @@ class Doge(nn.Module):
         if T == 0 or (lengths is not None and int(lengths.min()) < 1):
             raise ValueError("the prompt is empty: generation needs at least one token, for example the BOS token")
         real = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
-        room = T + max_new_tokens if decoder is None else decoder.room(T + max_new_tokens)
-        cache = Cache(self.config, B, room, tokens.device, dtype or self.embed_tokens.weight.dtype)
-        cache.rope_base = self.config.rope_base(T + max_new_tokens)  # the room may be larger than the text can become
+        length, dtype = T + max_new_tokens, dtype or self.embed_tokens.weight.dtype
+        cache = Cache(self.config, B, length, tokens.device, dtype, decoder.room(length) if decoder else length)
         logits = self.read(tokens, real, cache)
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=tokens.device)
         if repetition_penalty != 1.0:
