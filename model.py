@@ -38,6 +38,7 @@ Shapes: B batch, T queries, S keys, H attention heads, K key/value heads, G = H 
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -452,9 +453,10 @@ class DynamicMaskAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rotary, padding=None, cache=None, layer=None):
-        """x (B, T, C), rotary = (cos, sin) -> (B, T, C). padding (B, T) is True where a row has no token."""
-        B, T, C = x.shape
+    def project(self, x, rotary, padding=None):
+        """x (B, T, C), rotary = (cos, sin) -> q (B, H, T, D), k and v (B, K, T, D), s (B, K, T). padding (B, T) is True
+        where a row has no token."""
+        B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
         values = self.v_proj(x)  # (B, T, K D)
@@ -463,8 +465,11 @@ class DynamicMaskAttention(nn.Module):
         s = key_scores(self.A, self.dt_proj(values)).transpose(1, 2)  # (B, K, T)
         if padding is not None:
             s = s.masked_fill(padding[:, None], NEVER)
-        out = dynamic_mask_attention(q, k, v, s, self.window)[0] if cache is None else cache.attend(layer, q, k, v, s)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, C))
+        return q, k, v, s
+
+    def forward(self, q, k, v, s, cache=None, layer=None):
+        """What `project` returns -> what the queries find, (B, H, T, D)."""
+        return dynamic_mask_attention(q, k, v, s, self.window)[0] if cache is None else cache.attend(layer, q, k, v, s)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,10 +617,26 @@ class Block(nn.Module):
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, x, rotary, padding=None, cache=None, layer=None):
-        """x (B, T, C) -> (B, T, C) and the load-balance value of its MLP."""
-        x = self.input_residual * x + self.self_attn(self.input_layernorm(x), rotary, padding, cache, layer)
+        """x (B, T, C) -> (B, T, C) and the load-balance value of its MLP.
+
+        In rows beyond the window attention is most of the work, and all the rest most of the memory that the backward
+        pass waits for. So there the rest is computed again (Chen et al. 2016, arXiv 1604.06174)."""
+        recompute = torch.is_grad_enabled() and x.shape[1] > self.self_attn.window
+        run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if recompute else call
+        q, k, v, s = run(self.before_attention, x, rotary, padding)
+        return run(self.after_attention, x, self.self_attn(q, k, v, s, cache, layer))
+
+    def before_attention(self, x, rotary, padding):
+        return self.self_attn.project(self.input_layernorm(x), rotary, padding)
+
+    def after_attention(self, x, out):
+        x = self.input_residual * x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
         out, balance = self.mlp(self.post_attention_layernorm(x))
         return self.post_attention_residual * x + out, balance
+
+
+def call(function, *inputs):
+    return function(*inputs)
 
 
 class Doge(nn.Module):

@@ -232,6 +232,22 @@ def test_work_and_memory_grow_with_the_length_and_not_with_its_square(monkeypatc
         assert all(y < 2.2 * x for x, y in zip(a, b, strict=True)), counts
 
 
+@pytest.mark.parametrize("window, least, most", [(256, 3, 8), (2048, 15, 25)])
+def test_beyond_the_window_only_attention_is_held_for_the_backward_pass(window, least, most):
+    """In numbers a token, dimension and layer; the rest, which is made again, begins with x, one more."""
+    model, held = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=window)))), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def hold(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
+        x, _ = model.hidden(torch.randint(0, 97, (1, 2048)))
+    assert least < sum(held.values()) / (4 * 2048 * 64 * 2) < most
+
+
 @pytest.mark.parametrize("how", ["checkpoint", "compile"])
 def test_beyond_the_window_recomputed_or_compiled_changes_no_gradient(how):
     model, tokens = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=9)))), torch.randint(0, 97, (2, 20))
