@@ -261,10 +261,10 @@ def lifetimes(order, window):
     for half in [2**bit for bit in reversed(range((S - 1).bit_length()))] if S > window else []:
         lower = walk & half == 0
         before = F.pad(lower.cumsum(-1), (1, 0))  # lower ones ahead of a place; a range of 2 half has half of them
-        below = before.gather(-1, base + count) - base // 2
+        below = before.gather(-1, base + count) - (base >> 1)
         up = below < rank
         base, rank, count = base + up * half, rank - up * below, torch.where(up, count - below, below)
-        start = place // (2 * half) * half  # lower ones ahead of the range that a place is in
+        start = (place & -2 * half) >> 1  # lower ones ahead of the range that a place is in
         target = torch.where(lower, start + before[..., :-1], start + half + place - before[..., :-1])
         walk = torch.empty_like(walk).scatter_(-1, target, walk)
     return end.scatter_(-1, order[..., window:], torch.maximum(base, order[..., window:]))
@@ -392,24 +392,29 @@ class Cache:
         return recall(*self.layers[layer][:3], q)
 
     def extend(self, slot_k, slot_v, slot_s, slot_when, q, k, v, s):
-        T, D = k.shape[2:]
-        when = self.length[:, None, None] + torch.arange(T, device=k.device).expand(s.shape)
+        when = self.length[:, None, None] + torch.arange(k.shape[2], device=k.device).expand(s.shape)
         held = int(self.length.max())
         if held:  # put what is in the slots before the new keys, in order of position
             order = slot_when.argsort(dim=-1)[..., -min(held, self.window + 1) :]
-            rows = order[..., None].expand(-1, -1, -1, D)
-            k = torch.cat((slot_k.gather(2, rows), k.to(slot_k.dtype)), dim=2)
-            v = torch.cat((slot_v.gather(2, rows), v.to(slot_v.dtype)), dim=2)
+            k = torch.cat((pick(slot_k, order), k.to(slot_k.dtype)), dim=2)
+            v = torch.cat((pick(slot_v, order), v.to(slot_v.dtype)), dim=2)
             s = torch.cat((slot_s.gather(2, order), s), dim=2)
             when = torch.cat((slot_when.gather(2, order), when), dim=2)
         out, kept = dynamic_mask_attention(q, k, v, s, self.window)
         # Keys before padding: then a row that is not full has its keys in the slots 0, 1, 2 ...
         kept = kept.gather(-1, (s.gather(-1, kept) == NEVER).byte().argsort(dim=-1, stable=True))
-        n, rows = kept.shape[-1], kept[..., None].expand(-1, -1, -1, D)
-        slot_k[:, :, :n], slot_v[:, :, :n] = k.gather(2, rows), v.gather(2, rows)
+        n = kept.shape[-1]
+        slot_k[:, :, :n], slot_v[:, :, :n] = pick(k, kept), pick(v, kept)
         slot_s[:, :, :n], slot_when[:, :, :n] = s.gather(2, kept), when.gather(2, kept)
         slot_s[:, :, n:], slot_when[:, :, n:] = NEVER, -1
         return out
+
+
+def pick(x, index):
+    """x (B, K, S, D), index (B, K, n) -> (B, K, n, D). Copies whole rows, where gather goes number by number."""
+    B, K, S, D = x.shape
+    rows = index + torch.arange(0, B * K * S, S, device=x.device).view(B, K, 1)
+    return F.embedding(rows, x.reshape(-1, D))
 
 
 def remember(slot_k, slot_v, slot_s, slot_when, length, evicts, k, v, s):
