@@ -284,13 +284,16 @@ def chunks(end, first, window, dtype):
     offset = torch.arange(0, R * S, S, device=end.device)[:, None]
     for start in range(first, S, CHUNK):
         new = torch.arange(start, min(start + CHUNK, S), device=end.device)
+        query = (new - start)[:, None].float()  # counted from the start, so that float32 is exact
         kept = kept.gather(-1, end.gather(-1, kept).sort(dim=-1, descending=True).indices[:, :window])
         kept = torch.cat((kept, new.expand(R, -1)), dim=-1)
-        risk = kept[:, None, -2 * len(new) :]  # (R, 1, 2c), against the queries (c, 1)
-        visible = (risk <= new[:, None]) & (new[:, None] < end.gather(-1, risk[:, 0])[:, None])
+        risk = kept[:, -2 * len(new) :]  # (R, 2c), against the queries (c, 1)
+        comes = (risk - start).clamp(min=0)[:, None, None].float()
+        leaves = (end.gather(-1, risk) - start).clamp(max=len(new))[:, None, None].float()
+        inside = torch.minimum(query + 1 - comes, leaves - query)  # above 0 while a key is there
         if mask.shape != (R, 1, len(new), kept.shape[1]):
             mask = end.new_zeros(R, 1, len(new), kept.shape[1], dtype=dtype)
-        mask[:, 0, :, -risk.shape[2] :] = torch.where(visible, 0.0, -math.inf)
+        mask[..., -risk.shape[1] :] = F.threshold(inside, 0.0, -math.inf).clamp_(max=0.0)  # faster than comparisons
         yield slice(start - first, start - first + len(new)), kept + offset, mask
 
 
