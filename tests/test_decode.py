@@ -53,9 +53,8 @@ def distinct(count, length):
 def test_one_token_at_a_time_equals_one_full_pass(monkeypatch, compile, changes):
     needs_compiler(compile)
     monkeypatch.setattr(decode, "LAYERS_AT_A_TIME", 1)  # the head comes with the last
-    monkeypatch.setattr(decode, "FEW_SLOTS", 0 if changes == MOE else 512)  # both ways to read the cache are compiled
     model = make_model(num_hidden_layers=1 if compile else 2, **changes)
-    tokens = distinct(1 if changes == MOE else 2, 40)
+    tokens = distinct(1 if changes == MOE else 2, 40)  # one row, compiled, reads the cache by loops of its own
     with torch.no_grad():
         expected = model(tokens)[0][:, 5:]
     decoder = Decoder(model, compile=compile)
