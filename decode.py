@@ -124,6 +124,7 @@ def unstack(layers):
 
 
 def norm(x, weight, eps):
+    """RMSNorm of x over its last dimension; x itself where the model has no such norm, and weight is empty."""
     return F.rms_norm(x, x.shape[-1:], weight, eps) if len(weight) else x
 
 

@@ -635,9 +635,11 @@ class Block(nn.Module):
         return run(self.after_attention, x, self.self_attn(q, k, v, s, cache, layer))
 
     def before_attention(self, x, rotary, padding):
+        """x (B, T, C) -> q, k, v, s, see DynamicMaskAttention.project."""
         return self.self_attn.project(self.input_layernorm(x), rotary, padding)
 
     def after_attention(self, x, out):
+        """x (B, T, C) and what attention found for it (B, H, T, D) -> what forward returns."""
         x = self.input_residual * x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
         out, balance = self.mlp(self.post_attention_layernorm(x))
         return self.post_attention_residual * x + out, balance
