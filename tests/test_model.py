@@ -248,14 +248,25 @@ def test_beyond_the_window_only_attention_is_held_for_the_backward_pass(window, 
     assert least < sum(held.values()) / (4 * 2048 * 64 * 2) < most
 
 
-@pytest.mark.parametrize("how", ["checkpoint", "compile"])
-def test_beyond_the_window_recomputed_or_compiled_changes_no_gradient(how):
+@pytest.mark.parametrize("how", ["checkpoint", "compile", "stretches"])
+def test_beyond_the_window_recomputed_or_compiled_changes_no_gradient(how, monkeypatch):
     model, tokens = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=9)))), torch.randint(0, 97, (2, 20))
     expected = torch.autograd.grad(model(tokens, tokens)[1], list(model.parameters()))
+    monkeypatch.setattr(m, "STRETCH", 8 if how == "stretches" else m.STRETCH)
     model.gradient_checkpointing = how == "checkpoint"
     run = torch.compile(model, backend="eager") if how == "compile" else model
     for a, b in zip(torch.autograd.grad(run(tokens, tokens)[1], list(model.parameters())), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("is_moe", [False, True])
+def test_padded_rows_in_stretches_are_those_without_a_gradient(is_moe, monkeypatch):
+    monkeypatch.setattr(m, "STRETCH", 8)
+    model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=9, is_moe=is_moe))))
+    batch = torch.randint(0, 97, (2, 20)), torch.tensor([20, 13])
+    with torch.no_grad():
+        expected, _ = model.hidden(*batch)
+    torch.testing.assert_close(model.hidden(*batch)[0], expected)
 
 
 def test_with_a_zero_the_window_slides(monkeypatch):
