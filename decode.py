@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from model import CDMoE, key_scores, recall, remember, rotary_table, rotate
 
 LAYERS_AT_A_TIME = 8  # compiled as one function: 8 fit a 20M model whole; more layers call it again, compiled once
+STREAMS = 4  # rows far apart that a compiled step reads side by side: following several, a core waits less for memory
+WIDE = 512  # only where rows are wider: the weights of smaller models stay in the processor's cache
 FEW_SLOTS = 512  # a compiled step reads as many of the cache by loops of its own; beyond them products are faster
 
 
@@ -63,7 +65,8 @@ def product(x, weight):
     if values.dtype == torch.float32:
         return x @ values
     if torch.compiler.is_compiling() and len(x) == 1 and x.device.type == "cpu":
-        y = (values.float() * materialise(x)).sum(-1)[None]
+        x, parts = materialise(x), values.chunk(STREAMS if values.shape[1] > WIDE else 1)
+        y = torch.cat([(part.float() * x).sum(-1) for part in parts])[None]
         return y if scale is None else y * scale
     if scale is None:
         return F.linear(x.to(values.dtype), values).float()

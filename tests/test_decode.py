@@ -74,9 +74,10 @@ def test_a_bfloat16_model_is_decoded_as_it_is(changes):
 
 
 @pytest.mark.parametrize("dtype, compile", [(torch.int8, False), (torch.int8, True), (torch.bfloat16, False)])
-def test_fewer_bits_are_rounded_weights_and_nothing_else(dtype, compile):
+def test_fewer_bits_are_rounded_weights_and_nothing_else(dtype, compile, monkeypatch):
     """The same logits as a model whose weights were rounded and stored in float32 again."""
     needs_compiler(compile)
+    monkeypatch.setattr(decode, "WIDE", 64)  # down_proj, with 96 inputs, is read in several streams
     model, rounded, tokens = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1), distinct(1, 20)
     rounded.load_state_dict(model.state_dict())
     for name, p in rounded.named_parameters():
