@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # queries handled together beyond the window: c keys are read per W kept, and the mask is c x (W + c)
-STRETCH = 1024  # tokens of a long row that are computed again together: NOTES.md has the memory of others
+STRETCH = 1024  # tokens of a long row that a processor takes through a block together: NOTES.md has others
 PIECE = 4096  # tokens of a prompt read together: two windows of the family, so that reading is mostly new tokens
 LOSS_ELEMENTS = 2**20  # logits alive at once in the loss: 4 MB, so that they stay in a processor's cache
 LOSS_ROWS = 256  # but at least these rows of them, to keep the matrix product busy
@@ -629,15 +629,18 @@ class Block(nn.Module):
         """x (B, T, C) -> (B, T, C) and the load-balance value of its MLP.
 
         In rows beyond the window attention is most of the work, and all the rest most of the memory that the backward
-        pass waits for. So there the rest is computed again (Chen et al. 2016, arXiv 1604.06174), a stretch of the row
-        at a time: what it needs on the way is small, and so are the holes that it leaves in a processor's memory. A GPU
-        leaves none, and the balance of experts is one of the whole row."""
-        if not torch.is_grad_enabled() or x.shape[1] <= self.self_attn.window:
+        pass waits for. So there the rest is computed again (Chen et al. 2016, arXiv 1604.06174).
+
+        A processor does so a stretch of the row at a time, and reads prompts likewise: new memory costs it time, and
+        leaves holes when it goes, so what is needed on the way had better be small. (The balance of experts is one of
+        the whole row, and a GPU wants large pieces.)"""
+        T, learning = x.shape[1], torch.is_grad_enabled()
+        size = T if x.device.type != "cpu" or isinstance(self.mlp, CDMoE) else STRETCH
+        if T <= (self.self_attn.window if learning else size):
             q, k, v, s = self.before_attention(x, rotary, padding)
             return self.after_attention(x, self.self_attn(q, k, v, s, cache, layer))
-        run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        whole = x.device.type != "cpu" or isinstance(self.mlp, CDMoE)
-        size = x.shape[1] if whole else STRETCH
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        run = again if learning else lambda function, *inputs: function(*inputs)
         xs, rotary = x.split(size, dim=1), zip(*(part.split(size, dim=-2) for part in rotary), strict=True)
         padding = [None] * len(xs) if padding is None else padding.split(size, dim=1)
         parts = (run(self.before_attention, *part) for part in zip(xs, rotary, padding, strict=True))
