@@ -626,7 +626,8 @@ class Block(nn.Module):
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, x, rotary, padding=None, cache=None, layer=None):
-        """x (B, T, C) -> (B, T, C) and the load-balance value of its MLP.
+        """x (B, T, C) -> (B, T, C) and the load-balance value of its MLP. rotary and padding are those of
+        DynamicMaskAttention.project, cache and layer say where Cache.attend puts the keys.
 
         In rows beyond the window attention is most of the work, and all the rest most of the memory that the backward
         pass waits for. So there the rest is computed again (Chen et al. 2016, arXiv 1604.06174).
