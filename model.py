@@ -389,8 +389,9 @@ class Cache:
 
     def attend(self, layer, q, k, v, s):
         """Adds keys and values (B, K, T, D) with scores s (B, K, T) to a layer and returns what the queries (B, H, T,
-        D) see, themselves included. Padded places have the score NEVER, hence no say."""
-        if q.shape[2] > 1:
+        D) see, themselves included. Padded places have the score NEVER, hence no say. Of several tokens the queries may
+        be fewer: they are those of the last."""
+        if k.shape[2] > 1:
             return self.extend(*self.layers[layer], q, k, v, s)
         remember(*self.layers[layer], self.length, self.evicts, k, v, s)
         return recall(*self.layers[layer][:3], q)
@@ -615,6 +616,11 @@ def load_balance(experts, logits):
 # The model
 
 
+def join(parts, dim):
+    """torch.cat, which would copy a part that is alone."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -625,9 +631,10 @@ class Block(nn.Module):
         self.mlp = CDMoE(config) if config.is_moe else MLP(config)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
-    def forward(self, x, rotary, padding=None, cache=None, layer=None):
+    def forward(self, x, rotary, padding=None, cache=None, layer=None, last=None):
         """x (B, T, C) -> (B, T, C) and the load-balance value of its MLP. rotary and padding are those of
-        DynamicMaskAttention.project, cache and layer say where Cache.attend puts the keys.
+        DynamicMaskAttention.project, cache and layer say where Cache.attend puts the keys. With `last` (B,), where each
+        row ends, only that place comes back, (B, 1, C): the others are there for their keys.
 
         In rows beyond the window attention is most of the work, and all the rest most of the memory that the backward
         pass waits for. So there the rest is computed again (Chen et al. 2016, arXiv 1604.06174).
@@ -636,19 +643,22 @@ class Block(nn.Module):
         leaves holes when it goes, so what is needed on the way had better be small. (The balance of experts is one of
         the whole row, and a GPU wants large pieces.)"""
         T, learning = x.shape[1], torch.is_grad_enabled()
-        size = T if x.device.type != "cpu" or isinstance(self.mlp, CDMoE) else STRETCH
-        if T <= (self.self_attn.window if learning else size):
-            q, k, v, s = self.before_attention(x, rotary, padding)
-            return self.after_attention(x, self.self_attn(q, k, v, s, cache, layer))
+        beyond = T > self.self_attn.window
+        whole = x.device.type != "cpu" or isinstance(self.mlp, CDMoE) or (learning and not beyond)
+        size = T if whole else STRETCH
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        run = again if learning else lambda function, *inputs: function(*inputs)
+        run = again if learning and beyond else lambda function, *inputs: function(*inputs)
+
         xs, rotary = x.split(size, dim=1), zip(*(part.split(size, dim=-2) for part in rotary), strict=True)
         padding = [None] * len(xs) if padding is None else padding.split(size, dim=1)
-        parts = (run(self.before_attention, *part) for part in zip(xs, rotary, padding, strict=True))
-        q, k, v, s = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-        out = self.self_attn(q, k, v, s, cache, layer)
-        parts = [run(self.after_attention, *part) for part in zip(xs, out.split(size, dim=2), strict=True)]
-        return torch.cat([x for x, _ in parts], dim=1), parts[-1][1]
+        parts = [run(self.before_attention, *part) for part in zip(xs, rotary, padding, strict=True)]
+        q, k, v, s = (join(part, dim=2) for part in zip(*parts, strict=True))
+        if last is not None:
+            row = torch.arange(len(x), device=x.device)
+            x, q = x[row, last][:, None], q[row, :, last][:, :, None]
+        out = self.self_attn(q, k, v, s, cache, layer).split(size, dim=2)
+        parts = [run(self.after_attention, *part) for part in zip(x.split(size, dim=1), out, strict=True)]
+        return join([x for x, _ in parts], dim=1), parts[-1][1]
 
     def before_attention(self, x, rotary, padding):
         """x (B, T, C) -> q, k, v, s, see DynamicMaskAttention.project."""
@@ -703,10 +713,11 @@ class Doge(nn.Module):
             return self.score.weight
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def hidden(self, tokens, lengths=None, cache=None):
+    def hidden(self, tokens, lengths=None, cache=None, last=None):
         """tokens (B, T) int64 -> the final state (B, T, C) and the mean load-balance value of the layers. Rows shorter
         than T are padded on the right, and `lengths` (B,) tells how long they are. With a cache the tokens continue
-        what it holds, each row at its own position, and are added to it."""
+        what it holds, each row at its own position, and are added to it. With `last` (B,) the final state is only that
+        of these places, (B, 1, C), which have to be where the rows end; the last block is then spared most work."""
         B, T = tokens.shape
         steps = torch.arange(T, device=tokens.device)
         padding = None if lengths is None else steps >= lengths[:, None]  # (B, T)
@@ -719,7 +730,7 @@ class Doge(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, value = checkpoint(block, x, rotary, padding, use_reentrant=False)
             else:
-                x, value = block(x, rotary, padding, cache, layer)
+                x, value = block(x, rotary, padding, cache, layer, last if block is self.layers[-1] else None)
             balance = balance + value / len(self.layers)
         if cache is not None:
             cache.length += T if lengths is None else lengths
@@ -750,14 +761,13 @@ class Doge(nn.Module):
     def read(self, tokens, lengths, cache):
         """Reads prompts (B, T) of `lengths` (B,) into a cache -> the logits (B, V) of what follows each. Takes PIECE
         tokens at a time, so that memory does not grow with the prompt."""
-        x = self.norm.weight.new_zeros(len(tokens), self.config.hidden_size)
+        x = self.norm.weight.new_zeros(len(tokens), 1, self.config.hidden_size)
         for start in range(0, tokens.shape[1], PIECE):
             piece = tokens[:, start : start + PIECE]
-            ends = lengths - start
-            states, _ = self.hidden(piece, ends.clamp(0, piece.shape[1]), cache)
-            last = states[torch.arange(len(x), device=x.device), (ends - 1).clamp(0, piece.shape[1] - 1)]
-            x = torch.where((ends > 0)[:, None], last, x)
-        return F.linear(x, self.output_weight)
+            ends = (lengths - start).clamp(0, piece.shape[1])  # of a row that was over before: 0
+            states, _ = self.hidden(piece, ends, cache, (ends - 1).clamp(min=0))
+            x = torch.where((ends > 0)[:, None, None], states, x)
+        return F.linear(x[:, 0], self.output_weight)
 
     def next_logits(self, token, cache):
         """token (B,), the cache before it -> the logits (B, V) of what follows; the cache then holds the token."""
