@@ -133,27 +133,37 @@ def show_example(pairs, i, tokenizer, machine):
 # Log-probabilities and what is made of them
 
 
-class Answers(nn.Module):
-    """The model as this stage sees it: how likely it finds whole answers."""
+class Policy(nn.Module):
+    """The model as what draws tokens, at `temperature` and of the first vocab_size ids (None: of all). tokens (B, T),
+    places and targets (see with_targets) -> the log-probabilities (N,) fp32 that the drawing gives the targets, in
+    nats, and the load-balance value of the experts."""
 
-    def __init__(self, model):
+    def __init__(self, model, vocab_size=None, temperature=1.0):
         super().__init__()
-        self.model = model
+        self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
 
-    def forward(self, tokens, targets):
-        """tokens, targets (B, T) int64, -100 = not of the answer -> log-probabilities (B,) fp32 of the answers, in
-        nats, and the load-balance value of the experts."""
+    def forward(self, tokens, places, targets):
         x, balance = self.model.hidden(tokens)
-        return answer_logp(x, self.model.output_weight, targets), balance
+        weight = self.model.output_weight[: self.vocab_size]
+        return token_logprobs(x.flatten(0, 1)[places], weight, targets, self.temperature), balance
 
 
-@torch.compiler.disable  # how many targets there are differs from batch to batch, and each would be compiled anew
-def answer_logp(x, weight, targets):
-    """x (B, T, C), weight (V, C), targets (B, T), -100 = none -> (B,) fp32: the log-probabilities of a row's targets,
-    added up. Only places with a target meet the output matrix."""
-    places = (targets != -100).flatten().nonzero()[:, 0]
-    logp = token_logprobs(x.flatten(0, 1).index_select(0, places), weight, targets.flatten()[places])
-    return torch.zeros(targets.numel(), device=x.device).index_copy(0, places, logp).view(targets.shape).sum(1)
+def with_targets(targets):
+    """targets (B, T), -100 = none -> the N places in the flattened (B T) that have one, (N,), and theirs, (N,). Only
+    those have to meet the output matrix. To be called on the host: a GPU would have to be waited for to count them."""
+    places = (targets.flatten() != -100).nonzero()[:, 0]
+    return places, targets.flatten()[places]
+
+
+def answer_logp(policy, rows, filling, machine):
+    """rows: ids and which of them are targets (see conversations.pad) -> the log-probabilities (rows,) fp32 of each
+    row's targets, added up, and the load-balance value of the experts."""
+    tokens, targets, _ = pad(rows, filling)
+    shape, (tokens, places, targets) = tokens.shape, machine.put(tokens, *with_targets(targets))
+    with machine.autocast():
+        logp, balance = policy(tokens, places, targets)
+    each = torch.zeros(shape, device=machine.device).flatten().index_copy(0, places, logp)
+    return each.view(shape).sum(-1), balance
 
 
 def compare(logp, reference, sizes, options):
@@ -220,7 +230,7 @@ def make_evaluate(machine, answers, pairs, reference, options):
 
 def facts(pairs, reference, group, machine):
     """What is known of these pairs beforehand: the reference's log-probabilities and the answers' tokens, (2, n)."""
-    return reference[group].T.to(machine.device), torch.from_numpy(pairs.answers[group].T).to(machine.device)
+    return machine.put(reference[group].T, torch.from_numpy(pairs.answers[group].T))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,18 +286,16 @@ def train(options, machine):
     runtime.count_steps(options, train_pairs.count, machine)
     runtime.shard(model, options, machine, "hidden")
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
-    plain = Answers(model)
+    policy = Policy(model)
 
-    def answers(pairs, group, network=plain):
+    def answers(pairs, group, network=policy):
         """-> log-probabilities (2, n) of the chosen and rejected answers of these pairs; the load-balance value."""
         rows = [row for column in zip(*(pairs.pair(i) for i in group), strict=True) for row in column]
-        tokens, targets, _ = pad(rows, tokenizer.pad_id)
-        with machine.autocast():
-            logp, balance = network(tokens.to(machine.device, non_blocking=True), targets.to(machine.device))
+        logp, balance = answer_logp(network, rows, tokenizer.pad_id, machine)
         return logp.view(2, -1), balance
 
     longest = np.argsort(-train_pairs.lengths, kind="stable")[: options.micro_tokens // train_pairs.lengths.max()]
-    tried = runtime.try_out(machine, plain, lambda network: answers(train_pairs, longest, network)[0].sum(),
+    tried = runtime.try_out(machine, policy, lambda network: answers(train_pairs, longest, network)[0].sum(),
                             options)  # fmt: skip
     network, seconds, line = tried
     which = pairs_of_run(options, train_pairs.count)

@@ -49,12 +49,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 import runtime
 from conversations import divide, final_answer, generate, open_sets, pad
 from decode import Decoder
-from model import token_logprobs
+from dpo import Policy, with_targets
 from tokenizer import read_object
 from train import cosine, make_optimizers, rows_of_step, scramble
 
@@ -236,30 +235,13 @@ def make_batches(machine, prompts, written, above, tokenizer, options):
         pairs = [(np.concatenate((prompts[i], written[i])),
                   np.repeat((False, True), (len(prompts[i]), len(written[i])))) for i in group]  # fmt: skip
         tokens, targets, _ = pad(pairs, tokenizer.pad_id)
-        places = (targets.flatten() != -100).nonzero()[:, 0]
         per_token = torch.tensor(np.repeat(above[group], [len(written[i]) for i in group]), dtype=torch.float32)
-        tensors = tokens, places, targets.flatten()[places], per_token
-        batches.append(Batch(np.array(group), *(x.to(machine.device) for x in tensors)))
+        batches.append(Batch(np.array(group), *machine.put(tokens, *with_targets(targets), per_token)))
     return batches, sum(lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
-
-
-class Policy(nn.Module):
-    """The model as what draws tokens: tokens (B, T), places (N,), targets (N,) (see Batch) -> the log-probabilities
-    (N,) that the drawing gave the targets, and the load-balance value of the experts. It draws at `temperature`, and
-    only the first vocab_size ids."""
-
-    def __init__(self, model, vocab_size, temperature):
-        super().__init__()
-        self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
-
-    def forward(self, tokens, places, targets):
-        x, balance = self.model.hidden(tokens)
-        weight = self.model.output_weight[: self.vocab_size]
-        return token_logprobs(x.flatten(0, 1)[places], weight, targets, self.temperature), balance
 
 
 def clipped_losses(logprobs, old, advantages, clip_low, clip_high):

@@ -447,6 +447,14 @@ class Machine:
         """Matrix products in self.dtype, everything that needs the range in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def put(self, *tensors):
+        """Tensors of the host -> the same on the device. A GPU copies pinned memory while the host goes on; for other
+        memory the host waits until the GPU has done all it was asked before. (On mps what does not wait is not safe.)
+        """
+        if self.device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return [tensor.to(self.device, non_blocking=self.device.type not in ("cpu", "mps")) for tensor in tensors]
+
     def sum(self, values):
         """A list of numbers, or of tensors of one shape, added up over all processes -> list of floats, or of lists."""
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64

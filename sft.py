@@ -154,10 +154,10 @@ def count_right(model, rows, which, tokenizer, machine):
 def count_labels(model, rows, group, tokenizer, machine):
     """How many texts of a group the classifier gives their label."""
     tokens, targets, _ = pad([rows.row(i) for i in group], tokenizer.pad_id)
-    last, targets = (targets >= 0).to(machine.device), targets.to(machine.device)
+    tokens, targets = machine.put(tokens, targets)
     with machine.autocast():
-        logits = model(tokens.to(machine.device))[0][last]
-    return int((logits.argmax(-1) == targets[last]).sum())
+        found = model(tokens)[0].argmax(-1)
+    return int((found == targets).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def train(options, machine):
         """The cross-entropies of the targets of these rows, added up."""
         tokens, targets, _ = pad([rows.row(i) for i in group], tokenizer.pad_id)
         with machine.autocast():
-            mean = network(tokens.to(machine.device, non_blocking=True), targets.to(machine.device))[1]
+            mean = network(*machine.put(tokens, targets))[1]
         return mean * int(rows.targets[group].sum())
 
     longest = np.argsort(-train_rows.lengths, kind="stable")[: options.micro_tokens // train_rows.lengths.max()]

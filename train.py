@@ -404,7 +404,7 @@ def train(options, machine):
 
     def forward(tokens, targets, network=model):
         with machine.autocast():
-            return network(tokens.to(machine.device, non_blocking=True), targets.to(machine.device))[1]
+            return network(*machine.put(tokens, targets))[1]
 
     example = train_rows.batch(rows_of_step(0, train_rows.count, options.batch_size, options.seed))
     network, seconds, which = runtime.try_out(machine, model, lambda n: forward(*example, n), options)

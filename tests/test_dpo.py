@@ -119,17 +119,17 @@ def test_equal_and_empty_answers_are_no_choice():
 
 def test_log_probabilities_equal_float64_whatever_the_company(base, pairs, reference, monkeypatch):
     """Alone or with others, whatever fills the rows, and in pieces of any size."""
-    model = dpo.Answers(runtime.load_model(base)[0])
+    machine, model = runtime.Machine("cpu", "float32"), dpo.Policy(runtime.load_model(base)[0])
     rows = [row for i in range(8) for row in pairs.pair(i)]
     with torch.no_grad():
         wanted = torch.stack([logp_by(reference, row) for row in rows])
         for filling, size in ((2, 256), (7, 5)):
             monkeypatch.setattr("model.LOSS_ROWS", size)
             monkeypatch.setattr("model.LOSS_ELEMENTS", 1)
-            found = model(*pad(rows, filling)[:2])[0]
+            found = dpo.answer_logp(model, rows, filling, machine)[0]
             torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-5)
         for i in (0, 5, 15):
-            alone = model(*pad(rows[i : i + 1], 2)[:2])[0].double()
+            alone = dpo.answer_logp(model, rows[i : i + 1], 2, machine)[0].double()
             torch.testing.assert_close(alone, wanted[i : i + 1], rtol=1e-6, atol=1e-5)
 
 

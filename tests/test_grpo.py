@@ -19,6 +19,7 @@ import grpo
 import runtime
 import sft
 from conversations import TokenSet
+from dpo import Policy
 from tokenizer import Tokenizer
 
 QUESTIONS = [f"{text} {i}" for i, text in enumerate(texts(100, seed=5))]
@@ -151,7 +152,7 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data):
     options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature, micro_tokens=100)
     written = grpo.write_answers(machine, model, tokenizer, prompts, options, key=1)
     tokens = sum(map(len, written))
-    policy = grpo.Policy(model, tokenizer.vocab_size, temperature)
+    policy = Policy(model, tokenizer.vocab_size, temperature)
     loss_of = grpo.make_loss(machine, policy, None, dict(length=np.array([len(w) for w in written])), 0.0, options)
     loss = entropy = 0.0
     batches, _ = grpo.make_batches(machine, prompts, written, above, tokenizer, options)
@@ -179,7 +180,7 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data):
 def test_logprobs_are_those_of_the_drawing(base):
     """Over the ids that can be drawn, and in pieces as in one."""
     model, _ = runtime.load_model(base)
-    policy = grpo.Policy(model, vocab_size=300, temperature=2.0)
+    policy = Policy(model, vocab_size=300, temperature=2.0)
     tokens = torch.randint(300, (7, 60))
     x = model.hidden(tokens)[0]
     expected = (x @ model.output_weight[:300].T / 2.0).log_softmax(-1).gather(2, tokens[..., None]).flatten()

@@ -1,0 +1,119 @@
+"""On a device beside the processor everything computes the same, and a training step never waits for it."""
+
+import pytest
+import torch
+from accelerator import NAME, Toy, ToyTensor, without_inference_mode
+from helpers import TINY, TUNE, make_checkpoint, make_data, make_set, texts
+
+import dpo
+import grpo
+import runtime
+import sft
+import train
+from decode import Decoder
+from model import Doge, DogeConfig
+
+SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, keep_window_size=16)
+
+
+def inside(x):
+    return x.inside if isinstance(x, ToyTensor) else x
+
+
+def pair(**options):
+    """A model on the processor, and the same on the device."""
+    models = [Doge(DogeConfig(**SHAPE | options)) for _ in range(2)]
+    for block in models[0].layers:
+        block.self_attn.A.data.normal_()
+    models[1].load_state_dict(models[0].state_dict())
+    return models[0], models[1].to(NAME)
+
+
+@pytest.mark.parametrize("length", [16, 50])
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_step_equals_the_processors_and_does_not_wait(experts, length):
+    tokens = torch.randint(300, (2, length))
+    options = dict(is_moe=True, num_experts=64, num_experts_per_tok=4, router_aux_loss_coef=0.1) if experts else {}
+    with Toy() as toy:
+        model, away = pair(**options)
+        inputs = tokens.to(NAME)
+        toy.waits.clear()
+        loss = away(inputs, inputs)[1]
+        loss.backward()
+        assert loss.device.type == NAME and not toy.waits
+        expected = model(tokens, tokens)[1]
+        expected.backward()
+        torch.testing.assert_close(inside(loss), expected)
+        for p, q in zip(away.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(inside(p.grad), q.grad)
+
+
+@pytest.mark.parametrize("experts, dtype", [(False, None), (True, None), (False, torch.bfloat16), (True, torch.int8)])
+def test_what_it_writes_equals_the_processors(experts, dtype, monkeypatch):
+    """Prompts of different lengths, beyond the window; by the model itself and by a Decoder."""
+    prompts, lengths = torch.randint(300, (3, 40)), torch.tensor([40, 7, 23])
+    options = dict(is_moe=True, num_experts=64, num_experts_per_tok=4) if experts else {}
+    with Toy(), without_inference_mode(monkeypatch, (Doge, "stream"), (Decoder, "__call__")):
+        written = []
+        for model in pair(**options):
+            device = model.norm.weight.device
+            decoder = dtype and Decoder(model, dtype)
+            ids = model.generate(prompts.to(device), 8, temperature=0, lengths=lengths.to(device), decoder=decoder)
+            written.append(inside(ids))
+        assert torch.equal(*written)
+
+
+class Away(runtime.Machine):
+    """The machine, whatever device the options name."""
+
+    def __init__(self, device, *rest):
+        super().__init__(NAME, *rest)
+
+
+GRPO = ["--batch_rows=2", "--generations=2", "--max_new_tokens=5", "--eval_rows=2"]
+
+
+@pytest.mark.parametrize("stage, kind, options", [
+    (train, None, []),
+    (train, None, ["--optimizer=muon", "--keep_window_size=8", "--copy_steps=8"]),
+    (train, None, ["--is_moe=true", "--num_experts=16", "--num_experts_per_tok=2", "--router_aux_loss_coef=0.1"]),
+    (sft, "chat", ["--eval_answers=2"]),
+    (sft, "labels", ["--kind=labels"]),
+    (dpo, "preferences", []),
+    (grpo, "problems", [*GRPO, "--kl=0.1"]),
+])  # fmt: skip
+def test_a_stage_equals_the_processors_and_waits_only_to_log(stage, kind, options, tmp_path, monkeypatch):
+    """Reading the loss is waiting for all steps before. (Rollouts wait: their tokens are judged on the host.)"""
+    often = ["--max_steps=4", "--log_every=2", "--eval_every=4", "--save_every=4"]
+    if stage is train:
+        arguments = [*TINY, "--decay_steps=2", f"--data={make_data(tmp_path / 'data')}"]
+    else:
+        base = make_checkpoint(tmp_path / "base")
+        labelled = dict(labels=["a", "the"], rows=[dict(text=text, label=text.split()[0]) for text in texts(400)
+                                                   if text.startswith(("a ", "the "))])  # fmt: skip
+        data = make_set(tmp_path / "set", base, kind, **labelled if kind == "labels" else {})
+        arguments = [*TUNE, f"--init_from={base}", f"--data={data}"]
+    arguments = [*arguments, *often, *options]
+
+    stage.main([*arguments, f"--out_dir={tmp_path / 'here'}"])
+    waited = {}
+    with Toy() as toy, without_inference_mode(monkeypatch, (Doge, "stream"), (Decoder, "__call__")):
+        update = runtime.Run.update
+
+        def watched(run, *rest, **names):
+            waited[run.step] = len(toy.waits)
+            update(run, *rest, **names)
+
+        monkeypatch.setattr(runtime.Run, "update", watched)
+        monkeypatch.setattr(runtime, "Machine", Away)
+        generator = torch.Generator
+        monkeypatch.setattr(torch, "Generator", lambda device: generator())  # the processor's draws, too
+        stage.main([*arguments, f"--out_dir={tmp_path / 'there'}"])
+
+    here, there = (runtime.read_log(tmp_path / out / "log.csv") for out in ("here", "there"))
+    assert len(here) == len(there) and len(waited) == 4
+    for a, b in zip(here, there, strict=True):
+        assert float(b["loss"] or 0) == pytest.approx(float(a["loss"] or 0), rel=1e-4, abs=1e-6)
+        assert float(b["val_loss"] or 0) == pytest.approx(float(a["val_loss"] or 0), rel=1e-4)
+    if stage is not grpo:
+        assert [step for step in (0, 2) if waited[step + 1] > waited[step]] == []
