@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # queries handled together beyond the window: c keys are read per W kept, and the mask is c x (W + c)
+GPU_CHUNK = 1024  # on a GPU: its kernels divide queries, 64 each, among more than a hundred cores (not measured)
 STRETCH = 1024  # tokens of a long row that a processor takes through a block together: NOTES.md has others
 PIECE = 4096  # tokens of a prompt read together: two windows of the family, so that reading is mostly new tokens
 LOSS_ELEMENTS = 2**20  # logits alive at once in the loss: 4 MB, so that they stay in a processor's cache
@@ -200,12 +201,15 @@ def fold_queries(q):
 
 
 def attend(q, k, v, mask=None):
-    """The fused kernel over folded k, v (B, K, S, D + 8): q (B, H, T, D) -> (B, H, T, D). `mask` (B, 1, T, S) is added
-    to the logits; without one, T = S and every query sees all keys up to its own."""
-    size = q.shape[-1]
-    return F.scaled_dot_product_attention(
-        fold_queries(q), k, v, attn_mask=mask, is_causal=mask is None, scale=size**-0.5, enable_gqa=True
+    """The fused kernel over folded k, v (B, K, S, D + 8): q (B, H, T, D) -> (B, H, T, D). `mask` (B, 1, T, S), for
+    K = 1, is added to the logits; without one, T = S and every query sees all keys up to its own."""
+    (H, T, size), queries = q.shape[1:], fold_queries(q)
+    if mask is not None:  # a GPU's kernels take a mask, or keys that heads share: so the heads become more queries
+        queries, mask = queries.flatten(1, 2)[:, None], mask.repeat(1, 1, H, 1)
+    out = F.scaled_dot_product_attention(
+        queries, k, v, attn_mask=mask, is_causal=mask is None, scale=size**-0.5, enable_gqa=True
     )[..., :size]  # fmt: skip
+    return out if mask is None else out.reshape(q.shape)
 
 
 def attend_keeping(q, k, v, mask):
@@ -283,8 +287,9 @@ def chunks(end, first, window, dtype):
     R, S = end.shape
     kept, mask = torch.arange(first, device=end.device).expand(R, first), end.new_zeros(0, dtype=dtype)
     offset = torch.arange(0, R * S, S, device=end.device)[:, None]
-    for start in range(first, S, CHUNK):
-        new = torch.arange(start, min(start + CHUNK, S), device=end.device)
+    size = CHUNK if end.device.type == "cpu" else GPU_CHUNK
+    for start in range(first, S, size):
+        new = torch.arange(start, min(start + size, S), device=end.device)
         query = (new - start)[:, None].float()  # counted from the start, so that float32 is exact
         kept = kept.gather(-1, end.gather(-1, kept).sort(dim=-1, descending=True).indices[:, :window])
         kept = torch.cat((kept, new.expand(R, -1)), dim=-1)

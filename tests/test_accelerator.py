@@ -31,7 +31,8 @@ def pair(**options):
 
 @pytest.mark.parametrize("length", [16, 50])
 @pytest.mark.parametrize("experts", [False, True])
-def test_a_step_equals_the_processors_and_does_not_wait(experts, length):
+def test_a_step_equals_the_processors_and_does_not_wait(experts, length, monkeypatch):
+    monkeypatch.setattr("model.GPU_CHUNK", 8)
     tokens = torch.randint(300, (2, length))
     options = dict(is_moe=True, num_experts=64, num_experts_per_tok=4, router_aux_loss_coef=0.1) if experts else {}
     with Toy() as toy:
