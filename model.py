@@ -203,9 +203,9 @@ def fold_queries(q):
 def attend(q, k, v, mask=None):
     """The fused kernel over folded k, v (B, K, S, D + 8): q (B, H, T, D) -> (B, H, T, D). `mask` (B, 1, T, S), for
     K = 1, is added to the logits; without one, T = S and every query sees all keys up to its own."""
-    (H, T, size), queries = q.shape[1:], fold_queries(q)
+    size, queries = q.shape[-1], fold_queries(q)
     if mask is not None:  # a GPU's kernels take a mask, or keys that heads share: so the heads become more queries
-        queries, mask = queries.flatten(1, 2)[:, None], mask.repeat(1, 1, H, 1)
+        queries, mask = queries.flatten(1, 2)[:, None], mask.repeat(1, 1, q.shape[1], 1)
     out = F.scaled_dot_product_attention(
         queries, k, v, attn_mask=mask, is_causal=mask is None, scale=size**-0.5, enable_gqa=True
     )[..., :size]  # fmt: skip

@@ -8,6 +8,7 @@ of its own, such as its kernels, bfloat16 and memory.
 """
 
 import contextlib
+from unittest.mock import patch
 
 import torch
 from torch.utils import backend_registration
@@ -65,13 +66,18 @@ class Toy(TorchDispatchMode):
         register()
         self.waits = []
 
-    def __enter__(self):  # else autograd computes in a thread of the device, if it knew it before its first use
-        self.alone = torch.autograd.set_multithreading_enabled(False)
+    def __enter__(self):
+        make, generator = torch.tensor, torch.Generator
+        self.rest = contextlib.ExitStack()
+        # Else autograd computes in a thread of the device, if it knew it before its first use.
+        self.rest.enter_context(torch.autograd.set_multithreading_enabled(False))
+        self.rest.enter_context(patch("torch.tensor", lambda data, device=None, **rest: make(data, **rest).to(device)))
+        self.rest.enter_context(patch("torch.Generator", lambda device=None: generator()))  # the processor's draws
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self.alone.__exit__(*error)
+        self.rest.close()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -106,7 +112,7 @@ class Toy(TorchDispatchMode):
 @contextlib.contextmanager
 def without_inference_mode(monkeypatch, *methods):
     """Tensors of inference mode cannot be ones of a subclass: these (class, name) do with no_grad."""
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as within:
         for owner, name in methods:
-            patch.setattr(owner, name, torch.no_grad()(getattr(owner, name).__wrapped__))
+            within.setattr(owner, name, torch.no_grad()(getattr(owner, name).__wrapped__))
         yield

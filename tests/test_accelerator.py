@@ -6,8 +6,10 @@ from accelerator import NAME, Toy, ToyTensor, without_inference_mode
 from helpers import TINY, TUNE, make_checkpoint, make_data, make_set, texts
 
 import dpo
+import evaluate
 import grpo
 import runtime
+import sample
 import sft
 import train
 from decode import Decoder
@@ -107,8 +109,6 @@ def test_a_stage_equals_the_processors_and_waits_only_to_log(stage, kind, option
 
         monkeypatch.setattr(runtime.Run, "update", watched)
         monkeypatch.setattr(runtime, "Machine", Away)
-        generator = torch.Generator
-        monkeypatch.setattr(torch, "Generator", lambda device: generator())  # the processor's draws, too
         stage.main([*arguments, f"--out_dir={tmp_path / 'there'}"])
 
     here, there = (runtime.read_log(tmp_path / out / "log.csv") for out in ("here", "there"))
@@ -118,3 +118,23 @@ def test_a_stage_equals_the_processors_and_waits_only_to_log(stage, kind, option
         assert float(b["val_loss"] or 0) == pytest.approx(float(a["val_loss"] or 0), rel=1e-4)
     if stage is not grpo:
         assert [step for step in (0, 2) if waited[step + 1] > waited[step]] == []
+
+
+def test_samples_and_scores_equal_the_processors(tmp_path, monkeypatch, capsys):
+    checkpoint, data = make_checkpoint(tmp_path / "model"), make_data(tmp_path / "data")
+    model, _ = runtime.load_model(checkpoint)
+    pairs = [([0, 5, 6], [7, 8]), ([0, 5, 6], [9]), ([0, 7, 11], [7, 8, 9])]
+    words = ["--prompt=the cat", "--max_new_tokens=8", "--top_p=0.9", "--top_k=50", "--repetition_penalty=1.1"]
+
+    def outputs(model):
+        sample.main([str(checkpoint), "--device=cpu", *words])
+        rows, sizes = train.Rows(data, "val", 16), torch.ones(model.config.vocab_size)
+        bits = evaluate.bits_per_byte(model, Decoder(model, torch.int8), rows, sizes, evaluate.EvaluateOptions(["."]))
+        return capsys.readouterr().out, [bits[0], *(score for score, _ in evaluate.log_likelihoods(model, pairs))]
+
+    text, numbers = outputs(model)
+    unlocked = (Doge, "stream"), (Decoder, "__call__"), (evaluate, "nats"), (evaluate, "log_likelihoods")
+    with Toy(), without_inference_mode(monkeypatch, *unlocked):
+        monkeypatch.setattr(runtime, "Machine", Away)
+        same_text, same_numbers = outputs(model.to(NAME))
+    assert text == same_text and numbers == pytest.approx(same_numbers, rel=1e-5)
