@@ -94,7 +94,7 @@ def test_a_stage_equals_the_processors_and_waits_only_to_log(stage, kind, option
         base = make_checkpoint(tmp_path / "base")
         labelled = dict(labels=["a", "the"], rows=[dict(text=text, label=text.split()[0]) for text in texts(400)
                                                    if text.startswith(("a ", "the "))])  # fmt: skip
-        data = make_set(tmp_path / "set", base, kind, **labelled if kind == "labels" else {})
+        data = make_set(tmp_path / "set", base, kind, 40, **labelled if kind == "labels" else {})
         arguments = [*TUNE, f"--init_from={base}", f"--data={data}"]
     arguments = [*arguments, *often, *options]
 
