@@ -142,8 +142,9 @@ def test_work_is_the_weights_in_use_and_six_flop_each():
 def test_a_turn_of_what_is_slow_counts_its_warm_up(monkeypatch):
     calls, takes = [], {"a": 1.0, "b": 30.0, "c": 2.0}
     monkeypatch.setattr(bench, "timed", lambda step, device: calls.append(step) or takes[step])
-    assert bench.alternate("a", {"b": "b"}, 3, None) == ([1.0], [30.0], "b") and calls == ["a", "b", "a"]
-    assert bench.alternate("a", {"b": "b", "c": "c"}, 3, None) == ([1.0] * 3, [2.0] * 3, "c")
+    assert bench.alternate("a", {"b": "b"}, 0, None) == ([1.0], [30.0], "b") and calls == ["a", "b", "a"]
+    assert bench.alternate("a", {"b": "b"}, 3, None) == ([1.0] * 3, [30.0] * 3, "b")
+    assert bench.alternate("a", {"b": "b", "c": "c"}, 0, None) == ([1.0] * 5, [2.0] * 5, "c")
     assert bench.alternate("a", {}, 2, None) == ([1.0, 1.0], [], "")
 
 
@@ -195,7 +196,7 @@ def test_a_moe_twin_has_the_shape_of_its_dense_model():
     (["decode", "--compile", "--engine=model"], "decode compiles with --engine=decoder"),
     (["decode", "--length=2k"], "'2k' is not a whole number"),
     (["decode", "--length=0"], "--length=0 must be at least 1"),
-    (["decode", "--rounds=0"], "--rounds=0 must be at least 1"),
+    (["decode", "--rounds=-1"], "--rounds=-1 must be at least 0"),
     (["data", "--workers=-1"], "--workers=-1"),
     (["decode", "--pear"], "did you mean 'peer'"),
 ])  # fmt: skip
