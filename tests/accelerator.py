@@ -24,14 +24,31 @@ COPIES = {aten._to_copy.default, aten.copy_.default}
 INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # they also take indices of the host
 
 
-class Backend(backend_registration._DummyBackendModule):
+class Backend:
     """What torch.toy is asked."""
 
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
 
+    def is_available(self):
+        return True
+
+    is_initialized = is_available
+
     def device_count(self):
         return 1
+
+    def current_device(self):
+        return 0
+
+    def _is_in_bad_fork(self):
+        return False
+
+    def manual_seed_all(self, seed):  # it draws with the processor's generators
+        pass
+
+
+POSSIBLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # not in torch 2.9
 
 
 def register():

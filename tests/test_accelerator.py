@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accelerator import NAME, Toy, ToyTensor, without_inference_mode
+from accelerator import NAME, POSSIBLE, Toy, ToyTensor, without_inference_mode
 from helpers import TINY, TUNE, make_checkpoint, make_data, make_set, texts
 
 import dpo
@@ -15,6 +15,7 @@ import train
 from decode import Decoder
 from model import Doge, DogeConfig
 
+pytestmark = pytest.mark.skipif(not POSSIBLE, reason="this torch can have no device made in Python")
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, keep_window_size=16)
 
 
