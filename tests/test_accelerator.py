@@ -74,13 +74,13 @@ class Away(runtime.Machine):
         super().__init__(NAME, *rest)
 
 
+EXPERTS = ["--is_moe=true", "--num_experts=16", "--num_experts_per_tok=2", "--router_aux_loss_coef=0.1"]
 GRPO = ["--batch_rows=2", "--generations=2", "--max_new_tokens=5", "--eval_rows=2"]
 
 
 @pytest.mark.parametrize("stage, kind, options", [
     (train, None, []),
-    (train, None, ["--optimizer=muon", "--keep_window_size=8", "--copy_steps=8"]),
-    (train, None, ["--is_moe=true", "--num_experts=16", "--num_experts_per_tok=2", "--router_aux_loss_coef=0.1"]),
+    (train, None, ["--optimizer=muon", "--keep_window_size=8", "--copy_steps=8", *EXPERTS]),
     (sft, "chat", ["--eval_answers=2"]),
     (sft, "labels", ["--kind=labels"]),
     (dpo, "preferences", []),
