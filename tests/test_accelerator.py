@@ -32,6 +32,19 @@ def pair(**options):
     return models[0], models[1].to(NAME)
 
 
+def test_the_device_is_strict_and_counts():
+    with Toy() as toy:
+        x = torch.ones(4).to(NAME, non_blocking=True) + 1
+        assert x.device.type == NAME and not toy.waits
+        with pytest.raises(AssertionError, match="meets tensors of the processor"):
+            x + torch.ones(4)
+        waiting = [lambda: x.sum().item(), lambda: x[x > 1], lambda: x.cpu(), lambda: torch.ones(4).to(NAME),
+                   lambda: torch.tensor([1, 2], device=NAME), lambda: bool((x > 1).all())]  # fmt: skip
+        for count, wait in enumerate(waiting, 1):
+            wait()
+            assert len(toy.waits) == count
+
+
 @pytest.mark.parametrize("length", [16, 50])
 @pytest.mark.parametrize("experts", [False, True])
 def test_a_step_equals_the_processors_and_does_not_wait(experts, length, monkeypatch):
