@@ -140,9 +140,9 @@ class RMSNorm(nn.Module):
 
 
 class Normalise(torch.autograd.Function):
-    """What RMSNorm computes, with its gradient. With y = x / sqrt(mean(x^2) + eps), what reaches x is that part of the
-    gradient of y which is at right angles to y. The automatic gradient takes twice as many operations to find it, and
-    keeps y, which is made again here."""
+    """x (..., C), weight (C,), eps -> what RMSNorm gives (..., C), with its gradient. If y = x / sqrt(mean(x^2) + eps),
+    what reaches x is the part of the gradient of y that is, but for eps, at right angles to y. The automatic
+    gradient takes more operations to find it, and keeps y, which is made again here."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
