@@ -201,19 +201,18 @@ def key_scores(A, dt):
     return torch.exp((A.float() * F.softplus(dt.float())).clamp(max=LARGEST))
 
 
-def fold(k, v, s):
-    """k and v (..., S, D) with 8 columns more, so that `attend` adds the score s (..., S) fp32 of a key to its logits.
+def fold(k, s):
+    """k (..., S, D) with 8 columns more, so that q.k, of a q with the columns of fold_queries, is sqrt(D) s (..., S) fp32
+    larger: then q.k / sqrt(D) has the key's score added.
 
     softmax(q.k / sqrt(D) + s) is plain attention over vectors one column longer: [q, 1] . [k, s sqrt(D)]. The fused
-    kernels want the width a multiple of 8, and v as wide as k; in bf16 the score is split over two of those columns,
-    high part and remainder, and keeps 16 bits.
+    kernels want the width a multiple of 8; in bf16 the score is split over two of those columns, high part and
+    remainder, and keeps 16 bits.
     """
     column = (s[..., None] * math.sqrt(k.shape[-1])).clamp(max=torch.finfo(k.dtype).max / 2)  # room for q.k beside it
     high = column.to(k.dtype)
     low = (column - high.float()).to(k.dtype)
-    zeros = k.new_zeros(8)
-    return (torch.cat((k, high, low, zeros[:6].expand(*k.shape[:-1], 6)), dim=-1),
-            torch.cat((v, zeros.to(v.dtype).expand(*v.shape[:-1], 8)), dim=-1))  # fmt: skip
+    return torch.cat((k, high, low, k.new_zeros(6).expand(*k.shape[:-1], 6)), dim=-1)
 
 
 def fold_queries(q):
@@ -223,45 +222,19 @@ def fold_queries(q):
 
 
 def attend(q, k, v, mask=None):
-    """The fused kernel over folded k, v (B, K, S, D + 8): q (B, H, T, D) -> (B, H, T, D). `mask` (B, 1, T, S), for
-    K = 1, is added to the logits; without one, T = S and every query sees all keys up to its own."""
-    size, queries = q.shape[-1], fold_queries(q)
-    if mask is not None:  # a GPU's kernels take a mask, or keys that heads share: so the heads become more queries
-        queries, mask = queries.flatten(1, 2)[:, None], mask.repeat(1, 1, q.shape[1], 1)
-    out = F.scaled_dot_product_attention(
-        queries, k, v, attn_mask=mask, is_causal=mask is None, scale=size**-0.5, enable_gqa=True
+    """The fused kernel: q (B, H, T, D + 8) and k (B, K, S, D + 8) folded, v (B, K, S, D) -> (B, H, T, D). `mask` (B, 1,
+    T, S) is added to the logits; without one, T = S and every query sees all keys up to its own."""
+    size = v.shape[-1]
+    v = torch.cat((v, v.new_zeros(8).expand(*v.shape[:-1], 8)), dim=-1)  # the kernels want it as wide as k
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=size**-0.5, enable_gqa=mask is None
     )[..., :size]  # fmt: skip
-    return out if mask is None else out.reshape(q.shape)
-
-
-def attend_keeping(q, k, v, mask):
-    """attend, and the logarithms (B, H, T) of what the softmax of each query divided by. With them attend_gradients
-    need not attend a second time. F's attention keeps them to itself, but on a CPU its kernel can be called by its
-    name; elsewhere they are nan."""
-    if q.device.type != "cpu":
-        return attend(q, k, v, mask), math.nan
-    kernel, size = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q.shape[-1]
-    out, logsumexp = kernel(fold_queries(q), k, v, attn_mask=mask, scale=size**-0.5)
-    return out[..., :size], logsumexp
-
-
-def attend_gradients(dout, q, k, v, mask, out, logsumexp):
-    """The gradients of q, k and v, from that of the output of attend_keeping and what it returned."""
-    if q.device.type != "cpu":
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        with torch.enable_grad():
-            return torch.autograd.grad(attend(*inputs, mask), inputs, dout)
-    kernel, size = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, q.shape[-1]
-    dout, out = (F.pad(x, (0, 8)) for x in (dout, out))  # as wide as v; the columns of v are 0, hence these
-    inputs = fold_queries(q), k, v, out, logsumexp
-    dq, dk, dv = kernel(dout, *inputs, 0.0, False, attn_mask=mask, scale=size**-0.5)
-    return dq[..., :size], dk, dv
 
 
 def causal_attention(q, k, v, s):
     """Dynamic Mask Attention within the window, where the mask is only the causal one: no T x T tensor is made.
     q (B, H, T, D), k and v (B, K, T, D), s (B, K, T) fp32 -> (B, H, T, D)."""
-    return attend(q, *fold(k, v, s))
+    return attend(fold_queries(q), fold(k, s), v)
 
 
 def strongest(s):
@@ -299,15 +272,15 @@ def lifetimes(order, window):
 
 def chunks(end, first, window, dtype):
     """Cuts the queries `first` .. S, whose keys have the ends `end` (R, S), into chunks of c. Yields the queries as a
-    slice counted from `first`, the keys they may see (R, n + c) as rows of an (R S, D) matrix, and the mask
-    (R, 1, c, n + c) of `dtype` to add to the logits, which the next chunk may write over.
+    slice counted from `first`, the n keys they may see (R, n) as rows of an (R S, D) matrix, and the mask (R, c, m) of
+    `dtype` to add to the logits of the last m of these keys.
 
-    Those keys are the n <= W alive at the chunk's start and its own c. A new key pushes out at most one, so at most c
-    of the old leave within the chunk: put in order of their ends, those are the last c, and stand beside the new ones.
-    Only these 2 c columns need to be compared; in the mask the others stay 0.
+    The keys are the W at most that are alive at the chunk's start, and its own c. A new key pushes out at most one, so
+    at most c of the old leave within the chunk: put in order of their ends, those are the last c, and stand beside the
+    new ones. Only these m = 2 c columns need to be compared.
     """
     R, S = end.shape
-    kept, mask = torch.arange(first, device=end.device).expand(R, first), end.new_zeros(0, dtype=dtype)
+    kept = torch.arange(first, device=end.device).expand(R, first)
     offset = torch.arange(0, R * S, S, device=end.device)[:, None]
     size = CHUNK if end.device.type == "cpu" else GPU_CHUNK
     for start in range(first, S, size):
@@ -315,60 +288,110 @@ def chunks(end, first, window, dtype):
         query = (new - start)[:, None].float()  # counted from the start, so that float32 is exact
         kept = kept.gather(-1, end.gather(-1, kept).sort(dim=-1, descending=True).indices[:, :window])
         kept = torch.cat((kept, new.expand(R, -1)), dim=-1)
-        risk = kept[:, -2 * len(new) :]  # (R, 2c), against the queries (c, 1)
-        comes = (risk - start).clamp(min=0)[:, None, None].float()
-        leaves = (end.gather(-1, risk) - start).clamp(max=len(new))[:, None, None].float()
+        risk = kept[:, -2 * len(new) :]  # (R, m), against the queries (c, 1)
+        comes = (risk - start).clamp(min=0)[:, None].float()
+        leaves = (end.gather(-1, risk) - start).clamp(max=len(new))[:, None].float()
         inside = torch.minimum(query + 1 - comes, leaves - query)  # above 0 while a key is there
-        if mask.shape != (R, 1, len(new), kept.shape[1]):
-            mask = end.new_zeros(R, 1, len(new), kept.shape[1], dtype=dtype)
-        mask[..., -risk.shape[1] :] = F.threshold(inside, 0.0, -math.inf).clamp_(max=0.0)  # faster than comparisons
-        yield slice(start - first, start - first + len(new)), kept + offset, mask
+        mask = F.threshold(inside, 0.0, -math.inf).clamp_(max=0.0)  # faster than comparisons
+        yield slice(start - first, start - first + len(new)), kept + offset, mask.to(dtype)
+
+
+def probabilities(q, k, mask, memory):
+    """q (G c, D + 8) and k (n, D + 8) folded; mask (c, m) for the last m keys -> the softmax (G c, n), and a tensor of
+    that shape to write over. Both lie in `memory`: new memory comes from the system page by page, filled with zeros
+    first, which for every chunk takes half as long as all the rest."""
+    logits, p = memory[: 2 * len(q) * len(k)].view(2, len(q), len(k))
+    torch.addmm(logits, q, k.T, beta=0, alpha=(q.shape[1] - 8) ** -0.5, out=logits)
+    logits.view(-1, len(mask), len(k))[..., -mask.shape[1] :] += mask
+    return torch.softmax(logits, -1, out=p), logits
+
+
+def attend_chunk(q, k, v, mask, memory):
+    """A chunk of queries and the keys picked for them: q (R, G c, D + 8) folded, the heads that share keys one after
+    another; k (R, n, D + 8) folded; v (R, n, D); mask (R, c, m) for the last m keys -> (R, G c, D). On a processor plain
+    products of so many rows are faster than the fused kernel, which cuts them into smaller tiles. (On a GPU a kernel
+    takes a mask, or keys that heads share, and not both: hence the heads one after another.)"""
+    if q.device.type != "cpu":
+        mask = F.pad(mask, (k.shape[1] - mask.shape[2], 0)).repeat(1, q.shape[1] // mask.shape[1], 1)
+        return attend(*(x[:, None] for x in (q, k, v, mask)))[:, 0]
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    for q, k, v, mask, y in zip(q, k, v, mask, out, strict=True):
+        torch.mm(probabilities(q, k, mask, memory)[0], v, out=y)
+    return out
+
+
+def chunk_gradients(dout, q, k, v, mask, memory):
+    """The gradients of q, k and v, from that of the output of attend_chunk, which is computed again."""
+    if q.device.type != "cpu":
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            return torch.autograd.grad(attend_chunk(*inputs, mask, memory), inputs, dout)
+    gradients, scale = [torch.empty_like(x) for x in (q, k, v)], v.shape[-1] ** -0.5
+    for dq, dk, dv, dy, q, k, v, mask in zip(*gradients, dout, q, k, v, mask, strict=True):
+        p, logits = probabilities(q, k, mask, memory)
+        torch.mm(p.T, dy, out=dv)
+        dp = torch.mm(dy, v.T, out=logits)
+        dlogits = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+        torch.mm(dlogits, k, out=dq).mul_(scale)
+        torch.mm(dlogits.T, q, out=dk).mul_(scale)
+    return gradients
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """q (R, G, T, D), the last T queries of R rows of S keys; k, v (R S, D + 8) folded; end (R, S) -> (R, G, T, D).
+    """q (R, G, T, D + 8), the last T queries of R rows of S keys; k (R S, D + 8), v (R S, D); end (R, S) -> (R, G, T,
+    D). q and k are folded.
 
     A Function of its own, because the automatic gradient of picking keys would be a tensor as long as the text for each
-    chunk, T T in all; here every chunk adds to the same one. And the picked keys are not held for the backward pass,
-    which would be W / CHUNK times the text, but picked again.
+    chunk, T T in all; here every chunk adds to the same one. And neither the picked keys nor their probabilities are
+    held for the backward pass, which would be W / CHUNK times the text, but found again.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, end, window):
-        out = torch.empty_like(q)
-        logsumexp = torch.empty_like(q[..., 0], dtype=torch.promote_types(q.dtype, torch.float32))
-        for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], window, q.dtype):
-            picked = (F.embedding(rows, x)[:, None] for x in (k, v))  # whole rows, where gather goes number by number
-            out[:, :, piece], logsumexp[:, :, piece] = attend_keeping(q[:, :, piece], *picked, mask)
-        ctx.save_for_backward(q, k, v, end, out, logsumexp)
+        ctx.save_for_backward(q, k, v, end)
         ctx.window = window
+        out = q.new_empty(*q.shape[:3], v.shape[1])
+        for piece, _, inputs in picked(q, k, v, end, window):
+            out[:, :, piece] = attend_chunk(*inputs).view(out[:, :, piece].shape)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        q, k, v, end, out, logsumexp = ctx.saved_tensors
+        q, k, v, end = ctx.saved_tensors
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for piece, rows, mask in chunks(end, end.shape[1] - q.shape[2], ctx.window, q.dtype):
-            picked = (F.embedding(rows, x)[:, None] for x in (k, v))
-            dy, x, *kept = (x[:, :, piece] for x in (dout, q, out, logsumexp))
-            dq[:, :, piece], *parts = attend_gradients(dy, x, *picked, mask, *kept)
+        for piece, rows, inputs in picked(q, k, v, end, ctx.window):
+            dx, *parts = chunk_gradients(dout[:, :, piece].flatten(1, 2), *inputs)
+            dq[:, :, piece] = dx.view(dq[:, :, piece].shape)
             for total, part in zip((dk, dv), parts, strict=True):
-                total.index_add_(0, rows.flatten(), part.flatten(0, 2).to(total.dtype))
+                total.index_add_(0, rows.flatten(), part.flatten(0, 1).to(total.dtype))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def picked(q, k, v, end, window):
+    """What ChunkedAttention is given -> for each chunk its queries as a slice, its keys as rows of k and v, and the
+    arguments of attend_chunk."""
+    R, G, T, _ = q.shape
+    memory = q.new_empty(2 * G * min(CHUNK, T) * min(window + CHUNK, end.shape[1]) if q.device.type == "cpu" else 0)
+    for piece, rows, mask in chunks(end, end.shape[1] - T, window, q.dtype):
+        keys, values = F.embedding(rows, k), F.embedding(rows, v)  # whole rows, where gather goes number by number
+        yield piece, rows, (q[:, :, piece].flatten(1, 2), keys, values, mask, memory)
 
 
 @torch.compiler.disable  # the number of chunks is no constant of a graph
 def chunked_attention(q, k, v, s, window):
-    """The last T queries q (B, H, T, D) of the S keys k, v (B, K, S, D) with scores s (B, K, S), S > W or T < S."""
+    """Dynamic Mask Attention of the last T queries q (B, H, T, D) to the S keys k, v (B, K, S, D) with scores s (B, K,
+    S), and what dynamic_mask_attention returns. A processor computes it in fp32 at least: most have no faster product,
+    and rounded to bf16 the logits would be as coarse as 1/16."""
     K, S = s.shape[1:]
     order = strongest(s.detach())  # what is kept is a choice, not a quantity: it has no gradient
     end = lifetimes(order.flatten(0, 1), window)
-    k, v = (x.flatten(0, 2) for x in fold(k, v, s))
+    wide = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
     rows = q.unflatten(1, (K, -1)).flatten(0, 1)  # (B K, G, T, D): the queries that share a row of keys
-    out = ChunkedAttention.apply(rows, k, v, end, window).view(q.shape)
-    return out, order[..., :window].sort(dim=-1).values
+    rows, keys, values = fold_queries(rows.to(wide)), fold(k.to(wide), s).flatten(0, 2), v.to(wide).flatten(0, 2)
+    out = ChunkedAttention.apply(rows, keys, values, end, window).view(q.shape)
+    return out.to(q.dtype), order[..., :window].sort(dim=-1).values
 
 
 def dynamic_mask_attention(q, k, v, s, window):
