@@ -11,7 +11,8 @@ WHAT is one or more of these:
     train      forward, backward and AdamW's update on rows of --length tokens
     prefill    a prompt of --length tokens into the cache, and the logits after it
     attention  one layer of Dynamic Mask Attention, forward and backward; its peer is torch's dense causal attention
-    moe        one CDMoE layer, forward and backward (--model=20m_moe,320m_moe)
+    moe        one CDMoE layer, forward and backward (--model=20m_moe,320m_moe): whole, and its experts alone, with an
+               MLP of one unit; the MLP, which every token passes through, is most of the work of both sides
     tokenizer  text to tokens, and the training of a vocabulary; its peer is Hugging Face's tokenizers
     data       prepare_data.py on --megabytes of text, and the memory of the whole process
 
@@ -133,7 +134,7 @@ class Case:
     shape: dict = field(default_factory=dict)  # DogeConfig's fields
     dtype: str = ""
     length: int = 0
-    variant: str = ""  # decode: the engine; tokenizer: what it does
+    variant: str = ""  # decode: the engine; moe: layer or experts; tokenizer: what it does
     text: str = ""  # tokenizer, data: which text
 
     @property
@@ -471,7 +472,8 @@ def attention(case):
 
 def moe(case):
     """One CDMoE layer and its gradients. transformers' mixes up whose router logits are whose, at the same cost."""
-    config = DogeConfig(**case.shape | {"is_moe": True})
+    alone = {"intermediate_size": 1} if case.variant == "experts" else {}
+    config = DogeConfig(**case.shape | {"is_moe": True} | alone)
     torch.manual_seed(0)
     layer = CDMoE(config).to(case.device, FORMAT[case.dtype])
     shape = case.options.batch_size, case.length, config.hidden_size
@@ -585,7 +587,7 @@ def make_cases(options, folder):
                     yield Case(what, f"tokenizer {job} {text}", options, variant=job, text=text)
         else:
             models = options.model or ["20m_moe" if what == "moe" else "20m"]
-            engines = options.engine if what == "decode" else [""]
+            engines = {"decode": options.engine, "moe": ["layer", "experts"]}.get(what, [""])
             lengths = [int(length) for length in options.length] or LENGTHS[what]
             for model, dtype, engine, length in itertools.product(models, options.dtype, engines, lengths):
                 size = length or f"{options.prompt}+{options.new_tokens}"

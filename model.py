@@ -202,8 +202,8 @@ def key_scores(A, dt):
 
 
 def fold(k, s):
-    """k (..., S, D) with 8 columns more, so that q.k, of a q with the columns of fold_queries, is sqrt(D) s (..., S) fp32
-    larger: then q.k / sqrt(D) has the key's score added.
+    """k (..., S, D) with 8 columns more, which add sqrt(D) s, of the scores s (..., S) fp32, to the products with what
+    fold_queries makes of a query.
 
     softmax(q.k / sqrt(D) + s) is plain attention over vectors one column longer: [q, 1] . [k, s sqrt(D)]. The fused
     kernels want the width a multiple of 8; in bf16 the score is split over two of those columns, high part and
@@ -308,15 +308,15 @@ def probabilities(q, k, mask, memory):
 
 def attend_chunk(q, k, v, mask, memory):
     """A chunk of queries and the keys picked for them: q (R, G c, D + 8) folded, the heads that share keys one after
-    another; k (R, n, D + 8) folded; v (R, n, D); mask (R, c, m) for the last m keys -> (R, G c, D). On a processor plain
-    products of so many rows are faster than the fused kernel, which cuts them into smaller tiles. (On a GPU a kernel
-    takes a mask, or keys that heads share, and not both: hence the heads one after another.)"""
+    another; k (R, n, D + 8) folded; v (R, n, D); mask (R, c, m) for the last m keys -> (R, G c, D). On a processor
+    plain products of so many rows are faster than the fused kernel, which cuts them into smaller tiles. (On a GPU a
+    kernel takes a mask, or keys that heads share, and not both: hence the heads one after another.)"""
     if q.device.type != "cpu":
         mask = F.pad(mask, (k.shape[1] - mask.shape[2], 0)).repeat(1, q.shape[1] // mask.shape[1], 1)
         return attend(*(x[:, None] for x in (q, k, v, mask)))[:, 0]
     out = q.new_empty(*q.shape[:2], v.shape[2])
-    for q, k, v, mask, y in zip(q, k, v, mask, out, strict=True):
-        torch.mm(probabilities(q, k, mask, memory)[0], v, out=y)
+    for r in range(len(q)):
+        torch.mm(probabilities(q[r], k[r], mask[r], memory)[0], v[r], out=out[r])
     return out
 
 
@@ -326,15 +326,16 @@ def chunk_gradients(dout, q, k, v, mask, memory):
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             return torch.autograd.grad(attend_chunk(*inputs, mask, memory), inputs, dout)
-    gradients, scale = [torch.empty_like(x) for x in (q, k, v)], v.shape[-1] ** -0.5
-    for dq, dk, dv, dy, q, k, v, mask in zip(*gradients, dout, q, k, v, mask, strict=True):
-        p, logits = probabilities(q, k, mask, memory)
-        torch.mm(p.T, dy, out=dv)
-        dp = torch.mm(dy, v.T, out=logits)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    for r in range(len(q)):
+        p, logits = probabilities(q[r], k[r], mask[r], memory)
+        torch.mm(p.T, dout[r], out=dv[r])
+        dp = torch.mm(dout[r], v[r].T, out=logits)
         dlogits = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
-        torch.mm(dlogits, k, out=dq).mul_(scale)
-        torch.mm(dlogits.T, q, out=dk).mul_(scale)
-    return gradients
+        torch.mm(dlogits, k[r], out=dq[r])
+        torch.mm(dlogits.T, q[r], out=dk[r])
+    scale = v.shape[-1] ** -0.5
+    return dq.mul_(scale), dk.mul_(scale), dv
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -536,8 +537,24 @@ class DynamicMaskAttention(nn.Module):
 # Feed-forward
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, all three of one shape (Shazeer 2020). For the backward pass it keeps gate and up; the automatic
+    gradient keeps silu(gate) beside them, which is made again here."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dout * up, gate), F.silu(gate).mul_(dout)
+
+
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+    """down(SwiGLU(gate(x), up(x)))."""
 
     def __init__(self, config):
         super().__init__()
@@ -547,7 +564,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x (B, T, C) -> its output (B, T, C) and a load-balance value, which an MLP does not have: 0."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), 0.0
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x))), 0.0
 
 
 class CDMoE(MLP):

@@ -54,7 +54,9 @@ MODELS = ["decode", "train", "prefill", "attention", "moe"]
 def test_ours_and_the_peer_give_a_row(what, shape, tmp_path, capsys):
     argv = [what, "--peer", f"--model={shape}", "--length=24", "--new_tokens=3", "--memory=false"]
     rows, printed = table(tmp_path, capsys, *argv, "--dtype=float32,bfloat16")
-    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    twice = ["layer", "experts"] if what == "moe" else [""]
+    assert [row["dtype"] for row in rows] == [dtype for dtype in ("float32", "bfloat16") for _ in twice]
+    assert all(name in row["name"] for name, row in zip(twice * 2, rows, strict=False))
     for row in rows:
         assert list(row) == bench.COLUMNS
         number = {key: float(row[key]) for key in bench.COLUMNS if key == "seconds" or key.startswith(("peer_s", "sp"))}
