@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import CDMoE, key_scores, recall, remember, rotary_table, rotate
+from model import CDMoE, RMSNorm, key_scores, recall, remember, rotary_table, rotate
 
 LAYERS_AT_A_TIME = 8  # compiled as one function: 8 fit a 20M model whole; more layers call it again, compiled once
 STREAMS = 4  # rows far apart that a compiled step reads side by side: following several, a core waits less for memory
@@ -97,10 +97,12 @@ def stack(blocks, dtype):
 
     def small(block):  # layer_step takes them apart in this order
         attention = block.self_attn
-        modules = block.input_layernorm, attention.q_norm, attention.k_norm, attention.dt_proj
-        weights = [getattr(m, "weight", attention.A[:0]) for m in (*modules, block.post_attention_layernorm)]
-        weights += [attention.A, block.input_residual, block.post_attention_residual]
-        return [weight.float().flatten() for weight in weights]  # q_norm and k_norm may be missing: then of size 0
+        heads, shared = attention.q_proj.out_features // attention.head_dim, len(attention.A)
+        norms = [attention.q_norm] * heads + [attention.k_norm] * shared  # of some models Identity
+        weights = [norm.weight for norm in norms if isinstance(norm, RMSNorm)] or [attention.A[:0]]
+        weights = block.input_layernorm.weight, torch.cat(weights), attention.dt_proj.weight, attention.A
+        weights += block.post_attention_layernorm.weight, block.input_residual, block.post_attention_residual
+        return [weight.float().flatten() for weight in weights]
 
     def join(*names):
         joined = [torch.cat([block.get_submodule(name).weight for name in names]) for block in blocks]
@@ -127,8 +129,8 @@ def unstack(layers):
 
 
 def norm(x, weight, eps):
-    """RMSNorm of x over its last dimension; x itself where the model has no such norm, and weight is empty."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps) if len(weight) else x
+    """RMSNorm of x over its last dimension. (F.rms_norm takes a half longer: it checks what it is given.)"""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def attend(slots, q):
@@ -144,21 +146,22 @@ def attend(slots, q):
 
 def layer_step(x, rotary, length, evicts, slots, weights, shape):
     """One block for one token a row: x (B, C) -> (B, C). Computes what Block of model.py computes."""
-    (norm1, q_norm, k_norm, dt_proj, norm2, A, residual1, residual2), (qkv, out, gate_up, down), experts = weights
+    (norm1, qk_norm, dt_proj, A, norm2, residual1, residual2), (qkv, out, gate_up, down), experts = weights
     (H, K, D), eps = shape
     B = len(x)
-    q, k, v = product(norm(x, norm1, eps), qkv).split((H * D, K * D, K * D), dim=-1)
+    qk, v = product(norm(x, norm1, eps), qkv).split(((H + K) * D, K * D), dim=-1)
     s = key_scores(A, F.linear(v, dt_proj.view(K, -1)))[..., None]  # (B, K, 1)
-    q = rotate(norm(q.view(B, H, 1, D), q_norm, eps), *rotary)
-    k = rotate(norm(k.view(B, K, 1, D), k_norm, eps), *rotary)
+    qk = qk.view(B, H + K, 1, D)  # both are normed and turned alike
+    qk = norm(qk, qk_norm.view(H + K, 1, D), eps) if len(qk_norm) else qk
+    q, k = rotate(qk, *rotary).split((H, K), dim=1)
     remember(*slots, length, evicts, k, v.view(B, K, 1, D), s)
-    x = residual1 * x + product(attend(slots, q), out)
+    x = torch.addcmul(product(attend(slots, q), out), residual1, x)
     h = norm(x, norm2, eps)
     gate, up = product(h, gate_up).chunk(2, dim=-1)
     y = product(F.silu(gate) * up, down)
     if experts is not None:
         y = y + experts.routed(h[:, None].to(experts.up_embed.weight.dtype))[0][:, 0].float()
-    return residual2 * x + y
+    return torch.addcmul(y, residual2, x)
 
 
 def layers_step(x, state, slots, layers, shape, embedding=None, head=None):

@@ -494,8 +494,9 @@ def remember(slot_k, slot_v, slot_s, slot_when, length, evicts, k, v, s):
 def recall(slot_k, slot_v, slot_s, q):
     """What one query a head (B, H, 1, D) finds in the slots of a layer: (B, H, 1, D)."""
     (B, H, _, D), K = q.shape, slot_k.shape[1]
-    logits = (q.reshape(B, K, H // K, D) @ slot_k.transpose(-1, -2)).float() * D**-0.5 + slot_s[:, :, None]
-    return (logits.softmax(-1).to(slot_v.dtype) @ slot_v).reshape(B, H, 1, D)
+    k, v, s = slot_k.flatten(0, 1), slot_v.flatten(0, 1), slot_s.view(B * K, 1, -1)
+    logits = torch.bmm(q.reshape(B * K, H // K, D), k.mT).float() * D**-0.5 + s
+    return torch.bmm(logits.softmax(-1).to(v.dtype), v).view(B, H, 1, D)
 
 
 class DynamicMaskAttention(nn.Module):

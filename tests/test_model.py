@@ -117,17 +117,24 @@ def test_padded_rows_equal_transformers_and_equal_the_rows_alone():
 
 
 def brute_force(q, k, v, s, window):
-    """Every query ranks all keys up to its own by (score, position) and keeps the best `window`; plain softmax."""
-    (B, H, T, D), K = q.shape, k.shape[1]
+    """Plain softmax over the keys that every query sees."""
+    H, D, K = q.shape[1], q.shape[3], k.shape[1]
     k, v, s = (x.repeat_interleave(H // K, dim=1) for x in (k, v, s))
     logits = q @ k.transpose(-1, -2) / math.sqrt(D) + s[:, :, None, :]
-    visible = torch.zeros(B, H, T, T, dtype=torch.bool)
+    return logits.masked_fill(~visible(s, window), -math.inf).softmax(-1) @ v
+
+
+def visible(s, window):
+    """Every query ranks all keys up to its own by (score, position) and keeps the best `window`: s (B, H, T) -> (B, H,
+    T, T)."""
+    B, H, T = s.shape
+    seen = torch.zeros(B, H, T, T, dtype=torch.bool)
     for b in range(B):
         for h in range(H):
             for i in range(T):
                 kept = sorted(range(i + 1), key=lambda j: (s[b, h, j].item(), j))[-window:]  # noqa: B023
-                visible[b, h, i, kept] = True
-    return logits.masked_fill(~visible, -math.inf).softmax(-1) @ v
+                seen[b, h, i, kept] = True
+    return seen
 
 
 def attention_inputs(T, ties, seed=0, B=2, H=4, K=2, D=8):
@@ -282,16 +289,32 @@ def test_with_a_zero_the_window_slides(monkeypatch):
     assert (kept == torch.arange(31, 40)).all()
 
 
-def test_bf16_attention_is_no_worse_than_the_reference_form():
-    q, k, v, s = (x.detach() for x in attention_inputs(256, ties=False, D=64))
-    s = 4 * s
-    exact = brute_force(q, k, v, s, 256)
-    q, k, v = (x.bfloat16() for x in (q, k, v))
-    mask = torch.full((256, 256), -math.inf).triu(1) + s.repeat_interleave(2, 1)[:, :, None]
-    k2, v2 = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    weights = (q @ k2.transpose(-1, -2) / 8 + mask.bfloat16()).softmax(-1, dtype=torch.float32).bfloat16()
-    reference_error = (weights @ v2 - exact).pow(2).mean().sqrt()
-    assert (m.causal_attention(q, k, v, s.float()) - exact).pow(2).mean().sqrt() <= reference_error
+@pytest.mark.parametrize("window", [256, 90])
+def test_bf16_attention_and_its_gradients_are_no_worse_than_the_reference_form(window, monkeypatch):
+    """Within the window, and beyond it in chunks. The reference form keeps mask and probabilities in bf16."""
+    monkeypatch.setattr(m, "CHUNK", 32)
+    q, k, v, s = (x.detach() for x in attention_inputs(256, ties=False, D=64, B=1))
+    s = (4 * s).float()
+    unseen = ~visible(s.repeat_interleave(2, 1), window)
+
+    def reference(q, k, v, s):
+        k, v, s = (x.repeat_interleave(2, 1) for x in (k, v, s))
+        mask = s[:, :, None].to(q.dtype).masked_fill(unseen, -math.inf)
+        weights = (q @ k.transpose(-1, -2) / 8 + mask).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+        return weights.to(q.dtype) @ v
+
+    def errors(function):
+        inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)] + [s.clone().requires_grad_()]
+        out = function(*inputs)
+        found = [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+        return [(x - y).pow(2).mean().sqrt().item() for x, y in zip(found, exact, strict=True)]
+
+    inputs = [x.double().requires_grad_() for x in (q, k, v, s)]
+    out = brute_force(*inputs, window)
+    exact = [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+    ours = errors(lambda *inputs: m.dynamic_mask_attention(*inputs, window)[0])
+    theirs = errors(reference)
+    assert all(x <= y for x, y in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 def test_scores_up_to_their_bound_are_exact_and_beyond_it_stay_numbers():

@@ -397,3 +397,11 @@ def test_an_unknown_gpu_has_no_mfu():
     for name, flops in known.items():
         machine.device, machine.name, machine.dtype = torch.device("cuda"), name, torch.bfloat16
         assert machine.peak_flops() == flops
+
+
+def test_a_processor_says_what_bfloat16_costs_it(monkeypatch):
+    assert runtime.product_seconds(torch.float32) > 0
+    monkeypatch.setattr(runtime, "product_seconds", lambda dtype: 3.0 if dtype == torch.bfloat16 else 2.0)
+    expected = "bfloat16, asked for, its products take 1.5 times the time of float32's here"
+    assert runtime.Machine("cpu", "bfloat16").summary.endswith(expected)
+    assert "products" not in runtime.Machine("cpu").summary
