@@ -591,7 +591,9 @@ def make_cases(options, folder):
             lengths = [int(length) for length in options.length] or LENGTHS[what]
             for model, dtype, engine, length in itertools.product(models, options.dtype, engines, lengths):
                 size = length or f"{options.prompt}+{options.new_tokens}"
-                name = f"{what} {Path(model).stem} {dtype} {engine}".rstrip() + f" {options.batch_size}x{size}"
+                how = [engine, "compiled" if options.compile and what in ("decode", "train") else ""]
+                words = [what, Path(model).stem, dtype, *filter(None, how), f"{options.batch_size}x{size}"]
+                name = " ".join(words)
                 yield Case(what, name, options, Path(model).stem, read_shape(model), dtype, length, engine)
 
 

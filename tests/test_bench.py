@@ -183,6 +183,13 @@ def test_rows_are_appended_and_a_file_of_other_columns_is_left_alone(shape, tmp_
     assert other.read_text() == "step,loss\n1,2\n"
 
 
+def test_a_compiled_row_says_so():
+    for how, name in (([], "decode 20m float32 decoder 1x32+128"),
+                      (["--compile=true"], "decode 20m float32 decoder compiled 1x32+128")):  # fmt: skip
+        options = runtime.parse_options(bench.BenchOptions, ["decode", *how], positional="what")
+        assert [case.name for case in bench.make_cases(options, "")] == [name]
+
+
 def test_a_moe_twin_has_the_shape_of_its_dense_model():
     for name, hidden, experts in (("20m_moe", 256, 1024), ("320m_moe", 1024, 16384)):
         shape = bench.read_shape(name)
