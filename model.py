@@ -47,7 +47,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # queries handled together beyond the window: c keys are read per W kept, and the mask is c x (W + c)
+CHUNK = 256  # queries handled together beyond the window: for c of them W + c keys are picked, and 2 c masked
 GPU_CHUNK = 1024  # on a GPU: its kernels divide queries, 64 each, among more than a hundred cores (not measured)
 STRETCH = 1024  # tokens of a long row that a processor takes through a block together: NOTES.md has others
 PIECE = 4096  # tokens of a prompt read together: two windows of the family, so that reading is mostly new tokens
