@@ -12,7 +12,7 @@ WHAT is one or more of these:
     prefill    a prompt of --length tokens into the cache, and the logits after it
     attention  one layer of Dynamic Mask Attention, forward and backward; its peer is torch's dense causal attention
     moe        one CDMoE layer, forward and backward (--model=20m_moe,320m_moe): whole, and its experts alone, with an
-               MLP of one unit; the MLP, which every token passes through, is most of the work of both sides
+               MLP of one unit: the MLP, which all tokens share, is half of our work or more, and the same for both
     tokenizer  text to tokens, and the training of a vocabulary; its peer is Hugging Face's tokenizers
     data       prepare_data.py on --megabytes of text, and the memory of the whole process
 

@@ -383,7 +383,7 @@ def picked(q, k, v, end, window):
 @torch.compiler.disable  # the number of chunks is no constant of a graph
 def chunked_attention(q, k, v, s, window):
     """Dynamic Mask Attention of the last T queries q (B, H, T, D) to the S keys k, v (B, K, S, D) with scores s (B, K,
-    S), and what dynamic_mask_attention returns. A processor computes it in fp32 at least: most have no faster product,
+    S), and what dynamic_mask_attention returns. A processor computes it in fp32 at least: many have no faster product,
     and rounded to bf16 the logits would be as coarse as 1/16."""
     K, S = s.shape[1:]
     order = strongest(s.detach())  # what is kept is a choice, not a quantity: it has no gradient
