@@ -444,7 +444,7 @@ class Cache:
         be fewer: they are those of the last."""
         if k.shape[2] > 1:
             return self.extend(*self.layers[layer], q, k, v, s)
-        remember(*self.layers[layer], self.length, self.evicts, k, v, s)
+        remember(self.layers[layer], self.length, self.evicts, k, v, s)
         return recall(*self.layers[layer][:3], q)
 
     def extend(self, slot_k, slot_v, slot_s, slot_when, q, k, v, s):
@@ -473,8 +473,9 @@ def pick(x, index):
     return F.embedding(rows, x.reshape(-1, D))
 
 
-def remember(slot_k, slot_v, slot_s, slot_when, length, evicts, k, v, s):
+def remember(slots, length, evicts, k, v, s):
     """Puts one key and value (B, K, 1, D) of score s (B, K, 1) into the slots of a layer (see Cache), in place."""
+    slot_s, slot_when = slots[2:]
     spare = slot_s.shape[-1] - 1
     slot = position = length[:, None, None].expand(s.shape)
     if evicts:
@@ -485,10 +486,21 @@ def remember(slot_k, slot_v, slot_s, slot_when, length, evicts, k, v, s):
         loses = full & (s < held.gather(-1, oldest))
         slot = torch.where(loses, spare, torch.where(full, oldest, position))
         s = s.masked_fill(loses, NEVER)
-    B, K = s.shape[:2]
-    place = torch.arange(B, device=s.device)[:, None], torch.arange(K, device=s.device), slot[..., 0]
-    slot_k[place], slot_v[place] = k[:, :, 0].to(slot_k.dtype), v[:, :, 0].to(slot_v.dtype)
-    slot_s[place], slot_when[place] = s[..., 0], position[..., 0]
+    put(slots, rows_of(slot, spare + 1), k.flatten(0, 2), v.flatten(0, 2), s.flatten(), position.flatten())
+
+
+def rows_of(slot, size):
+    """Slots (B, K, 1), counted in a head of `size`, -> (B K,), counted through all heads and rows of the batch."""
+    return slot.flatten() + torch.arange(0, slot.numel() * size, size, device=slot.device)
+
+
+def put(slots, rows, k, v, s, position):
+    """Writes k, v (B K, D), s and position (B K,) into these of a layer's slots, in place."""
+    slot_k, slot_v, slot_s, slot_when = slots
+    slot_k.view(-1, k.shape[1]).index_copy_(0, rows, k.to(slot_k.dtype))
+    slot_v.view(-1, v.shape[1]).index_copy_(0, rows, v.to(slot_v.dtype))
+    slot_s.view(-1).index_copy_(0, rows, s)
+    slot_when.view(-1).index_copy_(0, rows, position)
 
 
 def recall(slot_k, slot_v, slot_s, q):

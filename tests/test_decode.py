@@ -82,9 +82,9 @@ def test_fewer_bits_are_rounded_weights_and_nothing_else(dtype, compile, monkeyp
     rounded.load_state_dict(model.state_dict())
     for name, p in rounded.named_parameters():
         if name.endswith("proj.weight") and "dt_proj" not in name:
-            values, scale = decode.pack(p, dtype)
+            values, scale = decode.pack(p, dtype, compile)
             p.data = values.float() if scale is None else values.float() * scale[:, None]
-    values, scale = decode.pack(model.output_weight, dtype)
+    values, scale = decode.pack(model.output_weight, dtype, compile)
     head = values.float() if scale is None else values.float() * scale[:, None]
     with torch.no_grad():
         expected = F.linear(rounded.hidden(tokens)[0], head)[:, 5:]
@@ -106,7 +106,7 @@ def test_int8_of_sizes_that_the_kernel_does_not_take():
 def test_int8_rows_keep_their_largest_entry_and_an_empty_row_stays_zero():
     weight = torch.randn(5, 32)
     weight[2] = 0
-    values, scale = decode.pack(weight, torch.int8)
+    values, scale = decode.pack(weight, torch.int8, compiled=True)
     assert values.abs().amax(1).tolist() == [127, 127, 0, 127, 127]
     assert (values.float() * scale[:, None] - weight).abs().max() <= scale.max() / 2 + 1e-7
 
@@ -130,3 +130,14 @@ def test_a_token_allocates_no_cache_and_changes_no_shape():
         decoder(torch.tensor([t]), cache)
     assert before == [(t.data_ptr(), t.shape) for layer in cache.layers for t in layer]
     assert int(cache.length) == 50
+
+
+def test_one_row_of_bfloat16_leaves_the_processor_as_it_was():
+    model = make_model()
+    decoder, cache = Decoder(model, torch.bfloat16), Cache(model.config, 1, 8)
+    before = torch.backends.mkldnn.enabled
+    decoder(torch.tensor([5]), cache)
+    assert torch.backends.mkldnn.enabled == before
+    with pytest.raises(IndexError):
+        decoder(torch.tensor([97]), cache)  # no such token
+    assert torch.backends.mkldnn.enabled == before
