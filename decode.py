@@ -8,13 +8,14 @@ Too many bytes. A weight takes 4 bytes in float32, 2 in bfloat16, 1 in int8. For
 divided by a scale of its own, so that its largest entry becomes 127, and rounded; the scale multiplies the result
 (weight-only, per output channel, nothing is retrained). Computation stays in floating point.
 
-Too many steps. The model of model.py runs some 25 operations a layer. For a small model each takes less time than
-Python and torch need to launch it. So here the projections that share an input are one matrix, and on request
-torch.compile turns several layers at a time into one C++ function. That needs a C++ compiler, and half a minute or more
-for every length of cache, which are few (see room); torch keeps what it compiled on disk. One row against one matrix
-is then written as multiply and sum, a plain loop that the compiler vectorises, and which reads bfloat16 and int8 as
-easily as float32. What Python hands to the compiled function it checks at every call, tensor by tensor, so the weights
-of these layers are one tensor of each kind.
+Too many steps. The model of model.py runs 65 operations a layer. For a small model each takes less time than Python and
+torch need to launch it. So here the projections that share an input are one matrix, what is the same for every layer is
+found once a token, and of several ways to write an operation the quickest to launch is taken (NOTES.md has what they
+cost); 41 are left. On request torch.compile turns several layers at a time into one C++ function. That needs a C++
+compiler, and half a minute or more for every length of cache, which are few (see room); torch keeps what it compiled on
+disk. One row against one matrix is then written as multiply and sum, a plain loop that the compiler vectorises, and
+which reads bfloat16 and int8 as easily as float32. What Python hands to the compiled function it checks at every call,
+tensor by tensor, so the weights of these layers are one tensor of each kind.
 
     decoder = Decoder(model, torch.int8, compile=True)
     for token in model.stream(prompt, 100, decoder=decoder): ...
