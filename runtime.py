@@ -266,8 +266,6 @@ class RunOptions:
         for name in ("max_steps", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
-        if self.shard and self.compile == "on":
-            raise ValueError("--compile=on and --shard=true have not been tried together: choose one")
         if not 1 <= self.patience <= 10**6:
             raise ValueError(f"--patience={self.patience} must be from 1 to 1,000,000 seconds")
         for name in ("learning_rate", "grad_clip"):

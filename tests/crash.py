@@ -452,22 +452,23 @@ def parts(root, options):
     def train_killed(name, *extra, **more):
         return lambda: killed(train.main, [*pretrain, *extra], root / name, options, **more)
 
-    def compiled():
-        row = train_killed("compiled", "--compile=on", *MOE, kills=max(1, options.kills // 10))()
-        eager = not (root / "compiled" / "whole.txt").read_text().count("; torch.compile\n")
+    def compiled(name, *extra, **more):
+        row = train_killed(name, "--compile=on", *extra, kills=max(1, options.kills // 10), **more)()
+        eager = not (root / name / "whole.txt").read_text().count("; torch.compile\n")
         return row | dict(failures=row["failures"] + eager, note=row["note"] + "; it did not compile" * eager)
 
     a_fifth = max(1, options.kills // 5)  # for what takes long
     rows = {
         "train": train_killed("train"),
         "train_moe_muon_accumulation": train_killed("moe", *MOE),
-        "train_compiled": compiled,
+        "train_compiled": lambda: compiled("compiled", *MOE),
         "sft": lambda: tune(sft, "chat", "--eval_answers=0"),
         "dpo": lambda: tune(dpo, "preferences", kills=a_fifth),
         "grpo": lambda: tune(grpo, "problems", *WRITE, kills=a_fifth),
         "train_2_processes": train_killed("two", world_size=2, kills=a_fifth),
         "train_4_processes": train_killed("four", "--batch_size=1", world_size=4, kills=max(1, options.kills // 10)),
         "train_2_shards": train_killed("shards", "--shard", *MUON, world_size=2, kills=a_fifth),
+        "train_2_shards_compiled": lambda: compiled("shards_compiled", "--shard", *MUON, world_size=2),
         "train_sigterm": train_killed("term", "--save_every=1", number=signal.SIGTERM),
         "full_disk": lambda: disk(pretrain, root / "full", "full"),
         "read_only_disk": lambda: disk(pretrain, root / "read_only", "read-only"),

@@ -389,7 +389,6 @@ def test_gradient_checkpointing_and_long_rows_change_nothing_else(data, tmp_path
     (["config/nothing.py"], "no config file 'config/nothing.py'"),
     (["--beta1=1"], "beta1=1"),
     (["--patience=0"], "patience=0 must be from 1"),
-    (["--shard", "--compile=on"], "choose one"),
     (["--moe_warmup_steps=3"], "no experts to train first"),
     (["--initializer_range=-1"], "initializer_range=-1.0"),
     (["--seed=100000000000000000000"], "seed: .100000000000000000000. is not a whole number below 2.63"),
