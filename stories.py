@@ -772,11 +772,6 @@ def documents(count: int, start: int = 0) -> Iterator[str]:
         yield tell(i, "all")[0] if i % 3 == 2 else lesson(i)
 
 
-def questions(story: Story) -> list[tuple[str, str]]:
-    """(question, answer) for every fact of the story; each question has this one right answer."""
-    return [(fact.question, fact.answer) for fact in story.facts]
-
-
 # ---- Rows to tune a model with: conversations, preferences and problems, in the form that conversations.py reads.
 # Number i is a pure function of i and the split. Their seeds begin where pretraining's stories (seed 0) never come.
 

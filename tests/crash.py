@@ -51,6 +51,7 @@ import sft  # noqa: E402
 import train  # noqa: E402
 
 PATIENCE = 60  # seconds within which a process must end once another one of its run has died
+MEETING = 180  # ... if it died while they were meeting: gloo then waits up to five times --patience
 
 
 @dataclass
@@ -246,7 +247,7 @@ def killed(main, argv, root, options, world_size=1, kills=None, number=signal.SI
             if struck := tries < kills:
                 inside += strike(folder, children, draw, whole.seconds / 3, number)
                 tries += 1
-            statuses = wait(children, PATIENCE) if struck and world_size > 1 else wait(children)
+            statuses = wait(children, MEETING) if struck and world_size > 1 else wait(children)
             if not set(statuses) <= ended:  # None: it hung
                 wrong.append(f"status {statuses}: {log.read_text()[-1000:]}")
             step, found = whole.check(folder, step)
