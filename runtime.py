@@ -438,12 +438,13 @@ class Machine:
             try:
                 wait = datetime.timedelta(seconds=patience)
                 dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=wait)
-            except RuntimeError as error:
-                if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-                    raise
-                # torchrun keeps the addresses of the processes that died (pytorch issues 135712, 167288)
-                raise ValueError("the processes that torchrun --max-restarts started again do not find each other: "
-                                 "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun") from error  # fmt: skip
+            except RuntimeError as error:  # gloo waits up to five times as long for one that has just died
+                advice = f"one has ended, or not answered for --patience={patience} seconds"
+                if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+                    # torchrun keeps the addresses of the processes that died (pytorch issues 135712, 167288)
+                    advice = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts"
+                raise ValueError(f"the {self.world_size} processes of this run do not find each other: {advice} "
+                                 f"({one_line(error)[:150]})") from error  # fmt: skip
             self.summary += f"; {self.world_size} processes"
 
     @property

@@ -235,7 +235,7 @@ def strike(folder, children, draw, seconds, number):
 def killed(main, argv, root, options, world_size=1, kills=None, number=signal.SIGKILL):
     """Trains with interruptions until `kills` are used up, run after run, then to the end -> a row of the table."""
     draw, kills, tries, inside, runs, wrong = random.Random(options.seed), kills or options.kills, 0, 0, 0, []
-    ended = {0, -number, 128 + number} | ({1} if world_size > 1 else set())  # 1: one that lost the others
+    ended = {0, -number, 128 + number} | ({1, 2} if world_size > 1 else set())  # lost, or never met, the others
     root.mkdir()
     whole = Undisturbed(main, argv, root / "whole", world_size)
     while tries < kills and not wrong:

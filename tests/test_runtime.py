@@ -356,7 +356,7 @@ def test_processes_that_torchrun_started_again_say_what_they_need(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "init_process_group", lost)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="the 2 processes of this run do not find each other: one has ended, or not"):
         runtime.Machine("cpu")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
