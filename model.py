@@ -54,6 +54,7 @@ PIECE = 4096  # tokens of a prompt read together: two windows of the family, so 
 LOSS_ELEMENTS = 2**20  # logits alive at once in the loss: 4 MB, so that they stay in a processor's cache
 LOSS_ROWS = 256  # but at least these rows of them, to keep the matrix product busy
 LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
+BLOCK = 256  # tokens that are summed up at once when one is drawn
 LARGEST = 80.0  # exponent of a key's score: see key_scores
 LAYERS, SIZE = 256, 2**24  # most of them, in a model: what is far beyond them is a slip, and would build for hours
 NEVER = -1e30  # score of a slot without a key: exp(NEVER - anything) is 0, and it is finite, so no inf - inf = nan
@@ -914,21 +915,41 @@ def sample(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, generator=None):
     """
     if temperature == 0:
         return logits.max(dim=-1).indices  # on a processor faster than argmax
-    logits = logits / temperature
+    logits, order = logits / temperature, None
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    p, size = logits.softmax(-1), LIKELY
     if top_p < 1.0:
-        p = logits.softmax(-1)
-        values, order = p.topk(min(LIKELY, p.shape[-1]))
-        if bool((values.sum(-1) < top_p).any()):  # a flat distribution: the likeliest few do not reach top_p
-            values, order = p.sort(dim=-1, descending=True)
+        values, order = p.topk(min(size, p.shape[-1]))
+        while size < p.shape[-1] and bool((values.sum(-1) < top_p).any()):  # a flat distribution: look at more of it
+            size *= 16
+            values, order = p.topk(min(size, p.shape[-1]))
         inside = values.cumsum(-1) - values < top_p
         inside[:, 0] = True  # the likeliest itself always stays
-        logits = logits.masked_fill(~torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, inside), -math.inf)
-    p = logits.softmax(-1)
+        p = values * inside
     if min_p > 0.0:
         p = p * (p >= min_p * p.amax(-1, keepdim=True))
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+    drawn = draw(p, generator)
+    return (drawn if order is None else order.gather(1, drawn))[:, 0]
+
+
+def draw(p, generator=None):
+    """The index of one of p (B, n) fp32, at least 0, drawn in proportion to them -> (B, 1) int64. Of what is 0, none.
+
+    The sums up to every index divide a line, and a point on it, drawn evenly, falls to one of them: one random number a
+    row, where torch.multinomial takes one for every token, and as long as a small model's whole step. To sum less, it
+    is first found in which block of tokens the point lies, then where in the block. In float64, so that the unlikely
+    ones get their due: in float32, thousands would share the last bit.
+    """
+    wide = torch.float32 if p.device.type == "mps" else torch.float64
+    blocks = p.unflatten(1, (-1, BLOCK if p.shape[1] % BLOCK == 0 else p.shape[1]))
+    ends = blocks.sum(-1, dtype=wide).cumsum(-1)
+    point = (1 - torch.rand(len(p), 1, dtype=wide, device=p.device, generator=generator)) * ends[:, -1:]  # above 0
+    block = torch.searchsorted(ends, point)  # the first whose end is not before the point
+    inner = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=wide)
+    point = point - ends.gather(1, block) + inner[:, -1:]  # counted from where the block begins
+    point = point.clamp(min=torch.finfo(wide).tiny).minimum(inner[:, -1:])  # rounded, it must not have left the block
+    return block * blocks.shape[2] + torch.searchsorted(inner, point)
 
 
 def linear_cross_entropy(x, weight, targets):

@@ -646,6 +646,34 @@ def test_sampling_options_against_their_definition():
     assert (frequency - p).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("size", [1000, 1024])  # one block of tokens, and four
+def test_draws_are_in_proportion_and_nothing_is_drawn_that_cannot_be(monkeypatch, size):
+    p = (3 * torch.randn(size, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    p[::3] = 0
+    p[-300:] = 0  # padding of the vocabulary: a whole block of it
+    drawn = m.draw(p.expand(20000, -1), torch.Generator().manual_seed(1))[:, 0]
+    counts, expected = torch.bincount(drawn, minlength=size).double(), 20000 * p.double() / p.double().sum()
+    often = expected > 5
+    chi2 = ((counts - expected)[often].square() / expected[often]).sum()
+    assert abs(chi2 - often.sum()) < 4 * (2 * often.sum()).sqrt()  # its mean and its deviation
+    assert counts[p == 0].sum() == 0
+    first, last = p.nonzero()[0].item(), p.nonzero()[-1].item()
+    for number, token in ((0.0, last), (1 - 2**-53, first)):  # the ends of what torch.rand can give
+        point = torch.tensor([[number]], dtype=torch.float64)
+        monkeypatch.setattr(torch, "rand", lambda *size, point=point, **options: point)
+        assert m.draw(p[None]).item() == token
+
+
+def test_unlikely_tokens_get_their_due(monkeypatch):
+    """Ten thousand of 1e-9 each, which float32 would not add to 1."""
+    p = torch.full((1, 10240), 1e-9)
+    p[0, 5000] = 1.0
+    before = torch.arange(0, 5000, 100)[:, None]
+    points = 1 - (before.double() + 0.5) * 1e-9 / (1 + 10239e-9)
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: points)
+    assert torch.equal(m.draw(p.expand(len(points), -1)), before)
+
+
 @pytest.mark.parametrize("scale", [0.1, 3.0])
 def test_top_p_of_a_large_vocabulary_peaked_or_flat(scale):
     """Whether or not the few likeliest tokens that are looked at first reach top_p."""
