@@ -47,6 +47,7 @@ import functools
 import gc
 import importlib
 import itertools
+import math
 import multiprocessing
 import os
 import platform
@@ -92,6 +93,7 @@ class BenchOptions:
     batch_size: int = 1  # rows at once
     prompt: int = 32  # decode: tokens before the first new one
     new_tokens: int = 128  # decode: tokens to write (64 are enough behind a long text)
+    temperature: float = 0.0  # decode: 0 writes the likeliest tokens, above 0 tokens are drawn
     engine: list[str] = field(default_factory=lambda: ["decoder"])  # decode: decoder (decode.py) or model
     compile: bool = False  # torch.compile (train; decode with the decoder)
     rounds: int = 0  # turns; 0: five, and of what takes over 20 seconds one
@@ -118,6 +120,8 @@ class BenchOptions:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least {value}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature={self.temperature} must be a number from 0 up")
         for length in self.length:
             if runtime.convert(length, int, "--length") < 1:
                 raise ValueError(f"--length={length} must be at least 1")
@@ -344,20 +348,21 @@ def nbytes(x):
 
 
 def decode(case):
-    """Greedy text: the prompt and the new tokens, or behind a text of case.length the new ones alone."""
+    """The prompt and the new tokens, or behind a text of case.length the new ones alone."""
     options, B, new = case.options, case.options.batch_size, case.options.new_tokens
     model, prompt = make_model(case), random_tokens(case, case.length or options.prompt)
     size, note = work(model, 1)[0] * BYTES[case.dtype], ""  # bytes of weights that a step reads
-    stream = ENGINES[case.variant](model, case.dtype, options.compile)
+    engine = ENGINES[case.variant](model, case.dtype, options.compile)
+    stream = functools.partial(engine, temperature=options.temperature)
     if case.length:
         total = new * ((options.rounds or ROUNDS) + 1) + 1  # a turn more, to warm up
-        text = stream(prompt, total, temperature=0)
+        text = stream(prompt, total)
         next(text)  # the prompt goes through the model here, and does not count
         cache = Cache(model.config, B, case.length + total, "meta", model.output_weight.dtype)
         note = f"cache {sum(map(nbytes, vars(cache).values())) / 1e6:.1f} MB"
 
     def ours():
-        return sum(1 for _ in (itertools.islice(text, new) if case.length else stream(prompt, new, temperature=0)))
+        return sum(1 for _ in (itertools.islice(text, new) if case.length else stream(prompt, new)))
 
     return Task(ours, lambda: decode_peers(case, prompt), B * new, size * new, "bytes", note)
 
@@ -366,16 +371,19 @@ def decode_peers(case, prompt):
     """transformers' generate; behind a long text, whose prefill takes it minutes, its step with a cache of random
     numbers of that length. It has no int8 on a processor: beside ours it may choose between its other formats."""
     options, new, peers = case.options, case.options.new_tokens, {}
+    drawn = dict(do_sample=True, temperature=options.temperature, top_k=0, top_p=1.0) if options.temperature else {}
 
     def generate(reference):
-        reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False,
-                           eos_token_id=None, pad_token_id=0)  # fmt: skip
+        reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
+                           eos_token_id=None, pad_token_id=0, **dict(do_sample=False) | drawn)  # fmt: skip
 
     @torch.inference_mode()
     def go_on(reference, cache):
         token = prompt[:, -1:]
         for _ in range(new):
-            token = reference(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            logits = reference(token, past_key_values=cache, use_cache=True).logits[:, -1]
+            p = (logits / options.temperature).softmax(-1) if drawn else None
+            token = torch.multinomial(p, num_samples=1) if drawn else logits.argmax(-1, keepdim=True)
         cache.crop(-new)
 
     for dtype in ["float32", "bfloat16"] if case.dtype == "int8" else [case.dtype]:
@@ -592,6 +600,7 @@ def make_cases(options, folder):
             for model, dtype, engine, length in itertools.product(models, options.dtype, engines, lengths):
                 size = length or f"{options.prompt}+{options.new_tokens}"
                 how = [engine, "compiled" if options.compile and what in ("decode", "train") else ""]
+                how += ["drawn"] * bool(options.temperature and what == "decode")
                 words = [what, Path(model).stem, dtype, *filter(None, how), f"{options.batch_size}x{size}"]
                 name = " ".join(words)
                 yield Case(what, name, options, Path(model).stem, read_shape(model), dtype, length, engine)

@@ -72,6 +72,15 @@ def test_ours_and_the_peer_give_a_row(what, shape, tmp_path, capsys):
     assert rows[0]["peer"] in theirs
 
 
+@pytest.mark.parametrize("length", [[], ["--length=24"]])
+def test_both_can_draw_their_tokens(length, shape, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: drawn.append(p) or p[:, :1].long())
+    argv = ["decode", "--peer", f"--model={shape}", "--new_tokens=3", "--memory=false", "--temperature=0.7", *length]
+    [row], _ = table(tmp_path, capsys, *argv)
+    assert " drawn " in row["name"] and float(row["speedup"]) > 0 and len(drawn) >= 3  # the peer's
+
+
 def test_without_the_peer_its_columns_are_empty(shape, tmp_path, capsys):
     rows, printed = table(tmp_path, capsys, "decode", f"--model={shape}", "--new_tokens=3", "--memory=false")
     assert not any(value for key, value in rows[0].items() if key.startswith(("peer", "speedup")))
@@ -206,6 +215,7 @@ def test_a_moe_twin_has_the_shape_of_its_dense_model():
     (["decode", "--length=2k"], "'2k' is not a whole number"),
     (["decode", "--length=0"], "--length=0 must be at least 1"),
     (["decode", "--rounds=-1"], "--rounds=-1 must be at least 0"),
+    (["decode", "--temperature=-1"], "--temperature=-1.0 must be a number from 0 up"),
     (["data", "--workers=-1"], "--workers=-1"),
     (["decode", "--pear"], "did you mean 'peer'"),
 ])  # fmt: skip
