@@ -171,7 +171,9 @@ def attend(slots, q):
 
 
 def layer_step(x, turn, place, slots, weights, shape):
-    """One block for one token a row: x (B, C) -> (B, C). Computes what Block of model.py computes."""
+    """One block for one token a row: x (B, C) -> (B, C). Computes what Block of model.py computes. turn: cos and sin
+    (B, H + K, D), times the weights of the heads' norms. place: the rows' length (B,); whether a key may have to leave;
+    if none has to, the slots (B K,) that take the new ones, and their positions (B K,)."""
     (norm1, norm2, residual1, residual2, dt_proj, A), (qkv, out, gate_up, down), experts = weights
     (H, K, D), qk_norm, (eps, head_eps) = shape
     (length, evicts, rows, position), B = place, x.shape[0]

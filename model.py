@@ -491,7 +491,7 @@ def remember(slots, length, evicts, k, v, s):
 
 
 def rows_of(slot, size):
-    """Slots (B, K, 1), counted in a head of `size`, -> (B K,), counted through all heads and rows of the batch."""
+    """Slots, one for each of B K heads and counted in a head of `size`, -> (B K,), counted through all heads."""
     return slot.flatten() + torch.arange(0, slot.numel() * size, size, device=slot.device)
 
 
@@ -862,6 +862,7 @@ class Doge(nn.Module):
         temperature 0 takes the likeliest token; else see `sample`. Rows of different length are padded on the right,
         `lengths` (B,) says how long each is. Ids from vocab_size on are never produced (a vocabulary rounded up has
         rows without a token). Memory is fixed from the first token on. `decoder`: a Decoder of decode.py, faster.
+        Raises ValueError for an empty prompt, and if the weights are damaged.
         """
         B, T = tokens.shape
         if T == 0 or (lengths is not None and int(lengths.min()) < 1):
@@ -870,6 +871,8 @@ class Doge(nn.Module):
         length, dtype = T + max_new_tokens, dtype or self.embed_tokens.weight.dtype
         cache = Cache(self.config, B, length, tokens.device, dtype, decoder.room(length) if decoder else length)
         logits = self.read(tokens, real, cache)
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model answers this prompt with nan or inf: its weights are damaged")
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=tokens.device)
         if repetition_penalty != 1.0:
             inside = torch.arange(T, device=tokens.device) < real[:, None]

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import re
 import sys
 import types
@@ -36,6 +37,16 @@ def test_the_text_is_what_generate_gives(checkpoint, capsys):
     result = outputs(checkpoint, "--prompt=the red", "--temperature=0", "--max_new_tokens=30", capsys=capsys)
     assert result.out == f"the red{text}\n"
     assert "tokens/s]" in result.err
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_damaged_weights_are_named(checkpoint, monkeypatch, temperature):
+    model, tokenizer = runtime.load_model(checkpoint)
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    monkeypatch.setattr(runtime, "load_model", lambda folder: (model, tokenizer))
+    with pytest.raises(ValueError, match="nan or inf: its weights are damaged"):
+        sample.main([str(checkpoint), "--device=cpu", f"--temperature={temperature}"])
 
 
 def test_a_seed_gives_the_same_text_and_another_seed_another(checkpoint, capsys):
