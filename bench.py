@@ -67,12 +67,14 @@ import torch
 import torch.nn.functional as F
 
 import prepare_data
-import runtime
-import sources
-import stories
-from decode import Decoder
-from model import Cache, CDMoE, Doge, DogeConfig, dynamic_mask_attention
-from tokenizer import SPECIAL_TOKENS, train_bpe
+from model import CDMoE, Doge, DogeConfig
+from nanodoge import sources, stories
+from nanodoge.attention import dynamic_mask_attention
+from nanodoge.decode import Decoder
+from nanodoge.layouts import hf_name
+from nanodoge.machine import Machine
+from nanodoge.options import HERE, convert, parse_options, read_config, run_command
+from nanodoge.tokenizer import SPECIAL_TOKENS, train_bpe
 from train import make_optimizers
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
@@ -123,7 +125,7 @@ class BenchOptions:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature={self.temperature} must be a number from 0 up")
         for length in self.length:
-            if runtime.convert(length, int, "--length") < 1:
+            if convert(length, int, "--length") < 1:
                 raise ValueError(f"--length={length} must be at least 1")
 
 
@@ -143,7 +145,7 @@ class Case:
 
     @property
     def device(self):
-        return runtime.Machine(self.options.device).device
+        return Machine(self.options.device).device
 
 
 @dataclass
@@ -202,7 +204,7 @@ def resident(key):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
     except (OSError, StopIteration):
-        return runtime.Machine("cpu").peak_memory()
+        return Machine("cpu").peak_memory()
 
 
 def alone(case, who):
@@ -257,7 +259,7 @@ def product_limit(device, dtype):
 
 def read_shape(name):
     """A model of the family by its name (20m, 320m_moe), or a config file -> the DogeConfig fields it sets."""
-    folder = runtime.HERE / "config"
+    folder = HERE / "config"
     known = sorted(path.stem.removeprefix("doge") for path in folder.glob("doge*.py"))
     if name in known:  # an MoE twin's file sets the experts alone: the rest is in the dense model's
         paths = [folder / f"doge{name.removesuffix('_moe')}.py", folder / f"doge{name}.py"]
@@ -266,7 +268,7 @@ def read_shape(name):
     else:
         raise ValueError(f"--model={name}: neither a config file nor one of {', '.join(known)}")
     fields = {f.name for f in dataclasses.fields(DogeConfig)}
-    return {key: value for path in paths for key, (value, _) in runtime.read_config(path).items() if key in fields}
+    return {key: value for path in paths for key, (value, _) in read_config(path).items() if key in fields}
 
 
 def make_model(case, dtype="float32"):
@@ -305,7 +307,7 @@ def peer_of(model):
     transformers.logging.set_verbosity_error()
     with torch.device(model.output_weight.device):
         reference = transformers.DogeForCausalLM(peer_config(model.config)).to(model.output_weight.dtype)
-    weights = {runtime.hf_name(key): w for key, w in model.state_dict().items()}
+    weights = {hf_name(key): w for key, w in model.state_dict().items()}
     reference.load_state_dict(weights | {"lm_head.weight": model.output_weight})
     reference.tie_weights()
     return reference.eval()
@@ -358,7 +360,7 @@ def decode(case):
         total = new * ((options.rounds or ROUNDS) + 1) + 1  # a turn more, to warm up
         text = stream(prompt, total)
         next(text)  # the prompt goes through the model here, and does not count
-        cache = Cache(model.config, B, case.length + total, "meta", model.output_weight.dtype)
+        cache = model.new_cache(B, case.length + total)
         note = f"cache {sum(map(nbytes, vars(cache).values())) / 1e6:.1f} MB"
 
     def ours():
@@ -402,7 +404,7 @@ def decode_peers(case, prompt):
 def train(case):
     """One step on one batch: forward, backward, update, as train.py does it."""
     model, tokens = make_model(case).train(), random_tokens(case, case.length)
-    machine = runtime.Machine(case.options.device, case.dtype)
+    machine = Machine(case.options.device, case.dtype)
     adamw = SimpleNamespace(optimizer="adamw", weight_decay=0.01, beta1=0.9, beta2=0.95)
     [optimizer] = make_optimizers(model, adamw, fused=machine.device.type in ("cpu", "cuda"))
     network, targets = torch.compile(model) if case.options.compile else model, tokens.roll(-1, dims=1)
@@ -442,7 +444,7 @@ def prefill(case):
 
     @torch.inference_mode()
     def ours():
-        cache = Cache(model.config, len(tokens), case.length, case.device, model.output_weight.dtype)
+        cache = model.new_cache(len(tokens), case.length)
         model.read(tokens, torch.full((len(tokens),), case.length, device=case.device), cache)
 
     @torch.inference_mode()
@@ -685,7 +687,7 @@ def write_csv(path, row):
 
 
 def main(argv):
-    options = runtime.parse_options(BenchOptions, argv, positional="what")
+    options = parse_options(BenchOptions, argv, positional="what")
     if options.peer:
         need("tokenizers" if options.what == ["tokenizer"] else "transformers")
     if options.csv:
@@ -703,4 +705,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

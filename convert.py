@@ -22,8 +22,10 @@ from typing import Literal
 
 import torch
 
-import layouts
-import runtime
+from nanodoge import layouts
+from nanodoge.checkpoint import load_model, save_checkpoint
+from nanodoge.layouts import checkpoint_file
+from nanodoge.options import parse_options, run_command
 
 
 @dataclass
@@ -35,7 +37,7 @@ class ConvertOptions:
     def __post_init__(self):
         if len(self.paths) != 2:
             raise ValueError(f"python convert.py SOURCE FOLDER: two words, not {len(self.paths)}")
-        if any(runtime.checkpoint_file(self.paths[1], name).exists() for name in ("config.json", "model.safetensors")):
+        if any(checkpoint_file(self.paths[1], name).exists() for name in ("config.json", "model.safetensors")):
             raise ValueError(f"{self.paths[1]} holds a checkpoint already: name a folder that does not exist")
 
 
@@ -55,19 +57,19 @@ def differences(config):
 
 
 def main(argv):
-    options = runtime.parse_options(ConvertOptions, argv, positional="paths")
+    options = parse_options(ConvertOptions, argv, positional="paths")
     source, target = options.paths
     checkpoint = layouts.inspect(layouts.locate(source))
     lines, fields = checkpoint.notes, {}
     if options.for_ == "transformers":
         lines, fields = lines + differences(checkpoint.config), dict(model_type="doge")
-    model, tokenizer = runtime.load_model(source, labels=() if checkpoint.labels else None)
+    model, tokenizer = load_model(source, labels=() if checkpoint.labels else None)
     model = model.to(getattr(torch, options.dtype))
     print(f"{source}: " + "\n  ".join([f"{sum(p.numel() for p in model.parameters()):,} parameters", *lines]))
-    runtime.save_checkpoint(target, model, tokenizer, fields=fields)
+    save_checkpoint(target, model, tokenizer, fields=fields)
     size = sum(path.stat().st_size for path in Path(target).iterdir())
     print(f"{target}: written, {size / 1e6:,.1f} MB, {options.dtype}")
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

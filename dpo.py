@@ -50,9 +50,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import runtime
-from conversations import divide, open_sets, pad
-from model import token_logprobs
+from nanodoge.conversations import divide, open_sets, pad
+from nanodoge.losses import token_logprobs
+from nanodoge.machine import gathered, shard
+from nanodoge.options import run_command
+from nanodoge.run import Run, TuneOptions, carry_out, count_steps, read_tune_options, start_tuning, try_out
 from train import cosine, make_optimizers, rows_of_step
 
 # Nats. A chosen answer that has gained less on the rejected one than this is in a tie with it: with the usual beta, one
@@ -65,7 +67,7 @@ BETA = {"sigmoid": 0.1, "ipo": 0.1, "sigmoid_norm": 5.0}
 
 
 @dataclass
-class DpoOptions(runtime.TuneOptions):
+class DpoOptions(TuneOptions):
     init_from: str = "out/stories-chat"  # checkpoint folder of the model to tune, which is also the reference
     data: str = "data/stories-preferences"  # folder made by prepare_data.py --kind=preferences
     loss: Literal["sigmoid", "ipo", "sigmoid_norm"] = "sigmoid"  # sigmoid: DPO's own; the others take means a token
@@ -237,7 +239,7 @@ def facts(pairs, reference, group, machine):
 # The run
 
 
-class Run(runtime.Run):
+class Run(Run):
     """A run whose checkpoints also hold the reference's log-probabilities: {split: (count, 2)}."""
 
     reference = None
@@ -275,7 +277,7 @@ def announce(options, machine, model, train_pairs, val_pairs, which, seconds, li
 def train(options, machine):
     """Runs the whole tuning and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
     train_set, val_set, tokenizer = open_sets(options, "preferences", machine)
-    model, state = runtime.start_tuning(options, machine, tokenizer)
+    model, state = start_tuning(options, machine, tokenizer)
     train_pairs, val_pairs = (Pairs(token_set, options.sequence_length) for token_set in (train_set, val_set))
     if not (train_pairs.count and val_pairs.count):
         raise ValueError(f"--sequence_length={options.sequence_length}: of {len(train_set) // 2} training and "
@@ -283,8 +285,8 @@ def train(options, machine):
     if options.micro_tokens < 2 * options.sequence_length:
         raise ValueError(f"--micro_tokens={options.micro_tokens} is less than one pair, two rows of "
                          f"{options.sequence_length}")  # fmt: skip
-    runtime.count_steps(options, train_pairs.count, machine)
-    runtime.shard(model, options, machine, "hidden")
+    count_steps(options, train_pairs.count, machine)
+    shard(model, options, machine, "hidden")
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
     policy = Policy(model)
 
@@ -295,7 +297,7 @@ def train(options, machine):
         return logp.view(2, -1), balance
 
     longest = np.argsort(-train_pairs.lengths, kind="stable")[: options.micro_tokens // train_pairs.lengths.max()]
-    tried = runtime.try_out(machine, policy, lambda network: answers(train_pairs, longest, network)[0].sum(),
+    tried = try_out(machine, policy, lambda network: answers(train_pairs, longest, network)[0].sum(),
                             options)  # fmt: skip
     network, seconds, line = tried
     which = pairs_of_run(options, train_pairs.count)
@@ -305,7 +307,7 @@ def train(options, machine):
     if options.resume:
         reference = kept_reference(options, state, train_pairs, val_pairs)
     else:
-        with runtime.gathered(model):
+        with gathered(model):
             reference = dict(train=reference_logp(answers, train_pairs, which, machine, options),
                              val=reference_logp(answers, val_pairs, np.arange(val_pairs.count), machine, options))
     evaluate = make_evaluate(machine, answers, val_pairs, reference["val"], options)
@@ -351,8 +353,8 @@ def kept_reference(options, state, train_pairs, val_pairs):
 
 
 def main(argv):
-    runtime.carry_out(train, runtime.read_tune_options(DpoOptions, argv, "dpo_tiny.py"))
+    carry_out(train, read_tune_options(DpoOptions, argv, "dpo_tiny.py"))
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

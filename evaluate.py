@@ -51,10 +51,13 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import runtime
-from conversations import divide
-from decode import Decoder
-from model import NEVER, Cache
+from nanodoge.attention import NEVER
+from nanodoge.checkpoint import load_model, read_meta
+from nanodoge.conversations import divide
+from nanodoge.decode import Decoder
+from nanodoge.layouts import one_line
+from nanodoge.machine import Machine
+from nanodoge.options import parse_options, run_command
 from train import Rows, bytes_of_tokens
 
 DTYPES = ["float32", "bfloat16", "int8"]
@@ -124,7 +127,7 @@ class EvaluateOptions:
 @torch.inference_mode()
 def nats(model, decoder, tokens, targets):
     """The sum of -log p(target) over tokens, targets (B, T), -100 = ignored, of a decoder that reads token by token."""
-    cache = Cache(model.config, *tokens.shape, tokens.device, model.embed_tokens.weight.dtype)
+    cache = model.new_cache(*tokens.shape)
     total = 0.0
     for t in range(tokens.shape[1]):
         total += F.cross_entropy(decoder(tokens[:, t], cache), targets[:, t], reduction="sum").item()
@@ -167,7 +170,7 @@ def log_likelihoods(model, pairs, batch_tokens=2048):
     scores = [None] * len(pairs)
     with tqdm(total=len(pairs), unit="answer", leave=False, disable=None) as progress:
         for trunk, family in families(stems):
-            cache = Cache(model.config, 1, len(trunk), *placed(model)) if trunk else None
+            cache = model.new_cache(1, len(trunk)) if trunk else None
             if trunk:
                 read(model, [trunk], cache)
             sizes = [len(places) * (len(context) + max(len(pairs[i][1]) for i in places)) for context, places in family]
@@ -214,7 +217,7 @@ def score_tree(model, trunk, stems, leaves):
     if trunk is not None:
         cache = fork(model, trunk, [0] * len(rows), room)
     elif not all(alone):
-        cache = Cache(model.config, len(rows), room, *placed(model))
+        cache = model.new_cache(len(rows), room)
     states = read(model, rows, cache)
     spots = [(k, row, len(stems[row]) - 1 + i, token) for k, (row, leaf) in enumerate(twigs)
              for i, token in enumerate(leaf if alone[row] else leaf[:1])]  # fmt: skip
@@ -255,7 +258,7 @@ def read(model, rows, cache):
 
 def fork(model, cache, rows, room):
     """A new Cache with room for longer texts. Its row i goes on from row rows[i] of `cache`."""
-    new, rows = Cache(model.config, len(rows), room, *placed(model)), torch.tensor(rows, device=cache.length.device)
+    new, rows = model.new_cache(len(rows), room), torch.tensor(rows, device=cache.length.device)
     for old_slots, new_slots in zip(cache.layers, new.layers, strict=True):
         for old, fresh in zip(old_slots, new_slots, strict=True):
             fresh[:, :, : old.shape[2] - 1] = old[rows, :, :-1]  # all but the spare slot, which holds nothing
@@ -425,10 +428,10 @@ def load_tasks(shots, folder=""):
         try:
             loaded = manager.load([name])
         except ImportError as error:
-            raise ValueError(f"--tasks={name}: {runtime.one_line(error)}; some tasks need more than lm_eval, as in "
+            raise ValueError(f"--tasks={name}: {one_line(error)}; some tasks need more than lm_eval, as in "
                              "pip install lm_eval[ifeval,math]") from None  # fmt: skip
         except ConnectionError as error:
-            raise ValueError(f"--tasks={name}: {runtime.one_line(error)}; --include_path=FOLDER reads task files of "
+            raise ValueError(f"--tasks={name}: {one_line(error)}; --include_path=FOLDER reads task files of "
                              "your own, without network") from None  # fmt: skip
         for task in loaded["tasks"].values() if count is not None else ():
             task.set_config(key="num_fewshot", value=count)
@@ -554,7 +557,7 @@ def print_table(rows):
 def print_bits_per_byte(model, tokenizer, options):
     """A row for each dtype."""
     rows = Rows(options.bpb, "val", model.config.max_position_embeddings)
-    meta = runtime.read_meta(options.bpb)
+    meta = read_meta(options.bpb)
     if (meta["tokenizer_sha256"], meta["vocab_size"]) != (tokenizer.digest, tokenizer.vocab_size):
         raise ValueError(f"--bpb={options.bpb} was made with another tokenizer than {options.checkpoint[0]}'s")
     if len(rows.tokens) < 2:
@@ -568,9 +571,9 @@ def print_bits_per_byte(model, tokenizer, options):
 
 
 def main(argv):
-    options = runtime.parse_options(EvaluateOptions, argv, positional="checkpoint")
-    device = runtime.Machine(options.device).device
-    model, tokenizer = runtime.load_model(options.checkpoint[0])
+    options = parse_options(EvaluateOptions, argv, positional="checkpoint")
+    device = Machine(options.device).device
+    model, tokenizer = load_model(options.checkpoint[0])
     model = model.float().to(device)
     if options.bpb:
         print_bits_per_byte(model, tokenizer, options)
@@ -587,4 +590,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

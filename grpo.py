@@ -50,11 +50,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import runtime
-from conversations import divide, final_answer, generate, open_sets, pad
-from decode import Decoder
 from dpo import Policy, with_targets
-from tokenizer import read_object
+from nanodoge.checkpoint import clear, load_model, save_checkpoint
+from nanodoge.conversations import divide, final_answer, generate, open_sets, pad
+from nanodoge.decode import Decoder
+from nanodoge.machine import gathered, shard
+from nanodoge.options import run_command
+from nanodoge.run import Run, TuneOptions, carry_out, count_steps, read_tune_options, start_tuning, try_out
+from nanodoge.tokenizer import read_object
 from train import cosine, make_optimizers, rows_of_step, scramble
 
 # Of the answers of a step: their mean reward; the shares that are right, and in form; their mean length in tokens; the
@@ -64,7 +67,7 @@ COLUMNS = "reward reward_answer reward_format length no_signal entropy clipped k
 
 
 @dataclass
-class GrpoOptions(runtime.TuneOptions):
+class GrpoOptions(TuneOptions):
     init_from: str = "out/sums-chat"  # checkpoint folder of the model to tune
     data: str = "data/sums-problems"  # folder made by prepare_data.py --kind=problems
     batch_rows: int = 16  # problems a step, over all processes
@@ -186,7 +189,7 @@ def write_answers(machine, model, tokenizer, prompts, options, key=None):
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     pieces = [order[i : i + options.rollout_rows] for i in range(0, len(order), options.rollout_rows)]
     mine = {}
-    with runtime.gathered(model), machine.autocast():
+    with gathered(model), machine.autocast():
         decoder = Decoder(model, machine.dtype)
         for i in range(machine.rank, len(pieces), machine.world_size):
             sampling = dict(temperature=0.0)
@@ -340,10 +343,10 @@ def load_reference(options, machine, model, tokenizer):
         return None
     folder = Path(options.out_dir) / "reference"
     if machine.is_main and not options.resume:
-        runtime.clear(options.out_dir)  # a run that --overwrite gave up could not go on with this reference
-        runtime.save_checkpoint(folder, model, tokenizer)
+        clear(options.out_dir)  # a run that --overwrite gave up could not go on with this reference
+        save_checkpoint(folder, model, tokenizer)
     machine.barrier()
-    reference = runtime.load_model(folder)[0].requires_grad_(False).to(machine.device)
+    reference = load_model(folder)[0].requires_grad_(False).to(machine.device)
     return Policy(reference, tokenizer.vocab_size, options.temperature)
 
 
@@ -372,13 +375,13 @@ def announce(options, machine, model, train, val, batches, seconds, which):
 def open_problems(options, machine):
     """-> training Problems, validation Problems, tokenizer, model, training state (None unless it is resumed)."""
     *sets, tokenizer = open_sets(options, "problems", machine)
-    model, state = runtime.start_tuning(options, machine, tokenizer)
+    model, state = start_tuning(options, machine, tokenizer)
     train, val = (Problems(token_set, options.sequence_length, options.max_new_tokens) for token_set in sets)
     if not (train.count and val.count):
         raise ValueError(f"--max_new_tokens={options.max_new_tokens} of --sequence_length={options.sequence_length}: "
                          f"of {len(sets[0])} training and {len(sets[1])} validation problems, {train.count} and "
                          f"{val.count} leave that much room")  # fmt: skip
-    runtime.count_steps(options, train.count, machine)
+    count_steps(options, train.count, machine)
     return train, val, tokenizer, model, state
 
 
@@ -396,15 +399,15 @@ def train(options, machine):
         raise ValueError(f"out of memory: lower --rollout_rows={options.rollout_rows}") from None
     writing = time.perf_counter() - begin
     batches, _ = make_batches(machine, *answers, tokenizer, options)
-    runtime.shard(model, options, machine, "hidden")
+    shard(model, options, machine, "hidden")
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
-    tried = runtime.try_out(machine, policy, lambda network: make_loss(
+    tried = try_out(machine, policy, lambda network: make_loss(
         machine, network, reference, columns, balance, options)(batches[0])[0], options)  # fmt: skip
     network, learning, which = tried
     announce(options, machine, model, train_problems, val_problems, len(batches), (writing, learning), which)
 
     evaluate = make_evaluate(machine, model, val_problems, tokenizer, options)
-    run = runtime.Run(options, machine, model, network, tokenizer, optimizers, lambda: evaluate(run.step),
+    run = Run(options, machine, model, network, tokenizer, optimizers, lambda: evaluate(run.step),
                       model.flops_per_token(train_problems.lengths.mean()), columns=COLUMNS)  # fmt: skip
     if options.resume:
         run.restore(state)
@@ -421,8 +424,8 @@ def train(options, machine):
 
 
 def main(argv):
-    runtime.carry_out(train, runtime.read_tune_options(GrpoOptions, argv, "grpo_tiny.py", may_change=["eval_samples"]))
+    carry_out(train, read_tune_options(GrpoOptions, argv, "grpo_tiny.py", may_change=["eval_samples"]))
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

@@ -64,10 +64,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from filelock import FileLock  # torch and datasets bring it
 
-import conversations
-import runtime
-from sources import Rows, check_space, in_validation, open_source, parse_source, progress, text_rows
-from tokenizer import Tokenizer, train_bpe
+from nanodoge import conversations
+from nanodoge.layouts import locate, read_json
+from nanodoge.options import parse_options, run_command
+from nanodoge.sources import Rows, check_space, in_validation, open_source, parse_source, progress, text_rows
+from nanodoge.tokenizer import Tokenizer, train_bpe
 
 BATCH = 1 << 19  # characters in the unit of work of a thread: some 50 ms of tokenising, so that hand-over costs nothing
 AHEAD = 64  # batches read ahead of the one being written: work for as many cores, at most 32 MB of text
@@ -333,7 +334,7 @@ def check_options(options, sources):
 
 def read_meta(folder):
     path = Path(folder) / "meta.json"
-    return runtime.read_json(path) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def write_meta(folder, meta):
@@ -410,7 +411,7 @@ def prepare(options, quiet=False):
     out = Path(options.out or f"data/{name}" + f"-{options.kind}" * (options.kind != "text"))
     if not out.name:
         raise ValueError(f"--out={options.out}: not the name of a folder of its own")
-    given = Tokenizer.load(runtime.locate(options.tokenizer)) if options.tokenizer else None
+    given = Tokenizer.load(locate(options.tokenizer)) if options.tokenizer else None
     request = describe(options, sources, given)
     if not is_there(out, request, options.overwrite):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -500,8 +501,8 @@ def report(out, meta, say):
 
 
 def main(argv):
-    prepare(runtime.parse_options(PrepareOptions, argv, positional="sources"))
+    prepare(parse_options(PrepareOptions, argv, positional="sources"))
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

@@ -24,8 +24,10 @@ from typing import Literal
 
 import torch
 
-import runtime
-from decode import Decoder
+from nanodoge.checkpoint import load_model
+from nanodoge.decode import Decoder
+from nanodoge.machine import Machine
+from nanodoge.options import parse_options, run_command
 
 
 @dataclass
@@ -176,12 +178,12 @@ def chat(model, decoder, tokenizer, options, generator):
 
 
 def main(argv):
-    options = runtime.parse_options(SampleOptions, argv, positional="checkpoint")
-    machine = runtime.Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
+    options = parse_options(SampleOptions, argv, positional="checkpoint")
+    machine = Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
     compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # what torch calls
     if options.compile and machine.device.type == "cpu" and not shutil.which(compiler):
         raise ValueError(f"--compile=true needs a C++ compiler, and there is no {compiler} (set CXX to another)")
-    model, tokenizer = runtime.load_model(options.checkpoint[0])
+    model, tokenizer = load_model(options.checkpoint[0])
     model = model.to(machine.device, machine.dtype)
     decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype, options.compile)
     generator = torch.Generator(machine.device).manual_seed(options.seed)
@@ -189,4 +191,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

@@ -38,13 +38,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-import runtime
-from conversations import divide, final_answer, generate, open_sets, pad
+from nanodoge.conversations import divide, final_answer, generate, open_sets, pad
+from nanodoge.machine import shard
+from nanodoge.options import run_command
+from nanodoge.run import Run, TuneOptions, carry_out, count_steps, read_tune_options, start_tuning, try_out
 from train import cosine, make_optimizers, rows_of_step
 
 
 @dataclass
-class SftOptions(runtime.TuneOptions):
+class SftOptions(TuneOptions):
     data: str = "data/stories-chat"  # folder made by prepare_data.py
     kind: Literal["chat", "labels"] = "chat"  # of the data: conversations, or texts with a label
     eval_answers: int = 0  # validation answers that are written and compared word for word; of labels, always all
@@ -190,13 +192,13 @@ def train(options, machine):
     """Runs the whole tuning and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
     train_set, val_set, tokenizer = open_sets(options, options.kind, machine)
     labels = tuple(train_set.meta["labels"]) if options.kind == "labels" else None
-    model, state = runtime.start_tuning(options, machine, tokenizer, labels)
+    model, state = start_tuning(options, machine, tokenizer, labels)
     train_rows, val_rows = (Conversations(token_set, options.sequence_length) for token_set in (train_set, val_set))
     if not (train_rows.count and val_rows.count):
         raise ValueError(f"--sequence_length={options.sequence_length}: of {len(train_set)} training and "
                          f"{len(val_set)} validation conversations, {train_rows.count} and {val_rows.count} fit")
-    runtime.count_steps(options, train_rows.count, machine)
-    runtime.shard(model, options, machine)
+    count_steps(options, train_rows.count, machine)
+    shard(model, options, machine)
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
 
     def loss_sum(rows, group, network):
@@ -207,12 +209,12 @@ def train(options, machine):
         return mean * int(rows.targets[group].sum())
 
     longest = np.argsort(-train_rows.lengths, kind="stable")[: options.micro_tokens // train_rows.lengths.max()]
-    tried = runtime.try_out(machine, model, lambda network: loss_sum(train_rows, longest, network), options)
+    tried = try_out(machine, model, lambda network: loss_sum(train_rows, longest, network), options)
     network, seconds, which = tried
     announce(options, machine, model, train_rows, val_rows, seconds, which)
     show_example(train_rows, rows_of_step(0, train_rows.count, 1, options.seed)[0], tokenizer, machine, model.labels)
     evaluate = make_evaluate(machine, model, loss_sum, val_rows, tokenizer, options)
-    run = runtime.Run(options, machine, model, network, tokenizer, optimizers, evaluate,
+    run = Run(options, machine, model, network, tokenizer, optimizers, evaluate,
                       model.flops_per_token(train_rows.lengths.mean()), columns=["val_exact"])  # fmt: skip
     if options.resume:
         run.restore(state)
@@ -229,8 +231,8 @@ def train(options, machine):
 
 
 def main(argv):
-    runtime.carry_out(train, runtime.read_tune_options(SftOptions, argv, "sft_tiny.py", may_change=["eval_answers"]))
+    carry_out(train, read_tune_options(SftOptions, argv, "sft_tiny.py", may_change=["eval_answers"]))
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

@@ -40,16 +40,19 @@ from typing import Literal
 import numpy as np
 import torch
 
-import runtime
 from model import Doge, DogeConfig
-from tokenizer import Tokenizer
+from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_run, read_meta
+from nanodoge.machine import gathered, part_like, shard, whole
+from nanodoge.options import HERE, parse_options, read_values, run_command
+from nanodoge.run import Run, RunOptions, carry_out, is_resumed, refuse_to_overwrite, resumed_options, try_out
+from nanodoge.tokenizer import Tokenizer
 
-TINY = runtime.HERE / "config" / "tiny.py"
+TINY = HERE / "config" / "tiny.py"
 BUILT_IN = ("data/stories", "data/stdlib")  # made on the spot when they are not there: both come without a network
 
 
 @dataclass
-class TrainOptions(DogeConfig, runtime.RunOptions):
+class TrainOptions(DogeConfig, RunOptions):
     """DogeConfig's fields give the shape of a model trained from scratch; with --init_from the checkpoint does."""
 
     data: str = "data/stories"  # folder made by prepare_data.py
@@ -104,7 +107,7 @@ class Rows:
 
     def __init__(self, folder, split, length):
         self.folder, self.length = Path(folder), length
-        meta = runtime.read_meta(folder)
+        meta = read_meta(folder)
         self.path = path = self.folder / f"{split}.bin"
         self.vocab_size = meta["vocab_size"]
         dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), path.stat().st_size
@@ -174,7 +177,7 @@ def open_data(options, machine):
             machine.print(f"preparing the built-in {source} in {options.data}")
             prepare_data.prepare(prepare_data.PrepareOptions(sources=[source], out=options.data))
     machine.barrier()
-    meta = runtime.read_meta(options.data)
+    meta = read_meta(options.data)
     train, val = (Rows(options.data, split, options.sequence_length) for split in ("train", "val"))
     tokenizer = Tokenizer.load(options.data)
     if (tokenizer.digest, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
@@ -259,11 +262,11 @@ class Muon(torch.optim.Muon):
                         state["momentum_buffer"] = torch.zeros_like(p)
                     state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                     nesterov = p.grad.lerp(state["momentum_buffer"], group["momentum"])
-                    updates.append(runtime.whole(nesterov))  # with --shard every process does all the work that follows
+                    updates.append(whole(nesterov))  # with --shard every process does all the work that follows
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # match_rms_adamw
                 updates = orthogonal(torch.stack(updates), *group["ns_coefficients"])
                 for p, update in zip(matrices, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(runtime.part_like(update, p), alpha=-rate)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_like(update, p), alpha=-rate)
 
 
 def orthogonal(x, a, b, c, steps=5):
@@ -321,11 +324,11 @@ def start(options, machine, tokenizer):
         torch.manual_seed(options.seed)
         fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DogeConfig)}
         return Doge(DogeConfig(**fields | {"vocab_size": vocab_size})).to(machine.device), None
-    model, own_tokenizer = runtime.load_model(folder)
+    model, own_tokenizer = load_model(folder)
     if own_tokenizer.digest != tokenizer.digest:
         raise ValueError(f"{folder} was trained with another tokenizer than --data={options.data}: prepare the data "
                          f"with --tokenizer={folder}")  # fmt: skip
-    state = runtime.load_run(folder)
+    state = load_run(folder)
     if options.init_from and not options.resume:
         becomes_moe = options.is_moe and not model.config.is_moe
         shape = ("is_moe", "num_experts", "num_experts_per_tok") if becomes_moe else ()
@@ -399,7 +402,7 @@ def train(options, machine):
     if options.moe_warmup_steps and not model.config.is_moe:
         raise ValueError(f"--moe_warmup_steps={options.moe_warmup_steps}: this model has no experts to train first")
     rows_per_step, accumulation = divide_batch(options, machine)
-    runtime.shard(model, options, machine)
+    shard(model, options, machine)
     optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
 
     def forward(tokens, targets, network=model):
@@ -407,17 +410,17 @@ def train(options, machine):
             return network(*machine.put(tokens, targets))[1]
 
     example = train_rows.batch(rows_of_step(0, train_rows.count, options.batch_size, options.seed))
-    network, seconds, which = runtime.try_out(machine, model, lambda n: forward(*example, n), options)
+    network, seconds, which = try_out(machine, model, lambda n: forward(*example, n), options)
     announce(options, machine, model, train_rows, tokenizer, accumulation, seconds, which)
     evaluate = make_evaluate(machine, functools.partial(forward, network=network), val_rows, tokenizer, options)
     stable_until = options.max_steps - options.decay_steps
     milestones = {stable_until: Path(options.out_dir) / "stable"} if options.decay_steps and stable_until else {}
-    run = runtime.Run(options, machine, model, network, tokenizer, optimizers, evaluate,
+    run = Run(options, machine, model, network, tokenizer, optimizers, evaluate,
                       model.flops_per_token(options.sequence_length), milestones)  # fmt: skip
     if options.resume:
         run.restore(state)
     elif state:
-        runtime.load_optimizer_state(optimizers, run.names, state["optimizer"])
+        load_optimizer_state(optimizers, run.names, state["optimizer"])
 
     def loss_of(rows):  # a micro-batch's share of the mean over the whole step
         return forward(*train_rows.batch(rows), run.network) / (accumulation * machine.world_size)
@@ -446,7 +449,7 @@ def train(options, machine):
                        experts_only=step < options.moe_warmup_steps)  # fmt: skip
     run.finish()
     if options.sample_tokens:
-        with runtime.gathered(model):
+        with gathered(model):
             if machine.is_main:
                 print_sample(model, tokenizer, machine, options)
 
@@ -481,26 +484,26 @@ def read_options(argv):
     """The options of this run. Without a config file they are those of config/tiny.py; with --init_from those of the
     checkpoint's run, with --resume those of the run itself. What `argv` says comes last, and wins."""
     tiny = [] if any(not argument.startswith("--") for argument in argv) else [str(TINY)]
-    asked = runtime.read_values(TrainOptions, tiny + argv)
+    asked = read_values(TrainOptions, tiny + argv)
     out = asked.get("out_dir") or f"out/{Path(asked.get('data', TrainOptions.data)).name}"
-    if runtime.is_resumed(asked, out):
-        return runtime.resumed_options(TrainOptions, argv, out, MAY_CHANGE)
+    if is_resumed(asked, out):
+        return resumed_options(TrainOptions, argv, out, MAY_CHANGE)
     base = {}
     if source := asked.get("init_from"):
-        state = runtime.load_run(source) or {}
+        state = load_run(source) or {}
         where, known = ("out_dir", "data", "init_from", "overwrite"), {f.name for f in dataclasses.fields(TrainOptions)}
         recipe = state.get("options", {})
         if recipe.keys() <= known:  # else it was tuned, and only its shape is of use here
             base = {name: value for name, value in recipe.items() if name not in where}
-        base |= dataclasses.asdict(runtime.load_config(source))
-    options = runtime.parse_options(TrainOptions, argv if base else tiny + argv, base=base)
-    runtime.refuse_to_overwrite(options)
+        base |= dataclasses.asdict(load_config(source))
+    options = parse_options(TrainOptions, argv if base else tiny + argv, base=base)
+    refuse_to_overwrite(options)
     return options
 
 
 def main(argv):
-    runtime.carry_out(train, read_options(argv))
+    carry_out(train, read_options(argv))
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

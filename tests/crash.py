@@ -46,9 +46,13 @@ from safetensors.torch import load_file  # noqa: E402
 
 import dpo  # noqa: E402
 import grpo  # noqa: E402
-import runtime  # noqa: E402
+import nanodoge.run  # noqa: E402
 import sft  # noqa: E402
 import train  # noqa: E402
+from nanodoge.checkpoint import load_model, load_training_state  # noqa: E402
+from nanodoge.layouts import checkpoint_file  # noqa: E402
+from nanodoge.options import parse_options, run_command  # noqa: E402
+from nanodoge.run import read_log  # noqa: E402
 
 PATIENCE = 60  # seconds within which a process must end once another one of its run has died
 MEETING = 180  # ... if it died while they were meeting: gloo then waits up to five times --patience
@@ -80,7 +84,7 @@ def fork(main, argv, log, rank=0, world_size=1, port=0):
         os.dup2(1, 2)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         sys.argv = ["train.py", *argv]
-        runtime.run(main)
+        run_command(main)
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
@@ -130,12 +134,12 @@ def has_ended(child):
 def steady(folder):
     """The rows of log.csv without the columns that differ between equal runs."""
     path = Path(folder) / "log.csv"
-    rows = runtime.read_log(path) if path.is_file() else []
+    rows = read_log(path) if path.is_file() else []
     return [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
 
 
 def weights(folder):
-    return load_file(runtime.checkpoint_file(folder, "model.safetensors"))
+    return load_file(checkpoint_file(folder, "model.safetensors"))
 
 
 def same(a, b):
@@ -152,14 +156,14 @@ class Undisturbed:
         self.folder, self.snapshots = folder, folder.with_name(folder.name + "-snapshots")
 
         def main_with_snapshots(argv):
-            save = runtime.save_checkpoint
+            save = nanodoge.run.save_checkpoint
 
             def save_and_keep(place, model, tokenizer, state=None, **more):
                 save(place, model, tokenizer, state, **more)
                 if place == folder:
                     shutil.copytree(place, self.snapshots / str(state["step"]))
 
-            runtime.save_checkpoint = save_and_keep
+            nanodoge.run.save_checkpoint = save_and_keep
             main(argv)
 
         start = time.monotonic()
@@ -172,10 +176,10 @@ class Undisturbed:
         """Looks at a killed run as it lies -> the step of its checkpoint (0 = none yet), and what is wrong."""
         wrong, step = [], 0
         try:
-            state = runtime.load_training_state(folder)
+            state = load_training_state(folder)
             if state:
                 step = state["step"]
-                runtime.load_model(folder)
+                load_model(folder)
                 if not same(weights(folder), weights(self.snapshots / str(step))):
                     wrong.append("unreadable: weights")
         except (ValueError, OSError) as error:
@@ -192,7 +196,7 @@ class Undisturbed:
         wrong = ["lost rows: at the end"] * (steady(folder) != self.rows)
         for place in (folder, *[folder / "stable"] * (self.folder / "stable").is_dir()):
             twin = self.folder / place.relative_to(folder)
-            a, b = (runtime.load_training_state(x) for x in (place, twin))
+            a, b = (load_training_state(x) for x in (place, twin))
             kept = [{name: state.get(name) for name in ("optimizer", "reference")} for state in (a or {}, b)]
             if not (a and same(weights(place), weights(twin)) and same(*kept)):
                 wrong.append(f"different: {place.name}")
@@ -345,7 +349,7 @@ def torchrun(argv, root, number):
     whole, folder, log = Undisturbed(train.main, argv, root / "whole", 2), root / "run", root / "run.txt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command += ["train.py", *argv, f"--out_dir={folder}", "--resume_or_start"]
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see runtime.Machine
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see Machine
     with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent,
                                                   env=environment) as launcher:  # fmt: skip
         wrong = await_checkpoint(folder)
@@ -491,8 +495,8 @@ COLUMNS = "part tries inside_a_save failures seconds note".split()
 
 
 def main(argv):
-    options, rows = runtime.parse_options(Options, argv), []
-    runtime.plot_loss = lambda *paths: None  # seconds of matplotlib in every process, and nothing to lose in it
+    options, rows = parse_options(Options, argv), []
+    nanodoge.run.plot_loss = lambda *paths: None  # seconds of matplotlib in every process, and nothing to lose in it
     with tempfile.TemporaryDirectory() as root:
         known = parts(Path(root), options)
         for name in options.only or known:
@@ -511,4 +515,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

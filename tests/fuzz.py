@@ -50,8 +50,8 @@ from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: no pool of threads, which a fork would not take along
 os.environ["HF_HUB_OFFLINE"] = "1"
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import numpy as np  # noqa: E402
 import pyarrow  # noqa: E402
@@ -66,13 +66,15 @@ import evaluate  # noqa: E402
 import grpo  # noqa: E402
 import model  # noqa: E402
 import prepare_data  # noqa: E402
-import runtime  # noqa: E402
 import sample  # noqa: E402
 import sft  # noqa: E402
-import tokenizer  # noqa: E402
 import train  # noqa: E402
+from nanodoge import tokenizer  # noqa: E402
+from nanodoge.options import HERE, is_out_of_memory, parse_options, run_command  # noqa: E402
+from nanodoge.run import Run  # noqa: E402
 
-LINES = {str(path): path.read_text(encoding="utf-8").splitlines() for path in runtime.HERE.glob("*.py")}
+SOURCES = [*HERE.glob("*.py"), *HERE.glob("nanodoge/*.py")]
+LINES = {str(path): path.read_text(encoding="utf-8").splitlines() for path in SOURCES}
 SECONDS = 20  # of a case, on the processor
 PATIENCE = 120  # seconds on the clock
 MEMORY = 1 << 30  # bytes that a process may take beyond what it was forked with
@@ -680,7 +682,7 @@ def ring(number, frame):
 @contextlib.contextmanager
 def shortened():
     """One training step, a few tokens, no picture, and no waiting for the disk."""
-    steps, stream = runtime.Run.steps, model.Doge.stream
+    steps, stream = Run.steps, model.Doge.stream
 
     def one_step(self):
         for step in steps(self):
@@ -692,9 +694,9 @@ def shortened():
             yield token
 
     with (
-        mock.patch.object(runtime.Run, "steps", one_step),
+        mock.patch.object(Run, "steps", one_step),
         mock.patch.object(model.Doge, "stream", few),
-        mock.patch.object(runtime, "plot_loss", lambda *paths: None),
+        mock.patch("nanodoge.run.plot_loss", lambda *paths: None),
         mock.patch.object(os, "fsync", lambda fd: None),
     ):
         yield
@@ -708,12 +710,12 @@ def attempt(main, argv, must):
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             with mock.patch.object(sys, "argv", ["fuzz.py", *argv]):
-                runtime.run(main)
+                run_command(main)
     except SystemExit as stop:
         result = why_refused(stop) if stop.code == 2 else "worked" if not stop.code else f"exit status {stop.code}"
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in place if Path(frame.filename).parent == runtime.HERE]
+        ours = [frame for frame in place if Path(frame.filename).parent in (HERE, HERE / "nanodoge")]
         where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
         result = f"{type(error).__name__} at {where}: {str(error)[:200]}"
         traceback.print_exc(file=err)
@@ -734,7 +736,7 @@ def attempt(main, argv, must):
 def why_refused(stop):
     """Whether the line that ended a run was meant to be: an OSError, or a ValueError that our code raises itself."""
     error = stop.__context__
-    if runtime.is_out_of_memory(error):
+    if is_out_of_memory(error):
         return f"out of memory: {str(error)[:200]}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     line = LINES.get(frame.filename, [""] * frame.lineno)[frame.lineno - 1]
@@ -870,7 +872,7 @@ def shares(cases, parts):
 
 
 def main(argv):
-    options, table = runtime.parse_options(Options, argv), []
+    options, table = parse_options(Options, argv), []
     for part in options.only:
         if part not in PARTS:
             raise ValueError(f"--only={part} is not one of {' '.join(PARTS)}")
@@ -888,7 +890,7 @@ def main(argv):
                 continue
             table.append(run_part(root, part, count, options.seed))
             print(*(f"{key}={table[-1][key]}" for key in COLUMNS[:7]), sep="  ", flush=True)
-        os.chdir(HERE)
+        os.chdir(TESTS)
     if options.out:
         facts = dict(date=datetime.date.today().isoformat(), python=platform.python_version(), torch=torch.__version__)
         with open(out, "w", newline="", encoding="utf-8") as file:
@@ -899,4 +901,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

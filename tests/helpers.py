@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 import prepare_data
-import runtime
-import tokenizer
 from model import Doge, DogeConfig
+from nanodoge import tokenizer
+from nanodoge.checkpoint import save_checkpoint
+from nanodoge.options import run_command
 
 TINY = ["--hidden_size=32", "--intermediate_size=48", "--num_hidden_layers=2", "--num_attention_heads=2",
         "--max_position_embeddings=16", "--batch_size=2", "--batch_tokens=64", "--max_steps=12", "--warmup_steps=2",
@@ -57,7 +58,7 @@ def make_checkpoint(folder, vocab_size=400, seed=0, **shape):
     fields = dict(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                   num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
     torch.manual_seed(seed)
-    runtime.save_checkpoint(folder, Doge(DogeConfig(**fields | shape)), tok)
+    save_checkpoint(folder, Doge(DogeConfig(**fields | shape)), tok)
     return folder
 
 
@@ -99,7 +100,7 @@ def call(main, argv, rank, world_size, port, folder):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv = [f"{main.__module__}.py", *argv]
-    runtime.run(main)
+    run_command(main)
 
 
 def command(main, argv, processes=1, timeout=120):

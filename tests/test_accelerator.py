@@ -8,12 +8,14 @@ from helpers import TINY, TUNE, make_checkpoint, make_data, make_set, texts
 import dpo
 import evaluate
 import grpo
-import runtime
 import sample
 import sft
 import train
-from decode import Decoder
 from model import Doge, DogeConfig
+from nanodoge.checkpoint import load_model
+from nanodoge.decode import Decoder
+from nanodoge.machine import Machine
+from nanodoge.run import Run, read_log
 
 pytestmark = pytest.mark.skipif(not POSSIBLE, reason="this torch can have no device made in Python")
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, keep_window_size=16)
@@ -48,7 +50,7 @@ def test_the_device_is_strict_and_counts():
 @pytest.mark.parametrize("length", [16, 50])
 @pytest.mark.parametrize("experts", [False, True])
 def test_a_step_equals_the_processors_and_does_not_wait(experts, length, monkeypatch):
-    monkeypatch.setattr("model.GPU_CHUNK", 8)
+    monkeypatch.setattr("nanodoge.attention.GPU_CHUNK", 8)
     tokens = torch.randint(300, (2, length))
     options = dict(is_moe=True, num_experts=64, num_experts_per_tok=4, router_aux_loss_coef=0.1) if experts else {}
     with Toy() as toy:
@@ -80,7 +82,7 @@ def test_what_it_writes_equals_the_processors(experts, dtype, monkeypatch):
         assert torch.equal(*written)
 
 
-class Away(runtime.Machine):
+class Away(Machine):
     """The machine, whatever device the options name."""
 
     def __init__(self, device, *rest):
@@ -115,17 +117,17 @@ def test_a_stage_equals_the_processors_and_waits_only_to_log(stage, kind, option
     stage.main([*arguments, f"--out_dir={tmp_path / 'here'}"])
     waited = {}
     with Toy() as toy, without_inference_mode(monkeypatch, (Doge, "stream"), (Decoder, "__call__")):
-        update = runtime.Run.update
+        update = Run.update
 
         def watched(run, *rest, **names):
             waited[run.step] = len(toy.waits)
             update(run, *rest, **names)
 
-        monkeypatch.setattr(runtime.Run, "update", watched)
-        monkeypatch.setattr(runtime, "Machine", Away)
+        monkeypatch.setattr("nanodoge.run.Run.update", watched)
+        monkeypatch.setattr("nanodoge.machine.Machine", Away)
         stage.main([*arguments, f"--out_dir={tmp_path / 'there'}"])
 
-    here, there = (runtime.read_log(tmp_path / out / "log.csv") for out in ("here", "there"))
+    here, there = (read_log(tmp_path / out / "log.csv") for out in ("here", "there"))
     assert len(here) == len(there) and len(waited) == 4
     for a, b in zip(here, there, strict=True):
         assert float(b["loss"] or 0) == pytest.approx(float(a["loss"] or 0), rel=1e-4, abs=1e-6)
@@ -136,7 +138,7 @@ def test_a_stage_equals_the_processors_and_waits_only_to_log(stage, kind, option
 
 def test_samples_and_scores_equal_the_processors(tmp_path, monkeypatch, capsys):
     checkpoint, data = make_checkpoint(tmp_path / "model"), make_data(tmp_path / "data")
-    model, _ = runtime.load_model(checkpoint)
+    model, _ = load_model(checkpoint)
     pairs = [([0, 5, 6], [7, 8]), ([0, 5, 6], [9]), ([0, 7, 11], [7, 8, 9])]
     words = ["--prompt=the cat", "--max_new_tokens=8", "--top_p=0.9", "--top_k=50", "--repetition_penalty=1.1"]
 
@@ -149,6 +151,6 @@ def test_samples_and_scores_equal_the_processors(tmp_path, monkeypatch, capsys):
     text, numbers = outputs(model)
     unlocked = (Doge, "stream"), (Decoder, "__call__"), (evaluate, "nats"), (evaluate, "log_likelihoods")
     with Toy(), without_inference_mode(monkeypatch, *unlocked):
-        monkeypatch.setattr(runtime, "Machine", Away)
+        monkeypatch.setattr("nanodoge.machine.Machine", Away)
         same_text, same_numbers = outputs(model.to(NAME))
     assert text == same_text and numbers == pytest.approx(same_numbers, rel=1e-5)

@@ -12,8 +12,8 @@ import torch
 from helpers import STARTED
 
 import bench
-import runtime
 from model import Doge, DogeConfig
+from nanodoge.options import HERE, parse_options
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, keep_window_size=16, num_experts=16, num_experts_per_tok=4)  # fmt: skip
@@ -43,7 +43,7 @@ def table(tmp_path, capsys, *argv):
 
 def case(options=(), **fields):
     argv = ["decode", "--device=cpu", "--rounds=2", "--new_tokens=3", *options]
-    options = runtime.parse_options(bench.BenchOptions, argv, positional="what")
+    options = parse_options(bench.BenchOptions, argv, positional="what")
     return bench.Case("decode", "a case", options, **dict(shape=SHAPE, dtype="float32", variant="model") | fields)
 
 
@@ -195,7 +195,7 @@ def test_rows_are_appended_and_a_file_of_other_columns_is_left_alone(shape, tmp_
 def test_a_compiled_row_says_so():
     for how, name in (([], "decode 20m float32 decoder 1x32+128"),
                       (["--compile=true"], "decode 20m float32 decoder compiled 1x32+128")):  # fmt: skip
-        options = runtime.parse_options(bench.BenchOptions, ["decode", *how], positional="what")
+        options = parse_options(bench.BenchOptions, ["decode", *how], positional="what")
         assert [case.name for case in bench.make_cases(options, "")] == [name]
 
 
@@ -235,7 +235,7 @@ def test_as_a_program_with_its_memory(shape, tmp_path):
     """As users call it: `__main__` must be able to send its cases to a fresh process."""
     command = [sys.executable, "bench.py", "decode", f"--model={shape}", "--new_tokens=3", "--rounds=1", "--device=cpu",
                f"--csv={tmp_path / 'rows.csv'}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runtime.HERE)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
         [row] = csv.DictReader(file)

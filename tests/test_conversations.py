@@ -12,10 +12,10 @@ import pytest
 from helpers import make_checkpoint, make_set, rows_of
 
 import prepare_data
-import runtime
-import stories
-from conversations import TokenSet, divide, document, final_answer, generate, pad
-from tokenizer import Tokenizer
+from nanodoge import stories
+from nanodoge.checkpoint import load_model, read_meta
+from nanodoge.conversations import TokenSet, divide, document, final_answer, generate, pad
+from nanodoge.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -145,7 +145,7 @@ def learned_parts(tokenizer, ids, mask):
 def test_conversations_come_out_as_they_went_in(tmp_path, checkpoint):
     rows = list(rows_of("chat", 150))
     folder = make_set(tmp_path / "set", checkpoint, rows=[*rows, {"messages": []}, {"messages": PROMPT}])
-    tokenizer, meta = Tokenizer.load(folder), runtime.read_meta(folder, "chat")
+    tokenizer, meta = Tokenizer.load(folder), read_meta(folder, "chat")
     assert meta["left_out"] == {"empty": 1, "without an answer": 1}
     wanted = {text: learned for text, learned in (by_hand(tokenizer, row["messages"]) for row in rows)}
     assert len(wanted) == len(rows)
@@ -222,7 +222,7 @@ def test_mixed_by_ratio_and_read_from_parquet_and_the_hub(tmp_path, checkpoint):
     sources = [f"{tmp_path / 'chat.parquet'}@0.75", f"hf:{tmp_path / 'hub'}@0.25"]
     options = prepare_data.PrepareOptions(sources, str(tmp_path / "set"), str(checkpoint), kind="chat", tokens=6000)
     folder = prepare_data.prepare(options, quiet=True)
-    meta = runtime.read_meta(folder, "chat")
+    meta = read_meta(folder, "chat")
     shares = [mix["tokens"] / meta["train"]["tokens"] for mix in meta["mix"]]
     assert shares == pytest.approx([0.75, 0.25], abs=0.02) and len(TokenSet(folder, "val", "chat")) > 0
 
@@ -268,7 +268,7 @@ def test_a_damaged_or_other_folder_is_refused(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=preferences"):
         TokenSet(folder, "train", "preferences")
     with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=text"):
-        runtime.read_meta(folder)
+        read_meta(folder)
     for name, dtype, place, value, message in (
         ("ids", "<u2", 5, 65535, "ids.bin has the id 65535, and meta.json says vocab_size"),
         ("mask", "u1", 9, 7, "mask.bin marks what cannot be learned"),
@@ -294,7 +294,7 @@ def test_a_damaged_or_other_folder_is_refused(tmp_path, checkpoint):
 def test_real_files(tmp_path, checkpoint, kind, name):
     lines = (SHARED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:60]
     folder = make_set(tmp_path / "set", checkpoint, kind, rows=[json.loads(line) for line in lines])
-    meta = runtime.read_meta(folder, kind)
+    meta = read_meta(folder, kind)
     assert meta["train"]["documents"] + meta["val"]["documents"] == 60 and not meta["left_out"]
     if kind == "problems":
         assert all(answer.replace(",", "").lstrip("-").isdigit() for answer in TokenSet(folder, "train", kind).answers)
@@ -359,7 +359,7 @@ def test_pad_shifts_by_one_and_targets_what_is_marked():
 
 
 def test_generate_in_batches_equals_one_by_one(checkpoint):
-    model, tokenizer = runtime.load_model(checkpoint)
+    model, tokenizer = load_model(checkpoint)
     prompts = [tokenizer.encode(text) for text in ("the cat", "a red ball then", "over", "the dog sees a tree")]
     together = generate(model, tokenizer, prompts, 9, rows=3, temperature=0.0)
     alone = [generate(model, tokenizer, [prompt], 9, temperature=0.0)[0] for prompt in prompts]

@@ -29,12 +29,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import convert
 import evaluate
-import layouts
-import runtime
 import sft
-import tokenizer
 import train
 from model import Doge, DogeConfig
+from nanodoge import layouts, tokenizer
+from nanodoge.checkpoint import load_model, save_checkpoint
+from nanodoge.options import HERE
+from nanodoge.run import read_log
 
 DOGE = Path(__file__).parents[2] / "shared" / "data" / "doge_tokenizer"
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -187,7 +188,7 @@ def test_an_original_checkpoint_computes_what_it_was_trained_as(tmp_path, words,
     window = change.get("window", 2048)
     folder = write_folder(tmp_path, renamed(state, names), words, **moe | dict(
         num_key_value_heads=change["groups"], keep_window_size=window))  # fmt: skip
-    model, _ = runtime.load_model(folder)
+    model, _ = load_model(folder)
     assert model.config.num_key_value_heads == 4 and not model.config.qk_norm
     tokens = torch.randperm(300, generator=torch.Generator().manual_seed(1))[:24]  # no two alike, so no equal scores
     expected = original_logits(state, tokens, window=window)
@@ -201,7 +202,7 @@ def test_converting_writes_the_model_that_loading_gives(tmp_path, words, capsys)
     said = capsys.readouterr().out
     for phrase in ("names of the original repository", "2 key/value heads repeated to 4", "without a norm"):
         assert phrase in said
-    (before, _), (after, reader) = runtime.load_model(source), runtime.load_model(target)
+    (before, _), (after, reader) = load_model(source), load_model(target)
     assert after.config == before.config and reader.digest == words.digest
     assert all(torch.equal(w, after.state_dict()[name]) for name, w in before.state_dict().items())
     assert json.loads((target / "config.json").read_text())["model_type"] == "nanodoge"
@@ -231,7 +232,7 @@ def test_every_layout_of_files_gives_the_same_model(tmp_path, words, layout):
     if layout == "head stored twice":
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
         fields = dict(tie_word_embeddings=True)
-    loaded, reader = runtime.load_model(write_folder(tmp_path, state, words, **files, **fields))
+    loaded, reader = load_model(write_folder(tmp_path, state, words, **files, **fields))
     assert loaded.config == model.config and reader.digest == words.digest
     assert all(torch.equal(w, loaded.state_dict()[name]) for name, w in model.state_dict().items())
 
@@ -240,7 +241,7 @@ def test_every_layout_of_files_gives_the_same_model(tmp_path, words, layout):
 def test_half_precision_is_read_exactly_and_written(tmp_path, words, dtype):
     state = {name: w.to(getattr(torch, dtype)) for name, w in published_state(random_model()).items()}
     source = write_folder(tmp_path / "half", state, words, torch_dtype=dtype)
-    model, _ = runtime.load_model(source)
+    model, _ = load_model(source)
     assert all(w.dtype == torch.float32 and torch.equal(w, state[layouts.hf_name(n)].float())
                for n, w in model.state_dict().items())  # fmt: skip
     convert.main([str(source), str(tmp_path / "new"), f"--dtype={dtype}"])
@@ -270,7 +271,7 @@ def test_what_transformers_writes_is_read(tmp_path, words, change):
     theirs.save_pretrained(tmp_path, max_shard_size="60KB")
     words.save(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    model, _ = runtime.load_model(tmp_path)
+    model, _ = load_model(tmp_path)
     tokens = torch.randint(0, 300, (1, 20))
     if model.config.is_moe:  # their router mixes the tokens of a text, so one at a time
         state, expected = None, []
@@ -285,7 +286,7 @@ def test_what_transformers_writes_is_read(tmp_path, words, change):
 
 def test_experts_go_to_transformers_with_a_warning(tmp_path, words, capsys):
     model = random_model(**MOE)
-    runtime.save_checkpoint(tmp_path / "ours", model, words)
+    save_checkpoint(tmp_path / "ours", model, words)
     convert.main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--for=transformers"])
     assert "router mixes the tokens" in capsys.readouterr().out
     theirs, tokens = theirs_of(tmp_path / "theirs"), torch.randint(0, 300, (1, 9))
@@ -293,7 +294,7 @@ def test_experts_go_to_transformers_with_a_warning(tmp_path, words, capsys):
     out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=2,
                           eos_token_id=None)  # fmt: skip
     assert torch.equal(out[:, 1:], model.generate(ids, 12, temperature=0))
-    again, _ = runtime.load_model(tmp_path / "theirs")  # and back
+    again, _ = load_model(tmp_path / "theirs")  # and back
     assert torch.equal(again(tokens)[0], model(tokens)[0])
 
 
@@ -318,13 +319,13 @@ def test_beyond_the_trained_length_a_forward_pass_equals_transformers_and_genera
     tmp_path, words
 ):
     model, plain = random_model(rope_factor=4.0, max_position_embeddings=16), random_model(max_position_embeddings=16)
-    runtime.save_checkpoint(tmp_path, model, words)
+    save_checkpoint(tmp_path, model, words)
     theirs = theirs_of(tmp_path)
     for length in (15, 16, 17, 40):
         tokens = torch.randint(0, 300, (2, length))
         torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, atol=1e-5, rtol=0)
         assert torch.equal(model(tokens)[0], plain(tokens)[0]) == (length <= 16)
-    assert runtime.load_model(tmp_path)[0].config == model.config
+    assert load_model(tmp_path)[0].config == model.config
 
     prompt = torch.randint(0, 300, (2, 10))
     text = torch.cat((prompt, model.generate(prompt, 30, temperature=0)), dim=1)  # 40 tokens, decided from the start
@@ -402,12 +403,12 @@ def test_a_name_on_the_hub_converts_from_the_command_line(hub, endpoint, tmp_pat
     (tmp_path / "far" / "optimizer.pt").write_bytes(b"not wanted")
     environment = os.environ | dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"))
     done = subprocess.run(
-        [sys.executable, str(runtime.HERE / "convert.py"), "SmallDoge/Doge-tiny", str(tmp_path / "here")],
+        [sys.executable, str(HERE / "convert.py"), "SmallDoge/Doge-tiny", str(tmp_path / "here")],
         env=environment, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 key/value heads repeated to 4" in done.stdout and not any("optimizer" in path for path in hub.asked)
-    near, far = runtime.load_model(tmp_path / "here")[0], runtime.load_model(tmp_path / "far")[0]
+    near, far = load_model(tmp_path / "here")[0], load_model(tmp_path / "far")[0]
     assert all(torch.equal(w, far.state_dict()[name]) for name, w in near.state_dict().items())
 
 
@@ -430,7 +431,7 @@ def test_every_stage_takes_a_name_on_the_hub(hub, tmp_path, words, capsys):
     assert sum(path.endswith("revision/main") for path in hub.asked) <= 2  # one download for all of them
     # and what the stages wrote opens in transformers as it lies
     for folder in ("run", "chat"):
-        ours, reader = runtime.load_model(folder)
+        ours, reader = load_model(folder)
         theirs, their_reader = theirs_of(folder), AutoTokenizer.from_pretrained(folder)
         ids = torch.tensor([reader.render([dict(role="user", content="the cat")], add_generation_prompt=True)[0]])
         chat = their_reader.apply_chat_template([dict(role="user", content="the cat")], add_generation_prompt=True)
@@ -444,7 +445,7 @@ def test_every_stage_takes_a_name_on_the_hub(hub, tmp_path, words, capsys):
 def test_what_the_hub_cannot_give_is_said_in_a_line(hub, tmp_path, monkeypatch):
     def refusal(name):
         with pytest.raises(ValueError) as error:
-            runtime.load_model(name)
+            load_model(name)
         assert "\n" not in str(error.value) and str(error.value).startswith(f"there is no checkpoint folder '{name}'")
         return str(error.value)
 
@@ -528,7 +529,7 @@ def test_a_foreign_or_damaged_checkpoint_is_refused_with_file_and_tensor(tmp_pat
     spoil_state(what, state)
     write_folder(tmp_path, state, words, **fields)
     with pytest.raises(ValueError, match=message) as error:
-        runtime.load_model(tmp_path)
+        load_model(tmp_path)
     assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path))
 
 
@@ -577,7 +578,7 @@ def test_damaged_files_are_refused_by_name(tmp_path, words, what, message):
     write_folder(tmp_path, renamed(original_state()), words, parts=2)
     damage_files(what, tmp_path)
     with pytest.raises(ValueError, match=message) as error:
-        runtime.load_model(tmp_path)
+        load_model(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
@@ -586,7 +587,7 @@ def test_the_published_tokenizer_survives_conversion(tmp_path):
     """The same ids and chats in transformers, from our folder. (test_tokenizer.py compares the published one.)"""
     doge = tokenizer.Tokenizer.load(DOGE)
     model = random_model(vocab_size=doge.vocab_size, num_hidden_layers=1, hidden_size=16)
-    runtime.save_checkpoint(tmp_path, model, doge)
+    save_checkpoint(tmp_path, model, doge)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     messages = [dict(role="user", content=" Hi, \u00fc?\n"), dict(role="assistant", content="2 + 2 = 4")]
     for text in ["", " a  b\n\n", "It's 12345 \u00fcber \U0001f600", "x = {'a': 1}\n\tif x:", messages[0]["content"]]:
@@ -606,7 +607,7 @@ def classifier(tmp_path_factory, words):
     """A language model, tuned to tell texts of cats from texts of dogs, and a folder of these."""
     folder = tmp_path_factory.mktemp("labels")
     torch.manual_seed(0)
-    runtime.save_checkpoint(folder / "base", Doge(DogeConfig(**SHAPE | dict(tie_word_embeddings=False))), words)
+    save_checkpoint(folder / "base", Doge(DogeConfig(**SHAPE | dict(tie_word_embeddings=False))), words)
     animals = zip(texts(200), ["cat", "dog"] * 100, strict=True)
     rows = [dict(text=f"{text} {animal}", label=animal) for text, animal in animals]  # the last word decides
     data = make_set(folder / "data", folder / "base", "labels", rows=rows, labels=["dog", "cat"])
@@ -616,9 +617,9 @@ def classifier(tmp_path_factory, words):
 
 
 def test_a_classifier_learns_and_goes_to_transformers(classifier, words):
-    log = runtime.read_log(classifier / "run" / "log.csv")
+    log = read_log(classifier / "run" / "log.csv")
     assert abs(float(log[0]["val_loss"]) - math.log(2)) < 1e-5 and float(log[-1]["val_exact"]) == 1
-    ours, _ = runtime.load_model(classifier / "run", labels=())
+    ours, _ = load_model(classifier / "run", labels=())
     theirs = AutoModelForSequenceClassification.from_pretrained(classifier / "run", attn_implementation="eager").eval()
     assert ours.labels == ("dog", "cat") and theirs.config.id2label == {0: "dog", 1: "cat"}
     rows = [[words.bos_id, *words.encode(text)] for text in ("a red dog", "then runs the blue cat", "a cat")]
@@ -632,7 +633,7 @@ def test_a_classifier_learns_and_goes_to_transformers(classifier, words):
 
 
 def test_the_loss_and_gradients_of_a_classifier_are_transformers(classifier, words):
-    ours, _ = runtime.load_model(classifier / "run", labels=("dog", "cat"))
+    ours, _ = load_model(classifier / "run", labels=("dog", "cat"))
     theirs = AutoModelForSequenceClassification.from_pretrained(classifier / "run", attn_implementation="eager")
     tokens, labels = torch.randint(9, 300, (4, 12)), torch.tensor([0, 1, 1, 0])
     targets = torch.full((4, 12), -100)
@@ -651,7 +652,7 @@ def test_what_transformers_writes_of_a_classifier_is_read(tmp_path, words):
     theirs.save_pretrained(tmp_path / "theirs")
     words.save(tmp_path / "theirs")
     convert.main([str(tmp_path / "theirs"), str(tmp_path / "ours")])
-    model, _ = runtime.load_model(tmp_path / "ours", labels=())
+    model, _ = load_model(tmp_path / "ours", labels=())
     tokens = torch.randint(9, 300, (2, 12))
     torch.testing.assert_close(model(tokens)[0][:, -1], theirs(tokens).logits, atol=1e-5, rtol=0)
     assert model.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
@@ -659,11 +660,11 @@ def test_what_transformers_writes_of_a_classifier_is_read(tmp_path, words):
 
 def test_a_classifier_is_no_language_model_and_labels_are_checked(classifier, tmp_path):
     with pytest.raises(ValueError, match="run is a classifier of dog, cat, and what is needed here is a language mod"):
-        runtime.load_model(classifier / "run")
+        load_model(classifier / "run")
     with pytest.raises(ValueError, match="base is a language model, and what is needed here is a classifier$"):
-        runtime.load_model(classifier / "base", labels=())
+        load_model(classifier / "base", labels=())
     with pytest.raises(ValueError, match="of dog, cat, and what is needed here is a classifier of a, b$"):
-        runtime.load_model(classifier / "run", labels=("a", "b"))
+        load_model(classifier / "run", labels=("a", "b"))
     for rows, labels, message in [
         ([dict(text="x", label=3)], ["0", "1"], "label '3' is not one of --labels=0,1$"),
         ([dict(text="x")], ["0", "1"], "needed is one of text, label$"),

@@ -8,8 +8,6 @@ import pytest
 import torch
 from helpers import command
 
-import runtime
-
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 def test_killed_at_random_moments_nothing_is_lost():
@@ -22,8 +20,8 @@ def test_the_checks_see_what_they_are_for(tmp_path, monkeypatch):
     whole, states = object.__new__(crash.Undisturbed), {"run": dict(step=2)}
     whole.rows, whole.snapshots = [dict(step=str(step)) for step in (1, 2, 3)], pathlib.PurePosixPath("whole")
     tensors, rows = {"run": torch.zeros(2), "whole/2": torch.zeros(2)}, {"run": whole.rows[:2]}
-    monkeypatch.setattr(runtime, "load_model", lambda folder: None)
-    monkeypatch.setattr(runtime, "load_training_state", lambda folder: states.get(str(folder)))
+    monkeypatch.setattr(crash, "load_model", lambda folder: None)
+    monkeypatch.setattr(crash, "load_training_state", lambda folder: states.get(str(folder)))
     monkeypatch.setattr(crash, "weights", lambda folder: {"w": tensors[str(folder)]})
     monkeypatch.setattr(crash, "steady", lambda folder: rows[str(folder)])
     assert whole.check("run", 0) == (2, [])

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import decode
-from decode import Decoder
-from model import Cache, Doge, DogeConfig
+from model import Doge, DogeConfig
+from nanodoge import decode
+from nanodoge.decode import Decoder
 
 SHAPE = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, keep_window_size=12)  # fmt: skip
@@ -33,7 +33,7 @@ def make_model(**changes):
 
 def logits_of(model, tokens, prompt, decoder):
     """The logits after every token from the prompt on, (B, T - prompt, V)."""
-    cache, rows = Cache(model.config, len(tokens), tokens.shape[1]), []
+    cache, rows = model.new_cache(len(tokens), tokens.shape[1]), []
     with torch.inference_mode():
         model.hidden(tokens[:, :prompt], None, cache)
         for t in range(prompt, tokens.shape[1]):
@@ -88,7 +88,7 @@ def test_fewer_bits_are_rounded_weights_and_nothing_else(dtype, compile, monkeyp
     head = values.float() if scale is None else values.float() * scale[:, None]
     with torch.no_grad():
         expected = F.linear(rounded.hidden(tokens)[0], head)[:, 5:]
-        cache = Cache(model.config, 1, 20)
+        cache = model.new_cache(1, 20)
         rounded.hidden(tokens[:, :5], None, cache)
         decoder = Decoder(model, dtype, compile)
         got = torch.stack([decoder(tokens[:, t], cache) for t in range(5, 20)], dim=1)
@@ -124,7 +124,7 @@ def test_stream_gives_the_same_tokens_with_a_decoder_and_rows_of_different_lengt
 
 def test_a_token_allocates_no_cache_and_changes_no_shape():
     model = make_model()
-    cache, decoder = Cache(model.config, 1, 50), Decoder(model)
+    cache, decoder = model.new_cache(1, 50), Decoder(model)
     before = [(t.data_ptr(), t.shape) for layer in cache.layers for t in layer]
     for t in range(50):
         decoder(torch.tensor([t]), cache)
@@ -134,7 +134,7 @@ def test_a_token_allocates_no_cache_and_changes_no_shape():
 
 def test_one_row_of_bfloat16_leaves_the_processor_as_it_was():
     model = make_model()
-    decoder, cache = Decoder(model, torch.bfloat16), Cache(model.config, 1, 8)
+    decoder, cache = Decoder(model, torch.bfloat16), model.new_cache(1, 8)
     before = torch.backends.mkldnn.enabled
     decoder(torch.tensor([5]), cache)
     assert torch.backends.mkldnn.enabled == before

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 
 import dpo
 import prepare_data
-import runtime
 import sft
 import train
-from conversations import TokenSet, pad
-from tokenizer import Tokenizer
+from nanodoge.checkpoint import load_model, load_training_state, save_checkpoint
+from nanodoge.conversations import TokenSet, pad
+from nanodoge.machine import Machine
+from nanodoge.run import Run, read_log
+from nanodoge.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +46,12 @@ def reference(base):
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr(runtime, "plot_loss", lambda *paths: None)  # tested elsewhere, and longer than these runs
+    monkeypatch.setattr("nanodoge.run.plot_loss", lambda *paths: None)  # tested elsewhere, and longer than these runs
 
 
 def run(base, data, out, *options):
     dpo.main([*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options])
-    return runtime.read_log(out / "log.csv")
+    return read_log(out / "log.csv")
 
 
 def steady(rows):
@@ -119,13 +121,13 @@ def test_equal_and_empty_answers_are_no_choice():
 
 def test_log_probabilities_equal_float64_whatever_the_company(base, pairs, reference, monkeypatch):
     """Alone or with others, whatever fills the rows, and in pieces of any size."""
-    machine, model = runtime.Machine("cpu", "float32"), dpo.Policy(runtime.load_model(base)[0])
+    machine, model = Machine("cpu", "float32"), dpo.Policy(load_model(base)[0])
     rows = [row for i in range(8) for row in pairs.pair(i)]
     with torch.no_grad():
         wanted = torch.stack([logp_by(reference, row) for row in rows])
         for filling, size in ((2, 256), (7, 5)):
-            monkeypatch.setattr("model.LOSS_ROWS", size)
-            monkeypatch.setattr("model.LOSS_ELEMENTS", 1)
+            monkeypatch.setattr("nanodoge.losses.LOSS_ROWS", size)
+            monkeypatch.setattr("nanodoge.losses.LOSS_ELEMENTS", 1)
             found = dpo.answer_logp(model, rows, filling, machine)[0]
             torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-5)
         for i in (0, 5, 15):
@@ -158,11 +160,11 @@ def test_loss_and_gradient_of_a_later_step_equal_float64(base, data, pairs, refe
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     log = run(base, data, tmp_path / "run", f"--loss={loss}", f"--micro_tokens={micro_tokens}", "--max_steps=2",
               "--grad_clip=0", "--batch_rows=7")  # fmt: skip
-    model, tokenizer = runtime.load_model(base)
+    model, tokenizer = load_model(base)
     with torch.no_grad():
         for p, (value, _) in zip(model.parameters(), seen[1], strict=True):
             p.copy_(value)
-    runtime.save_checkpoint(tmp_path / "now", model, tokenizer)
+    save_checkpoint(tmp_path / "now", model, tokenizer)
     policy, options, losses = float64(tmp_path / "now"), dpo.DpoOptions(loss=loss), []
     for i in train.rows_of_step(1, pairs.count, 7, 233):
         before = [logp_by(reference, row) for row in pairs.pair(i)]
@@ -202,7 +204,7 @@ def test_ties_are_not_won():
 def test_a_run_starts_at_ln_2_without_wins_and_a_rate_of_zero_keeps_it_there(base, data, pairs, tmp_path):
     """And the reference was asked about the pairs that are used, and no others."""
     log = run(base, data, tmp_path / "run", "--learning_rate=0", "--max_steps=3", "--eval_every=1", "--batch_rows=5")
-    known = runtime.load_training_state(tmp_path / "run")["reference"]["train"].isfinite().all(1)
+    known = load_training_state(tmp_path / "run")["reference"]["train"].isfinite().all(1)
     used = [i for step in range(3) for i in train.rows_of_step(step, pairs.count, 5, 233)]
     assert known.nonzero()[:, 0].tolist() == sorted(used)
     for row in log[1:]:
@@ -238,17 +240,17 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, pairs,
     """And the reference does not drift, even if the model that it was has been overwritten since."""
     start = shutil.copytree(base, tmp_path / "start")
     whole = run(base, data, tmp_path / "whole", "--max_steps=8")
-    update = runtime.Run.update
-    monkeypatch.setattr(runtime.Run, "update", lambda self, *a: 1 / 0 if self.step == 6 else update(self, *a))
+    update = Run.update
+    monkeypatch.setattr("nanodoge.run.Run.update", lambda self, *a: 1 / 0 if self.step == 6 else update(self, *a))
     with pytest.raises(ZeroDivisionError):
         run(start, data, tmp_path / "cut", "--max_steps=8")
-    monkeypatch.setattr(runtime.Run, "update", update)
+    monkeypatch.setattr("nanodoge.run.Run.update", update)
     make_checkpoint(start, seed=1)
     dpo.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
-    assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
+    assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    kept = runtime.load_training_state(tmp_path / "cut")["reference"]
+    kept = load_training_state(tmp_path / "cut")["reference"]
     for i in range(0, pairs.count, 5):
         wanted = torch.stack([logp_by(reference, row) for row in pairs.pair(i)]).float()
         torch.testing.assert_close(kept["train"][i], wanted, rtol=1e-6, atol=1e-5)
@@ -257,7 +259,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, pairs,
         dpo.main([f"--out_dir={tmp_path / 'cut'}", "--resume", "--beta=0.2"])
     with pytest.raises(ValueError, match="is of another stage"):
         sft.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
-    state = runtime.load_training_state(tmp_path / "cut")
+    state = load_training_state(tmp_path / "cut")
     state["reference"]["val"] = state["reference"]["val"][:-1]
     torch.save(state, tmp_path / "cut" / "training_state.pt")
     with pytest.raises(ValueError, match="began with other pairs than the .* of the val split"):
@@ -270,7 +272,7 @@ def test_two_processes_equal_one(base, data, tmp_path):
     done = command(dpo.main, argv, processes=2)
     assert done.returncode == 0, done.stderr
     names = "loss grad_norm accuracy margin chosen_reward rejected_reward kl val_loss val_accuracy val_chosen_logp"
-    for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
+    for a, b in zip(alone, read_log(tmp_path / "two" / "log.csv"), strict=True):
         for name in names.split():
             assert a[name] == b[name] == "" or float(a[name]) == pytest.approx(float(b[name]), abs=1e-4), name
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
@@ -325,5 +327,5 @@ def test_without_a_word_it_tunes_what_sft_py_left(tmp_path, monkeypatch):
     real = prepare_data.prepare
     monkeypatch.setattr(prepare_data, "prepare", lambda options: real(dataclasses.replace(options, stories=40), True))
     dpo.main(["--max_steps=1", "--device=cpu", "--batch_rows=4", "--eval_rows=4"])
-    log = runtime.read_log(tmp_path / "out" / "stories-preferences" / "log.csv")
+    log = read_log(tmp_path / "out" / "stories-preferences" / "log.csv")
     assert [row["step"] for row in log] == ["0", "1"] and all(row["val_accuracy"] != "" for row in log)

@@ -12,9 +12,11 @@ import torch
 from helpers import TINY, make_checkpoint, make_data, texts
 
 import evaluate
-import runtime
 import train
 from model import Doge, DogeConfig
+from nanodoge.checkpoint import load_model, save_checkpoint
+from nanodoge.machine import Machine
+from nanodoge.run import read_log
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
@@ -24,7 +26,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     data = make_data(folder / "data")
     options = train.read_options([*TINY, f"--data={data}", f"--out_dir={folder / 'out'}"])
-    train.train(options, runtime.Machine("cpu", "float32"))
+    train.train(options, Machine("cpu", "float32"))
     return folder
 
 
@@ -32,7 +34,7 @@ def test_bits_per_byte_equal_those_that_training_logged(trained, capsys):
     evaluate.main([str(trained / "out"), f"--bpb={trained / 'data'}", "--dtype=float32,bfloat16,int8", "--tokens=100"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[0] for row in rows] == ["float32", "bfloat16", "int8"]
-    logged = [row for row in runtime.read_log(trained / "out" / "log.csv") if row["val_loss"]][-1]
+    logged = [row for row in read_log(trained / "out" / "log.csv") if row["val_loss"]][-1]
     assert float(rows[0][1]) == pytest.approx(float(logged["val_loss"]), abs=1e-3)
     for row in rows[1:]:
         assert float(row[1]) == pytest.approx(float(rows[0][1]), rel=5e-3)
@@ -40,7 +42,7 @@ def test_bits_per_byte_equal_those_that_training_logged(trained, capsys):
 
 
 def test_a_ragged_last_row_is_counted_once(trained):
-    model, tokenizer = runtime.load_model(trained / "out")
+    model, tokenizer = load_model(trained / "out")
     rows = train.Rows(trained / "data", "val", 16)
     options = evaluate.EvaluateOptions(tokens=10**9, batch_size=3)
     sizes, decoder = train.bytes_of_tokens(tokenizer), evaluate.Decoder(model)
@@ -136,11 +138,11 @@ def folder(tmp_path_factory):
     pytest.importorskip("lm_eval", reason="lm_eval is optional")
     folder = tmp_path_factory.mktemp("harness")
     make_checkpoint(folder / "model", max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=False)
-    model, tokenizer = runtime.load_model(folder / "model")
+    model, tokenizer = load_model(folder / "model")
     torch.manual_seed(1)
     for block in model.layers:
         torch.nn.init.normal_(block.self_attn.A)
-    runtime.save_checkpoint(folder / "model", model, tokenizer)
+    save_checkpoint(folder / "model", model, tokenizer)
     words, draw = texts(200), random.Random(0)
     rows = [dict(goal=words[3 * i], sols=words[3 * i + 1 : 3 * i + 2 + i % 2 + 1], label=draw.randrange(2 + i % 2))
             for i in range(18)]  # fmt: skip
@@ -187,7 +189,7 @@ def models(folder):
     from lm_eval.models.huggingface import HFLM
 
     hf = HFLM(pretrained=str(folder / "model"), device="cpu", dtype="float32", batch_size=1)
-    return evaluate.harness_model(*runtime.load_model(folder / "model"), batch_tokens=500), hf
+    return evaluate.harness_model(*load_model(folder / "model"), batch_tokens=500), hf
 
 
 def run_both(folder, models, **options):

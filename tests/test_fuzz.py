@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-import runtime
+from nanodoge.layouts import locate
+from nanodoge.options import convert
+from nanodoge.run import is_resumed
 
 if sys.platform != "linux":
     pytest.skip("fuzz.py needs Linux's signals and limits", allow_module_level=True)
@@ -34,7 +36,7 @@ def test_broken_files_and_command_lines_are_refused_in_a_line(root):
 
 def test_the_checks_see_what_they_are_for(root):
     def refuse(argv):
-        runtime.convert("x", int, "--n")
+        convert("x", int, "--n")
 
     def chatter(argv):
         print("\nwhat is this?\nerror: something", file=sys.stderr)
@@ -44,8 +46,8 @@ def test_the_checks_see_what_they_are_for(root):
     assert fuzz.attempt(lambda argv: None, [], "")[0] == "worked"
     assert fuzz.attempt(chatter, [], "")[0].startswith("not one line")
     assert fuzz.attempt(lambda argv: {}["x"], [], "")[0].startswith("KeyError")
-    assert fuzz.attempt(lambda argv: runtime.locate("\0").stat(), [], "")[0].startswith("ValueError")
-    assert fuzz.attempt(lambda argv: runtime.is_resumed({"resume": 1, "overwrite": 1}, ""), [], "")[0] == "refused"
+    assert fuzz.attempt(lambda argv: locate("\0").stat(), [], "")[0].startswith("ValueError")
+    assert fuzz.attempt(lambda argv: is_resumed({"resume": 1, "overwrite": 1}, ""), [], "")[0] == "refused"
     assert fuzz.attempt(lambda argv: None, [], "it is cut off")[0] == "read in silence, though it is cut off"
     assert fuzz.attempt(lambda argv: bytearray(1 << 60), [], "")[0].startswith("out of memory")
     (root / "beside" / "more").write_text("")

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import grpo
-import runtime
 import sft
-from conversations import TokenSet
 from dpo import Policy
-from tokenizer import Tokenizer
+from nanodoge.checkpoint import load_model
+from nanodoge.conversations import TokenSet
+from nanodoge.machine import Machine
+from nanodoge.run import Run, read_log
+from nanodoge.tokenizer import Tokenizer
 
 QUESTIONS = [f"{text} {i}" for i, text in enumerate(texts(100, seed=5))]
 GRPO = [*TUNE, "--batch_rows=4", "--generations=4", "--max_new_tokens=6", "--rollout_rows=8", "--max_steps=4",
@@ -46,7 +48,7 @@ def data(tmp_path_factory, base):
 
 def run(base, data, out, *options):
     grpo.main([*GRPO, f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options])
-    return runtime.read_log(out / "log.csv")
+    return read_log(out / "log.csv")
 
 
 def steady(rows):
@@ -145,10 +147,10 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data):
     """By transformers' model in float64, one answer at a time, at a temperature: no padding, no pieces, no code of
     ours. So the place of every token, and what counts as an answer, are right too."""
     tokenizer, problems = Tokenizer.load(data), grpo.Problems(TokenSet(data, "train", "problems"), 64, 6)
-    machine = runtime.Machine("cpu", "float32")
+    machine = Machine("cpu", "float32")
     prompts, _ = problems.some(np.arange(9) // 3)
     above, temperature = np.random.default_rng(0).normal(size=9), 0.7
-    model = runtime.load_model(base)[0]
+    model = load_model(base)[0]
     options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature, micro_tokens=100)
     written = grpo.write_answers(machine, model, tokenizer, prompts, options, key=1)
     tokens = sum(map(len, written))
@@ -179,7 +181,7 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data):
 
 def test_logprobs_are_those_of_the_drawing(base):
     """Over the ids that can be drawn, and in pieces as in one."""
-    model, _ = runtime.load_model(base)
+    model, _ = load_model(base)
     policy = Policy(model, vocab_size=300, temperature=2.0)
     tokens = torch.randint(300, (7, 60))
     x = model.hidden(tokens)[0]
@@ -187,8 +189,8 @@ def test_logprobs_are_those_of_the_drawing(base):
     got, _ = policy(tokens, torch.arange(420), tokens.flatten())
     torch.testing.assert_close(got, expected)
     pieces = pytest.MonkeyPatch()
-    pieces.setattr("model.LOSS_ELEMENTS", 1)
-    pieces.setattr("model.LOSS_ROWS", 100)
+    pieces.setattr("nanodoge.losses.LOSS_ELEMENTS", 1)
+    pieces.setattr("nanodoge.losses.LOSS_ROWS", 100)
     again, _ = policy(tokens, torch.arange(420), tokens.flatten())
     pieces.undo()
     torch.testing.assert_close(again, expected)
@@ -284,8 +286,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     extra = ["--kl=0.05", "--updates_per_rollout=2", "--learning_rate=2e-2", "--divide_by_std=true"]
     start = shutil.copytree(base, tmp_path / "start")
     whole = run(start, data, tmp_path / "whole", *extra)
-    update = runtime.Run.update
-    monkeypatch.setattr(runtime.Run, "update", lambda self, *a: 1 / 0 if self.step == 3 else update(self, *a))
+    update = Run.update
+    monkeypatch.setattr("nanodoge.run.Run.update", lambda self, *a: 1 / 0 if self.step == 3 else update(self, *a))
     with pytest.raises(ZeroDivisionError):
         run(start, data, tmp_path / "cut", *extra)
     monkeypatch.undo()
@@ -294,7 +296,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     shutil.rmtree(start)
     torch.randn(3)
     grpo.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
-    assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
+    assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
     names = "model.safetensors", "reference/model.safetensors"
     for (a, b), name in (([load_file(tmp_path / run / name) for run in ("cut", "whole")], name) for name in names):
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
@@ -317,7 +319,7 @@ def test_two_processes_equal_one(base, data, tmp_path):
     argv = [*GRPO, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", *extra, "--shard"]
     done = command(grpo.main, argv, processes=2)
     assert done.returncode == 0, done.stderr
-    for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
+    for a, b in zip(alone, read_log(tmp_path / "two" / "log.csv"), strict=True):
         for name in ("loss", "grad_norm", "kl", *grpo.COLUMNS):
             assert a[name] == b[name] == "" or float(a[name]) == pytest.approx(float(b[name]), abs=2e-5), name
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
@@ -328,7 +330,7 @@ def test_two_processes_equal_one(base, data, tmp_path):
 
 def test_what_is_drawn_depends_on_seed_step_and_piece(base, data):
     tokenizer, problems = Tokenizer.load(data), grpo.Problems(TokenSet(data, "train", "problems"), 64, 6)
-    machine, model = runtime.Machine("cpu", "float32"), runtime.load_model(base)[0]
+    machine, model = Machine("cpu", "float32"), load_model(base)[0]
     draw = lambda step=0, **options: grpo.rollout(machine, model, tokenizer, problems, grpo.GrpoOptions(  # noqa: E731
         **dict(batch_rows=2, generations=8, max_new_tokens=6, temperature=5.0, rollout_rows=8, seed=1) | options), step)
     prompts, written, above, columns = draw()

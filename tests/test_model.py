@@ -14,7 +14,10 @@ from transformers import DogeConfig as ReferenceConfig
 from transformers import DogeForCausalLM
 
 import model as m
-from model import Cache, Doge, DogeConfig
+from model import Doge, DogeConfig
+from nanodoge import engine, losses
+from nanodoge.attention import dynamic_mask_attention, key_scores, lifetimes, strongest
+from nanodoge.experts import RoutedExperts
 
 SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, keep_window_size=64)  # fmt: skip
@@ -149,9 +152,9 @@ def attention_inputs(T, ties, seed=0, B=2, H=4, K=2, D=8):
     (50, 64, 8), (50, 50, 8), (50, 13, 8), (50, 5, 16), (33, 1, 8), (40, 7, 64),
 ])  # fmt: skip
 def test_attention_and_its_gradients_equal_brute_force(monkeypatch, T, window, chunk, ties):
-    monkeypatch.setattr(m, "CHUNK", chunk)
+    monkeypatch.setattr("nanodoge.attention.CHUNK", chunk)
     inputs = attention_inputs(T, ties)
-    out, kept = m.dynamic_mask_attention(*inputs, window)
+    out, kept = dynamic_mask_attention(*inputs, window)
     expected = brute_force(*inputs, window)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
     weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -169,15 +172,15 @@ def test_attention_and_its_gradients_equal_brute_force(monkeypatch, T, window, c
 @pytest.mark.parametrize("T, held, window, chunk", [(30, 7, 64, 8), (30, 7, 13, 8), (20, 14, 13, 8), (9, 50, 5, 4)])
 def test_queries_that_continue_earlier_keys_equal_brute_force(monkeypatch, T, held, window, chunk, ties):
     """As after a cache: T queries for the last of held + T keys, T < S."""
-    monkeypatch.setattr(m, "CHUNK", chunk)
+    monkeypatch.setattr("nanodoge.attention.CHUNK", chunk)
     q, k, v, s = inputs = attention_inputs(held + T, ties)
-    out, kept = m.dynamic_mask_attention(q[:, :, held:], k, v, s, window)
+    out, kept = dynamic_mask_attention(q[:, :, held:], k, v, s, window)
     expected = brute_force(*inputs, window)[:, :, held:]
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
     ours, theirs = (torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    assert torch.equal(kept, m.strongest(s)[..., :window].sort(-1).values)
+    assert torch.equal(kept, strongest(s)[..., :window].sort(-1).values)
 
 
 def scores_of_a_layer(length, A=None):
@@ -196,7 +199,7 @@ def test_lifetimes_equal_a_heap_of_the_kept_keys(kind, window):
     s = scores_of_a_layer(100, A=0.0 if kind == "A = 0" else None)
     s = s.sort(-1).values if kind == "rising" else s.sort(-1, descending=True).values if kind == "falling" else s
     s = (4 * s / s.amax()).round() if kind == "few values" else s
-    ends = m.lifetimes(m.strongest(s), window).flatten(0, 1).tolist()
+    ends = lifetimes(strongest(s), window).flatten(0, 1).tolist()
     for row, got in zip(s.flatten(0, 1).tolist(), ends, strict=True):
         heap, expected = [], [100] * 100
         for j, score in enumerate(row):
@@ -223,13 +226,13 @@ class Allocated(TorchDispatchMode):
 
 def test_work_and_memory_grow_with_the_length_and_not_with_its_square(monkeypatch):
     """Counted and not timed: numbers written, numbers held for the backward pass, and the largest tensor."""
-    monkeypatch.setattr(m, "CHUNK", 32)
+    monkeypatch.setattr("nanodoge.attention.CHUNK", 32)
     counts = []
     for T in (1024, 2048, 4096):
         inputs, held = [x.float().detach().requires_grad_() for x in attention_inputs(T, False, B=1, H=2, K=1)], []
         with Allocated() as counter:
             with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):  # noqa: B023
-                out, _ = m.dynamic_mask_attention(*inputs, 64)
+                out, _ = dynamic_mask_attention(*inputs, 64)
             torch.autograd.grad(out.sum(), inputs)
         storages = {x.untyped_storage().data_ptr(): x.numel() for x in held}
         counts.append((counter.total, counter.largest, sum(storages.values())))
@@ -279,9 +282,9 @@ def test_a_row_in_stretches_is_the_row(is_moe, monkeypatch):
 
 def test_with_a_zero_the_window_slides(monkeypatch):
     """A = 0 makes all scores equal: the later key wins every tie, so the last W keys are kept."""
-    monkeypatch.setattr(m, "CHUNK", 8)
+    monkeypatch.setattr("nanodoge.attention.CHUNK", 8)
     q, k, v, s = attention_inputs(40, ties=False)
-    out, kept = m.dynamic_mask_attention(q, k, v, torch.ones_like(s), 9)
+    out, kept = dynamic_mask_attention(q, k, v, torch.ones_like(s), 9)
     i, j = torch.arange(40)[:, None], torch.arange(40)
     mask = (j <= i) & (j > i - 9)
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
@@ -292,7 +295,7 @@ def test_with_a_zero_the_window_slides(monkeypatch):
 @pytest.mark.parametrize("window", [256, 90])
 def test_bf16_attention_and_its_gradients_are_no_worse_than_the_reference_form(window, monkeypatch):
     """Within the window, and beyond it in chunks. The reference form keeps mask and probabilities in bf16."""
-    monkeypatch.setattr(m, "CHUNK", 32)
+    monkeypatch.setattr("nanodoge.attention.CHUNK", 32)
     q, k, v, s = (x.detach() for x in attention_inputs(256, ties=False, D=64, B=1))
     s = (4 * s).float()
     unseen = ~visible(s.repeat_interleave(2, 1), window)
@@ -312,7 +315,7 @@ def test_bf16_attention_and_its_gradients_are_no_worse_than_the_reference_form(w
     inputs = [x.double().requires_grad_() for x in (q, k, v, s)]
     out = brute_force(*inputs, window)
     exact = [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
-    ours = errors(lambda *inputs: m.dynamic_mask_attention(*inputs, window)[0])
+    ours = errors(lambda *inputs: dynamic_mask_attention(*inputs, window)[0])
     theirs = errors(reference)
     assert all(x <= y for x, y in zip(ours, theirs, strict=True)), (ours, theirs)
 
@@ -320,7 +323,7 @@ def test_bf16_attention_and_its_gradients_are_no_worse_than_the_reference_form(w
 def test_scores_up_to_their_bound_are_exact_and_beyond_it_stay_numbers():
     exponents = torch.tensor([0.5, 20.0, 79.9, 80.1, 88.8, 1e30])
     dt = exponents + torch.log(-torch.expm1(-exponents))  # the inverse of softplus
-    scores = m.key_scores(torch.ones(6), dt)
+    scores = key_scores(torch.ones(6), dt)
     torch.testing.assert_close(scores[:3], exponents[:3].exp(), rtol=1e-4, atol=0)
     assert (scores[3:] == math.exp(80)).all() and torch.exp(exponents[4]).isinf()
     assert (scores * math.sqrt(2**15)).bfloat16().isfinite().all()  # folded, for heads of up to 32,768 dimensions
@@ -339,10 +342,10 @@ def test_scores_up_to_their_bound_are_exact_and_beyond_it_stay_numbers():
 @pytest.mark.parametrize("window", [5, 16, 200])
 def test_the_cache_equals_no_cache_whatever_the_cut(monkeypatch, window):
     """Prompt, several tokens at once, one at a time, several again: always the logits of one full pass."""
-    monkeypatch.setattr(m, "CHUNK", 8)
+    monkeypatch.setattr("nanodoge.attention.CHUNK", 8)
     model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=window))))
     tokens = distinct_tokens(2, 60, 97)  # equal tokens tie up to rounding, which depends on the shape of a product
-    expected, cache, done, pieces = model(tokens)[0], Cache(model.config, 2, 60), 0, []
+    expected, cache, done, pieces = model(tokens)[0], model.new_cache(2, 60), 0, []
     with torch.no_grad():
         for count in [23, 4, 1, 1, 9, 1, 1, 1, 1, 18]:
             pieces.append(model.hidden(tokens[:, done : done + count], None, cache)[0])
@@ -354,10 +357,10 @@ def test_the_cache_equals_no_cache_whatever_the_cut(monkeypatch, window):
 
 @pytest.mark.parametrize("window", [12, 100])
 def test_the_cache_takes_rows_at_different_positions(monkeypatch, window):
-    monkeypatch.setattr(m, "CHUNK", 8)
+    monkeypatch.setattr("nanodoge.attention.CHUNK", 8)
     model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=window))))
     tokens, lengths = distinct_tokens(3, 70, 97), torch.tensor([40, 5, 17])
-    expected, cache = model(tokens)[0], Cache(model.config, 3, 70)
+    expected, cache = model(tokens)[0], model.new_cache(3, 70)
     prompt = tokens[:, :40].masked_fill(torch.arange(40) >= lengths[:, None], 0)
     with torch.no_grad():
         model.hidden(prompt, lengths, cache)
@@ -424,7 +427,7 @@ def test_routed_experts_against_finite_differences():
     x, down, up, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
                       for shape in ((6, 4), (9, 4), (9, 4), (6, 3)))  # fmt: skip
     experts = torch.stack([torch.cat((torch.tensor([2]), 3 + torch.randperm(5)[:2])) for _ in range(6)])
-    torch.autograd.gradcheck(lambda *inputs: m.RoutedExperts.apply(*inputs, experts), (x, down, up, w))
+    torch.autograd.gradcheck(lambda *inputs: RoutedExperts.apply(*inputs, experts), (x, down, up, w))
 
 
 def test_routed_experts_keep_no_gathered_vectors_and_repeat_bit_for_bit():
@@ -461,8 +464,8 @@ def test_routed_experts_in_bf16_are_no_worse_than_gathers_in_bf16():
         return [out.double(), *(g.double() for g in torch.autograd.grad(out, inputs, out.detach()))]
 
     truth = with_gradients(gathered, exact)
-    for ours, theirs, true in zip(with_gradients(m.RoutedExperts.apply, half), with_gradients(gathered, half), truth,
-                                  strict=True):  # fmt: skip
+    for ours, theirs, true in zip(with_gradients(RoutedExperts.apply, half), with_gradients(gathered, half),
+                                  truth, strict=True):  # fmt: skip
         assert (ours - true).norm() < 1.1 * (theirs - true).norm() < 0.02 * true.norm()
 
 
@@ -526,7 +529,7 @@ KINDS = {"dense": SMALL, "moe": MOE, "beyond the window": SMALL | dict(keep_wind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_later_token_changes_no_earlier_logit(monkeypatch, kind):
-    monkeypatch.setattr(m, "CHUNK", 8)
+    monkeypatch.setattr("nanodoge.attention.CHUNK", 8)
     model, tokens = randomise(Doge(DogeConfig(**KINDS[kind]))), torch.randint(0, 97, (1, 30))
     before = model(tokens)[0]
     for place in [29, 17, 4]:
@@ -567,17 +570,17 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch):
     targets[::7] = -100
     expected = F.cross_entropy(x @ w.T, targets)
     for rows in (50, 8):
-        monkeypatch.setattr(m, "LOSS_ROWS", rows)
-        monkeypatch.setattr(m, "LOSS_ELEMENTS", 1)
-        loss = m.linear_cross_entropy(x, w, targets)
+        monkeypatch.setattr(losses, "LOSS_ROWS", rows)
+        monkeypatch.setattr(losses, "LOSS_ELEMENTS", 1)
+        loss = losses.linear_cross_entropy(x, w, targets)
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(m.linear_cross_entropy(x.detach(), w.detach(), targets), expected)
+        torch.testing.assert_close(losses.linear_cross_entropy(x.detach(), w.detach(), targets), expected)
         for a, b in zip(torch.autograd.grad(3 * loss, (x, w)),
                         torch.autograd.grad(3 * expected, (x, w), retain_graph=True), strict=True):  # fmt: skip
             torch.testing.assert_close(a, b)
         # Where waiting for the number of targets would cost, the rows without one go through it too.
-        whole = m.LinearCrossEntropy.apply(x, w, targets, True) / (targets >= 0).sum()
-        frozen = m.linear_cross_entropy(x, w.detach(), targets)
+        whole = losses.LinearCrossEntropy.apply(x, w, targets, True) / (targets >= 0).sum()
+        frozen = losses.linear_cross_entropy(x, w.detach(), targets)
         for other in (whole, frozen):
             torch.testing.assert_close(other, expected)
             for a, b in zip(torch.autograd.grad(other, (x, w), allow_unused=True),
@@ -591,7 +594,7 @@ def test_a_batch_without_a_target_has_loss_zero_and_no_nan():
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    assert m.linear_cross_entropy(torch.zeros(0, 64), model.output_weight, tokens[:0, 0]).item() == 0  # nor a row
+    assert losses.linear_cross_entropy(torch.zeros(0, 64), model.output_weight, tokens[:0, 0]).item() == 0  # nor a row
     states, _ = model.hidden(tokens, torch.tensor([0, 9]))  # a row of nothing but padding, its keys all masked
     assert states.isfinite().all()
 
@@ -637,11 +640,11 @@ def test_sampling_options_against_their_definition():
         "tiny top_p": (dict(top_p=1e-9), {order[0]}),
     }
     for name, (options, expected) in allowed.items():
-        drawn = m.sample(logits.expand(4000, 50), 1.0, **options, generator=torch.Generator().manual_seed(1))
+        drawn = engine.sample(logits.expand(4000, 50), 1.0, **options, generator=torch.Generator().manual_seed(1))
         assert set(drawn.tolist()) <= expected, name
         assert len(set(drawn.tolist())) >= min(len(expected), 5), name
-    assert m.sample(logits, 0).item() == order[0]
-    flat = m.sample(logits.expand(20000, 50), 1.0, generator=torch.Generator().manual_seed(2))
+    assert engine.sample(logits, 0).item() == order[0]
+    flat = engine.sample(logits.expand(20000, 50), 1.0, generator=torch.Generator().manual_seed(2))
     frequency = torch.bincount(flat, minlength=50) / 20000
     assert (frequency - p).abs().max() < 0.02
 
@@ -651,7 +654,7 @@ def test_draws_are_in_proportion_and_nothing_is_drawn_that_cannot_be(monkeypatch
     p = (3 * torch.randn(size, generator=torch.Generator().manual_seed(0))).softmax(-1)
     p[::3] = 0
     p[-300:] = 0  # padding of the vocabulary: a whole block of it
-    drawn = m.draw(p.expand(20000, -1), torch.Generator().manual_seed(1))[:, 0]
+    drawn = engine.draw(p.expand(20000, -1), torch.Generator().manual_seed(1))[:, 0]
     counts, expected = torch.bincount(drawn, minlength=size).double(), 20000 * p.double() / p.double().sum()
     often = expected > 5
     chi2 = ((counts - expected)[often].square() / expected[often]).sum()
@@ -661,7 +664,7 @@ def test_draws_are_in_proportion_and_nothing_is_drawn_that_cannot_be(monkeypatch
     for number, token in ((0.0, last), (1 - 2**-53, first)):  # the ends of what torch.rand can give
         point = torch.tensor([[number]], dtype=torch.float64)
         monkeypatch.setattr(torch, "rand", lambda *size, point=point, **options: point)
-        assert m.draw(p[None]).item() == token
+        assert engine.draw(p[None]).item() == token
 
 
 def test_unlikely_tokens_get_their_due(monkeypatch):
@@ -671,7 +674,7 @@ def test_unlikely_tokens_get_their_due(monkeypatch):
     before = torch.arange(0, 5000, 100)[:, None]
     points = 1 - (before.double() + 0.5) * 1e-9 / (1 + 10239e-9)
     monkeypatch.setattr(torch, "rand", lambda *size, **options: points)
-    assert torch.equal(m.draw(p.expand(len(points), -1)), before)
+    assert torch.equal(engine.draw(p.expand(len(points), -1)), before)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0])
@@ -680,8 +683,8 @@ def test_top_p_of_a_large_vocabulary_peaked_or_flat(scale):
     logits = scale * torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
     p, order = logits[0].softmax(-1).sort(descending=True)
     count = int((p.cumsum(0) < 0.9).sum()) + 1
-    assert (count > m.LIKELY) == (scale == 0.1)
-    drawn = m.sample(logits.expand(3000, -1), 1.0, top_p=0.9, generator=torch.Generator().manual_seed(1))
+    assert (count > engine.LIKELY) == (scale == 0.1)
+    drawn = engine.sample(logits.expand(3000, -1), 1.0, top_p=0.9, generator=torch.Generator().manual_seed(1))
     assert set(drawn.tolist()) <= set(order[:count].tolist())
     assert len(set(drawn.tolist())) > count / 2
 

@@ -22,10 +22,10 @@ import pytest
 from helpers import command
 
 import prepare_data
-import runtime
-import sources as reading
+from nanodoge import sources as reading
+from nanodoge.checkpoint import read_meta
+from nanodoge.tokenizer import Tokenizer, train_bpe
 from prepare_data import PrepareOptions, prepare
-from tokenizer import Tokenizer, train_bpe
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the dog ran home and saw a small cat naïve café 東京 🐕 x=1; def f(): return <|end_of_text|> zip".split(" ")
@@ -335,7 +335,7 @@ def test_bad_input_is_one_line(tmp_path, vocabulary, monkeypatch, name):
     with pytest.raises(ValueError, match=message) as info:
         run(name, tmp_path / "out", vocabulary)
     assert "\n" not in str(info.value) and not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-    assert Path(info.traceback[-1].path).parent == ROOT  # what runtime.run goes by
+    assert Path(info.traceback[-1].path).parent in (ROOT, ROOT / "nanodoge")  # what run_command goes by
 
 
 def test_a_document_beyond_memory_is_refused(tmp_path, vocabulary, monkeypatch):
@@ -463,7 +463,7 @@ def test_software_heritage_rows(tmp_path, server, vocabulary, monkeypatch):
 
 
 def test_smollm_recipe_is_readable():
-    options = prepare_data.runtime.parse_options(
+    options = prepare_data.parse_options(
         PrepareOptions, [f"--config={ROOT / 'config' / 'smollm_corpus.py'}"], positional="sources")  # fmt: skip
     sources = [reading.parse_source(spec) for spec in options.sources]
     prepare_data.check_options(options, sources)
@@ -489,6 +489,6 @@ def test_two_at_once_do_not_write_into_each_other(tmp_path):
                                           val_fraction=0.5)  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: prepare_data.prepare(options, quiet=True), range(2)))
-    meta = runtime.read_meta(folders[0])
+    meta = read_meta(folders[0])
     assert (folders[0] / "train.bin").stat().st_size == 2 * meta["train"]["tokens"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]

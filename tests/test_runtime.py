@@ -18,9 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import runtime
-import tokenizer
 from model import Doge, DogeConfig
+from nanodoge import tokenizer
+from nanodoge.checkpoint import load_model, load_optimizer_state, load_training_state, save_checkpoint, settle
+from nanodoge.machine import Machine, product_seconds
+from nanodoge.options import field_comments, help_text, parse_options, read_config, run_command
+from nanodoge.run import Log, read_log
 
 
 @dataclass
@@ -34,7 +37,7 @@ class Options:
 
 
 def parse(*argv, **keywords):
-    return runtime.parse_options(Options, list(argv), **keywords)
+    return parse_options(Options, list(argv), **keywords)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +83,7 @@ def test_a_config_file_is_read_and_never_run(tmp_path, text, words):
 
 
 def test_help_lists_every_option_with_default_and_comment():
-    text = runtime.help_text(Options)
+    text = help_text(Options)
     for line in ("--steps=10", "how many", "--shape=round", "which [round, square]", "--parts=['a']"):
         assert line in text
     with pytest.raises(SystemExit) as stop:
@@ -93,7 +96,7 @@ def test_every_option_of_every_stage_has_a_comment(stage):
     module = __import__(stage)
     own = [value for value in vars(module).values() if getattr(value, "__module__", "") == stage]
     [options] = [value for value in own if value.__name__.endswith("Options")]
-    comments = runtime.field_comments(options)
+    comments = field_comments(options)
     assert {f.name for f in dataclasses.fields(options)} <= comments.keys()
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
@@ -101,14 +104,14 @@ def test_every_option_of_every_stage_has_a_comment(stage):
 
 
 def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys):
-    for mistake, words in ((lambda argv: runtime.read_config("absent.py"), "there is no config file 'absent.py'"),
+    for mistake, words in ((lambda argv: read_config("absent.py"), "there is no config file 'absent.py'"),
                            (lambda argv: open("/absent/file"), "/absent/file: No such file or directory")):
         with pytest.raises(SystemExit) as stop:
-            runtime.run(mistake)
+            run_command(mistake)
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.startswith(f"error: {words}") and said.count("\n") == 1
     with pytest.raises(json.JSONDecodeError):
-        runtime.run(lambda argv: json.loads("{"))
+        run_command(lambda argv: json.loads("{"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,23 +132,23 @@ def small():
 
 @pytest.fixture
 def folder(small, tmp_path):
-    runtime.save_checkpoint(tmp_path / "checkpoint", *small, dict(step=1))
+    save_checkpoint(tmp_path / "checkpoint", *small, dict(step=1))
     return tmp_path / "checkpoint"
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(small, folder):
-    model, tok = runtime.load_model(folder)
+    model, tok = load_model(folder)
     assert model.config == small[0].config and tok.digest == small[1].digest
     for name, w in small[0].state_dict().items():
         assert torch.equal(model.state_dict()[name], w)
-    assert runtime.load_training_state(folder) == dict(step=1)
+    assert load_training_state(folder) == dict(step=1)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_dense_checkpoint_opens_in_transformers(small, tmp_path, tied):
     torch.manual_seed(1)
     model = Doge(dataclasses.replace(small[0].config, tie_word_embeddings=tied)).eval()
-    runtime.save_checkpoint(tmp_path, model, small[1])
+    save_checkpoint(tmp_path, model, small[1])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = torch.randint(0, model.config.vocab_size, (2, 20))
     torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, atol=1e-5, rtol=0)
@@ -156,8 +159,8 @@ def test_a_dense_checkpoint_opens_in_transformers(small, tmp_path, tied):
 def test_a_model_transformers_would_compute_differently_does_not_open_there(small, tmp_path):
     for change in (dict(qk_norm=False), dict(is_moe=True, num_experts=16, num_experts_per_tok=2)):
         model = Doge(dataclasses.replace(small[0].config, **change))
-        runtime.save_checkpoint(tmp_path, model, small[1])
-        loaded, tokens = runtime.load_model(tmp_path)[0].to("cpu"), torch.arange(9)[None]
+        save_checkpoint(tmp_path, model, small[1])
+        loaded, tokens = load_model(tmp_path)[0].to("cpu"), torch.arange(9)[None]
         assert loaded.config == model.config and torch.equal(loaded(tokens)[0], model(tokens)[0])
         with pytest.raises(ValueError, match="nanodoge"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -171,7 +174,7 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_wh
     seen = set()
     for last in range(60):
         shutil.rmtree(folder)
-        runtime.save_checkpoint(folder, old_model, old_tok, dict(step=1))
+        save_checkpoint(folder, old_model, old_tok, dict(step=1))
         count = iter(range(10**6))
 
         def dying(real, count=count, last=last):
@@ -185,19 +188,19 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_wh
         with monkeypatch.context() as patch:
             for name in ("rename", "replace", "fsync", "open"):
                 patch.setattr(os, name, dying(getattr(os, name)))
-            patch.setattr(runtime, "save_file", dying(save_file))
+            patch.setattr("nanodoge.checkpoint.save_file", dying(save_file))
             patch.setattr(torch, "save", dying(torch.save))
             try:
-                runtime.save_checkpoint(folder, new_model, tok, dict(step=2))
+                save_checkpoint(folder, new_model, tok, dict(step=2))
                 break
             except KeyboardInterrupt:
                 pass
         for settled in (False, True):  # read as it lies, and after the next run has tidied up
             if settled:
-                runtime.settle(folder)
+                settle(folder)
                 assert not (folder / ".saving").exists() and not (folder / ".saved").exists()
-            step = runtime.load_training_state(folder)["step"]
-            model, found = runtime.load_model(folder)
+            step = load_training_state(folder)["step"]
+            model, found = load_model(folder)
             weights = model.state_dict()
             assert found.chat_template == (old_tok if step == 1 else tok).chat_template
             expected = (old_model if step == 1 else new_model).state_dict()
@@ -250,7 +253,7 @@ def damage(folder, what):
 def test_a_damaged_checkpoint_is_refused_with_what_and_where(folder, what, words):
     damage(folder, what)
     with pytest.raises(ValueError, match=words) as error:
-        runtime.load_model(folder)
+        load_model(folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
@@ -268,28 +271,28 @@ def test_a_training_state_is_never_executed(folder, what):
     else:
         path.write_bytes(plain[what])
     with pytest.raises(ValueError, match="damaged or not ours"):
-        runtime.load_training_state(folder)
+        load_training_state(folder)
 
 
 def test_a_folder_copied_by_halves_is_refused(small, folder, tmp_path):
-    runtime.save_checkpoint(tmp_path / "newer", *small, dict(step=2))
+    save_checkpoint(tmp_path / "newer", *small, dict(step=2))
     shutil.copy(tmp_path / "newer" / "model.safetensors", folder)
     with pytest.raises(ValueError, match="model.safetensors is of step 2, training_state.pt of step 1"):
-        runtime.load_training_state(folder)
-    runtime.load_model(folder)  # as a model it is whole
+        load_training_state(folder)
+    load_model(folder)  # as a model it is whole
 
 
 def test_an_optimizer_of_another_shape_is_refused():
     w = torch.nn.Parameter(torch.zeros(2, 3))
     state = {"w": dict(step=torch.tensor(1.0), exp_avg=torch.zeros(3, 3), exp_avg_sq=torch.zeros(3, 3))}
     with pytest.raises(ValueError, match=r"has w of shape \[3, 3\], the model \[2, 3\]"):
-        runtime.load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
+        load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
     state["w"]["exp_avg"] = torch.zeros(2, 3)  # the other moment too: the fused kernel would write past its end
     with pytest.raises(ValueError, match=r"has w of shape \[3, 3\], the model \[2, 3\]"):
-        runtime.load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
+        load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
     del state["w"]["exp_avg_sq"]
     with pytest.raises(ValueError, match="it has no exp_avg_sq of w"):
-        runtime.load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
+        load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links are for administrators there")
@@ -300,8 +303,8 @@ def test_links_do_not_lead_out_of_a_folder(tmp_path):
     (folder / ".saved").symlink_to(other)
     (folder / ".saving").symlink_to(other)
     (folder / "log.csv.new").symlink_to(other / "mine")
-    runtime.settle(folder)
-    runtime.Log(folder / "log.csv", 1)
+    settle(folder)
+    Log(folder / "log.csv", 1)
     assert (other / "mine").read_text() == "mine" and not (folder / "mine").exists()
 
 
@@ -309,7 +312,7 @@ def test_links_do_not_lead_out_of_a_folder(tmp_path):
 def test_a_log_that_holds_no_numbers_is_refused(tmp_path, text):
     (tmp_path / "log.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="log.csv is damaged: .*; move it away"):
-        runtime.Log(tmp_path / "log.csv", 1)
+        Log(tmp_path / "log.csv", 1)
 
 
 @pytest.mark.parametrize("where, error, words", [
@@ -325,9 +328,9 @@ def test_a_disk_that_takes_no_more_leaves_the_old_checkpoint(small, folder, monk
         raise error
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(f"runtime.{where}", failing)
+    monkeypatch.setattr(f"nanodoge.checkpoint.{where}", failing)
     with pytest.raises(OSError, match=f"cannot write a checkpoint to {folder} .the one before it is whole.: .*{words}"):
-        runtime.save_checkpoint(folder, *small, dict(step=2))
+        save_checkpoint(folder, *small, dict(step=2))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -341,13 +344,13 @@ def test_a_lost_process_is_one_line(capsys, monkeypatch):
         raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 30000ms for recv operation ...")
 
     with pytest.raises(SystemExit) as stop:
-        runtime.run(main)
+        run_command(main)
     assert stop.value.code == 1 and "another process of this run has ended" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # a host that was cut off
-        runtime.run(timed_out)
+        run_command(timed_out)
     assert "has not answered for --patience seconds" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
-        runtime.run(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
+        run_command(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_processes_that_torchrun_started_again_say_what_they_need(monkeypatch):
@@ -357,10 +360,10 @@ def test_processes_that_torchrun_started_again_say_what_they_need(monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", lost)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="the 2 processes of this run do not find each other: one has ended, or not"):
-        runtime.Machine("cpu")
+        Machine("cpu")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
-        runtime.Machine("cpu")
+        Machine("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +371,7 @@ def test_processes_that_torchrun_started_again_say_what_they_need(monkeypatch):
 
 
 def test_a_full_disk_is_named_with_the_log(tmp_path, monkeypatch):
-    log = runtime.Log(tmp_path / "log.csv", 0)
+    log = Log(tmp_path / "log.csv", 0)
     monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     with pytest.raises(OSError) as error:
         log.write(dict(step=1))
@@ -377,20 +380,20 @@ def test_a_full_disk_is_named_with_the_log(tmp_path, monkeypatch):
 
 def test_the_log_drops_a_torn_line_and_what_the_checkpoint_does_not_know(tmp_path):
     path = tmp_path / "log.csv"
-    log = runtime.Log(path, 0)
+    log = Log(path, 0)
     for step in (1, 2, 3, 4):
         log.write(dict(step=step, loss=0.5 * step))
     path.write_text(path.read_text() + "5,20")  # the crash came in the middle of a line
-    assert [row["step"] for row in runtime.read_log(path)] == ["1", "2", "3", "4"]
-    log = runtime.Log(path, 3)
+    assert [row["step"] for row in read_log(path)] == ["1", "2", "3", "4"]
+    log = Log(path, 3)
     log.write(dict(step=4, loss=9))
-    assert [(row["step"], row["loss"]) for row in runtime.read_log(path)] == [
+    assert [(row["step"], row["loss"]) for row in read_log(path)] == [
         ("1", "0.5"), ("2", "1.0"), ("3", "1.5"), ("4", "9"),
     ]  # fmt: skip
 
 
 def test_an_unknown_gpu_has_no_mfu():
-    machine = runtime.Machine("cpu")
+    machine = Machine("cpu")
     assert machine.peak_flops() is None
     known = {"NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12, "GTX 970": None,
              "NVIDIA H100 NVL": None, "RTX 4090 Laptop GPU": None}  # fmt: skip
@@ -400,8 +403,8 @@ def test_an_unknown_gpu_has_no_mfu():
 
 
 def test_a_processor_says_what_bfloat16_costs_it(monkeypatch):
-    assert runtime.product_seconds(torch.float32) > 0
-    monkeypatch.setattr(runtime, "product_seconds", lambda dtype: 3.0 if dtype == torch.bfloat16 else 2.0)
+    assert product_seconds(torch.float32) > 0
+    monkeypatch.setattr("nanodoge.machine.product_seconds", lambda dtype: 3.0 if dtype == torch.bfloat16 else 2.0)
     expected = "bfloat16, asked for, its products take 1.5 times the time of float32's here"
-    assert runtime.Machine("cpu", "bfloat16").summary.endswith(expected)
-    assert "products" not in runtime.Machine("cpu").summary
+    assert Machine("cpu", "bfloat16").summary.endswith(expected)
+    assert "products" not in Machine("cpu").summary

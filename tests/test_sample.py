@@ -11,9 +11,10 @@ import pytest
 import torch
 from helpers import TINY, command, make_data
 
-import runtime
 import sample
 import train
+from nanodoge.checkpoint import load_model
+from nanodoge.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def outputs(checkpoint, *options, capsys):
 
 
 def test_the_text_is_what_generate_gives(checkpoint, capsys):
-    model, tokenizer = runtime.load_model(checkpoint)
+    model, tokenizer = load_model(checkpoint)
     ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("the red")]])
     expected = model.generate(ids, 30, temperature=0, stop_ids=[tokenizer.eos_id])[0].tolist()
     text = tokenizer.decode(i for i in expected if i != tokenizer.eos_id)
@@ -41,10 +42,10 @@ def test_the_text_is_what_generate_gives(checkpoint, capsys):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_damaged_weights_are_named(checkpoint, monkeypatch, temperature):
-    model, tokenizer = runtime.load_model(checkpoint)
+    model, tokenizer = load_model(checkpoint)
     with torch.no_grad():
         model.norm.weight[3] = math.nan
-    monkeypatch.setattr(runtime, "load_model", lambda folder: (model, tokenizer))
+    monkeypatch.setattr("sample.load_model", lambda folder: (model, tokenizer))
     with pytest.raises(ValueError, match="nan or inf: its weights are damaged"):
         sample.main([str(checkpoint), "--device=cpu", f"--temperature={temperature}"])
 
@@ -91,16 +92,16 @@ def test_a_conversation_remembers_and_can_begin_anew(checkpoint, capsys, monkeyp
     lines = iter(["hello", "", "/new", "again", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     seen = []
-    real = runtime.Tokenizer.render
+    real = Tokenizer.render
 
     def render(self, messages, **keywords):
         seen.append([m["role"] for m in messages])
         return real(self, messages, **keywords)
 
-    monkeypatch.setattr(runtime.Tokenizer, "render", render)
+    monkeypatch.setattr(Tokenizer, "render", render)
     outputs(checkpoint, "--chat", "--system=Be kind.", "--max_new_tokens=8", capsys=capsys)
     assert seen == [["system", "user"], ["system", "user"]]
-    ids, mask = real(runtime.load_model(checkpoint)[1], [dict(role="user", content="hi")], add_generation_prompt=True)
+    ids, mask = real(load_model(checkpoint)[1], [dict(role="user", content="hi")], add_generation_prompt=True)
     assert ids.count(ids[0]) == 1  # one BOS
 
 

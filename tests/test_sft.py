@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
 import prepare_data
-import runtime
 import sft
 import train
-from conversations import TokenSet, pad
-from tokenizer import Tokenizer
+from nanodoge.checkpoint import load_config, load_model
+from nanodoge.conversations import TokenSet, pad
+from nanodoge.run import Run, read_log
+from nanodoge.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def data(tmp_path_factory, base):
 
 def run(base, data, out, *options):
     sft.main([*TUNE, "--eval_answers=0", f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options])
-    return runtime.read_log(out / "log.csv")
+    return read_log(out / "log.csv")
 
 
 def steady(rows):
@@ -138,7 +139,7 @@ def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(base, data, 
     rows = sft.Conversations(TokenSet(data, "train", "chat"), 64)
     loss, gradients = reference_step(base, rows, train.rows_of_step(0, rows.count, 8, 233))
     assert float(log[1]["loss"]) == pytest.approx(loss, rel=1e-5)
-    model, _ = runtime.load_model(base)
+    model, _ = load_model(base)
     for i, (name, _) in enumerate(model.named_parameters()):
         wanted = gradients[f"model.{name}"]
         assert (seen[i] - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-3), name
@@ -148,7 +149,7 @@ def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(base, data, 
 
 def test_a_conversation_sees_no_other(base, data):
     """The loss of a conversation is the same alone, in any company, and whatever fills the row."""
-    model, tokenizer = runtime.load_model(base)
+    model, tokenizer = load_model(base)
     rows = sft.Conversations(TokenSet(data, "train", "chat"), 64)
     order = np.argsort(rows.lengths)
     short, long, losses = rows.row(order[0]), rows.row(order[-1]), []
@@ -167,7 +168,7 @@ def test_it_learns_to_answer_and_to_stop(base, tmp_path):
     data = make_set(tmp_path / "set", base, rows=rows)
     log = run(base, data, tmp_path / "run", "--max_steps=40", "--learning_rate=2e-2", "--eval_answers=20")
     assert float(log[-1]["loss"]) < 0.01 and float(log[-1]["val_exact"]) == 1.0
-    model, tokenizer = runtime.load_model(tmp_path / "run")
+    model, tokenizer = load_model(tmp_path / "run")
     ids, _ = tokenizer.render([dict(role="user", content="the tree 99")], add_generation_prompt=True)
     new = model.generate(torch.tensor([ids]), 20, temperature=0.0, stop_ids=[tokenizer.eos_id])[0].tolist()
     assert tokenizer.decode(new) == "a red ball<|end_of_text|>"
@@ -178,7 +179,7 @@ def test_exact_match_by_hand(base, data, tmp_path):
     rows = [dict(messages=m["messages"][:-1] + [dict(role="assistant", content="a cat")]) for m in rows_of("chat", 60)]
     data = make_set(tmp_path / "set", base, rows=rows)
     log = run(base, data, tmp_path / "run", "--max_steps=12", "--eval_answers=12", "--learning_rate=1e-2")
-    model, tokenizer = runtime.load_model(tmp_path / "run")
+    model, tokenizer = load_model(tmp_path / "run")
     val, right = sft.Conversations(TokenSet(data, "val", "chat"), 64), 0
     for i in range(min(12, val.count)):
         text = tokenizer.decode(val.row(i)[0])
@@ -237,14 +238,14 @@ def test_epochs_make_the_steps(base, data, tmp_path):
 @pytest.mark.parametrize("extra", [[], ["--optimizer=muon", "--freeze_embeddings=true"]], ids=["adamw", "muon"])
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_path, monkeypatch, extra):
     whole = run(base, data, tmp_path / "whole", *extra, "--eval_answers=4")
-    update = runtime.Run.update
-    monkeypatch.setattr(runtime.Run, "update", lambda self, *a: 1 / 0 if self.step == 6 else update(self, *a))
+    update = Run.update
+    monkeypatch.setattr("nanodoge.run.Run.update", lambda self, *a: 1 / 0 if self.step == 6 else update(self, *a))
     with pytest.raises(ZeroDivisionError):
         run(base, data, tmp_path / "cut", *extra, "--eval_answers=4")
     monkeypatch.undo()
     for _ in range(2):  # the same command line: to the end, and once more, with nothing left to do
         run(base, data, tmp_path / "cut", *extra, "--eval_answers=4", "--resume_or_start")
-    assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
+    assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "cut"))
     same = {name for name in before if torch.equal(before[name], after[name])}
@@ -262,7 +263,7 @@ def test_several_processes_equal_one(base, data, tmp_path, count):
     argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'several'}", "--eval_answers=6"]
     done = command(sft.main, argv, processes=count)
     assert done.returncode == 0, done.stderr
-    for a, b in zip(alone, runtime.read_log(tmp_path / "several" / "log.csv"), strict=True):
+    for a, b in zip(alone, read_log(tmp_path / "several" / "log.csv"), strict=True):
         for name in ("loss", "grad_norm", "val_loss", "val_exact"):
             assert a[name] == b[name] == "" or float(a[name]) == pytest.approx(float(b[name]), abs=2e-5), name
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
@@ -274,14 +275,14 @@ def test_longer_rows_make_a_longer_model(data, tmp_path, shape):
     """Beyond the window of keys that it keeps too; and a model with experts is tuned like any other."""
     start = make_checkpoint(tmp_path / "start", **shape)
     log = run(start, data, tmp_path / "run", "--max_steps=3", "--sequence_length=100")
-    assert runtime.load_config(tmp_path / "run").max_position_embeddings == 100
+    assert load_config(tmp_path / "run").max_position_embeddings == 100
     assert float(log[-1]["loss"]) < float(log[1]["loss"])
 
 
 def test_the_checkpoint_goes_on_to_the_next_stage_and_to_transformers(base, data, tmp_path):
     run(base, data, tmp_path / "first", "--max_steps=2")
     run(tmp_path / "first", data, tmp_path / "second", "--max_steps=2")
-    model, tokenizer = runtime.load_model(tmp_path / "second")
+    model, tokenizer = load_model(tmp_path / "second")
     ids = torch.tensor([tokenizer.render([dict(role="user", content="the cat")], add_generation_prompt=True)[0]])
     pretrain = train.read_options([f"--init_from={tmp_path / 'second'}", f"--out_dir={tmp_path / 'third'}"])
     assert (pretrain.hidden_size, pretrain.max_steps) == (32, train.TrainOptions.max_steps)
@@ -333,5 +334,5 @@ def test_without_a_word_it_tunes_what_train_py_left(base, tmp_path, monkeypatch)
     real = prepare_data.prepare
     monkeypatch.setattr(prepare_data, "prepare", lambda options: real(dataclasses.replace(options, stories=60), True))
     sft.main(["--max_steps=2", "--device=cpu", "--eval_answers=4"])
-    log = runtime.read_log(tmp_path / "out" / "stories-chat" / "log.csv")
+    log = read_log(tmp_path / "out" / "stories-chat" / "log.csv")
     assert [row["step"] for row in log] == ["0", "2"] and all(row["val_exact"] != "" for row in log)

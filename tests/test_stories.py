@@ -6,8 +6,8 @@ from functools import cache
 
 import pytest
 
-import stories
-from stories import lexicon, story
+from nanodoge import stories
+from nanodoge.stories import lexicon, story
 
 SPLITS = ("train", "test", "all")
 

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-import tokenizer
-from tokenizer import CHAT_TEMPLATE, PATTERN, SPECIAL_TOKENS, Tokenizer, train_bpe
+from nanodoge import tokenizer
+from nanodoge.tokenizer import CHAT_TEMPLATE, PATTERN, SPECIAL_TOKENS, Tokenizer, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
 DOGE = Path(__file__).parents[2] / "shared" / "data" / "doge_tokenizer"
@@ -687,5 +687,5 @@ def test_templates_that_cannot_be_used(folder, template, word):
 
 
 def test_importing_needs_no_torch():
-    code = "import sys, tokenizer; tokenizer.train_bpe(['ab ab'], 266); sys.exit('torch' in sys.modules)"
+    code = "import sys, nanodoge.tokenizer as t; t.train_bpe(['ab ab'], 266); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -21,9 +21,11 @@ from helpers import TINY, VOLATILE, command, make_data
 from safetensors.torch import load_file
 from transformers import get_wsd_schedule
 
-import runtime
 import train
 from model import Doge, DogeConfig
+from nanodoge.checkpoint import load_model, load_training_state, save_checkpoint
+from nanodoge.options import HERE, parse_options
+from nanodoge.run import Run, TuneOptions, read_log
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,13 @@ def data(tmp_path_factory):
 
 def run(data, out, *options):
     train.main([*TINY, f"--data={data}", f"--out_dir={out}", *options])
-    return runtime.read_log(out / "log.csv")
+    return read_log(out / "log.csv")
 
 
 def run_from_config(data, out, *options):
     """`run` without config/tiny.py underneath, as --init_from and --resume are used."""
     train.main([f"--data={data}", f"--out_dir={out}", *TINY[5:], *options])  # TINY[5:]: all but the model's shape
-    return runtime.read_log(out / "log.csv")
+    return read_log(out / "log.csv")
 
 
 def steady(rows):
@@ -183,7 +185,7 @@ def test_a_row_overlaps_its_neighbour_by_the_one_token_that_is_only_a_target(dat
 
 def test_bits_per_byte_by_hand(data, tmp_path):
     rows = run(data, tmp_path / "run", "--eval_tokens=1000000")
-    model, tokenizer = runtime.load_model(tmp_path / "run")
+    model, tokenizer = load_model(tmp_path / "run")
     raw = torch.from_numpy(np.fromfile(data / "val.bin", dtype="<u2").astype(np.int64))
     nats, size = 0.0, 0
     for start in range(0, len(raw) - 1, 16):
@@ -236,12 +238,12 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(data, tmp_path, mo
     monkeypatch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
     with pytest.raises(ZeroDivisionError):
         run(data, tmp_path / "cut", *extra)
-    assert len(runtime.read_log(tmp_path / "cut" / "log.csv")) == 6  # two rows more than the checkpoint knows of
+    assert len(read_log(tmp_path / "cut" / "log.csv")) == 6  # two rows more than the checkpoint knows of
     monkeypatch.undo()
     train.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
-    assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
+    assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
     assert_same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    a, b = (runtime.load_training_state(tmp_path / name)["optimizer"] for name in ("cut", "whole"))
+    a, b = (load_training_state(tmp_path / name)["optimizer"] for name in ("cut", "whole"))
     assert all(torch.equal(a[n][k], b[n][k]) for n in b for k in b[n])
 
 
@@ -269,13 +271,13 @@ def test_the_same_command_line_starts_a_run_and_goes_on_with_it(data, tmp_path, 
 
 def test_a_run_killed_between_its_checkpoint_and_its_row_loses_no_row(data, tmp_path, monkeypatch):
     whole = run(data, tmp_path / "whole")
-    write_row = runtime.Run.write_row
-    monkeypatch.setattr(runtime.Run, "write_row", lambda self: 1 / 0 if self.step == 8 else write_row(self))
+    write_row = Run.write_row
+    monkeypatch.setattr("nanodoge.run.Run.write_row", lambda self: 1 / 0 if self.step == 8 else write_row(self))
     with pytest.raises(ZeroDivisionError):
         run(data, tmp_path / "cut")
     monkeypatch.undo()
     train.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
-    assert steady(runtime.read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
+    assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
 
 
 def test_accumulation_does_not_change_the_step(data, tmp_path):
@@ -294,12 +296,12 @@ def test_two_processes_go_on_where_one_was_stopped_and_one_where_they_were(data,
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     torchrun += [f"--out_dir={tmp_path / 'two'}", "--resume", "--shard"]
     torchrun += ["--max_steps=8", "--decay_steps=0", "--keep_best"]
-    done = subprocess.run(torchrun, capture_output=True, text=True, cwd=runtime.HERE, timeout=300,
+    done = subprocess.run(torchrun, capture_output=True, text=True, cwd=HERE, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
     assert_same_weights(weights(tmp_path / "two" / "best"), weights(tmp_path / "two"))
     train.main([f"--out_dir={tmp_path / 'two'}", "--resume", "--max_steps=12", "--decay_steps=4", "--shard=false"])
-    for a, b in zip(alone, runtime.read_log(tmp_path / "two" / "log.csv"), strict=True):
+    for a, b in zip(alone, read_log(tmp_path / "two" / "log.csv"), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
         assert a["val_bpb"] == b["val_bpb"] == "" or float(a["val_bpb"]) == pytest.approx(float(b["val_bpb"]), abs=1e-5)
@@ -318,23 +320,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys)
         run(data, tmp_path / "run")
     assert stop.value.code == 128 + signal.SIGINT
     assert "--resume" in capsys.readouterr().out
-    assert runtime.load_training_state(tmp_path / "run")["step"] == 7
+    assert load_training_state(tmp_path / "run")["step"] == 7
     monkeypatch.undo()
     whole = run(data, tmp_path / "whole")
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume"])
-    assert steady(runtime.read_log(tmp_path / "run" / "log.csv")) == steady(whole)
+    assert steady(read_log(tmp_path / "run" / "log.csv")) == steady(whole)
     assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_init_from_the_stable_phase_goes_on_at_the_stable_rate(data, tmp_path):
     first = run(data, tmp_path / "first")
     stable = tmp_path / "first" / "stable"
-    assert runtime.load_training_state(stable)["step"] == 8  # the last step before the decay
+    assert load_training_state(stable)["step"] == 8  # the last step before the decay
     other = make_data(tmp_path / "other", seed=7)
     rows = run_from_config(other, tmp_path / "second", f"--init_from={stable}")
     assert {float(row["lr"]) for row in rows[:8]} == {3e-3}  # no warm-up
     assert float(rows[0]["loss"]) < float(first[4]["loss"])  # and no fresh start
-    optimizer = runtime.load_training_state(tmp_path / "second")["optimizer"]
+    optimizer = load_training_state(tmp_path / "second")["optimizer"]
     assert optimizer["norm.weight"]["step"].item() == 20  # Adam went on counting: 8 + 12
 
 
@@ -354,7 +356,7 @@ def test_dense_to_moe_starts_where_the_dense_model_stood(data, tmp_path):
 
 def test_a_vocabulary_rounded_up_trains_and_never_writes_an_id_without_a_token(data, tmp_path):
     run(data, tmp_path / "run", "--vocab_size=320", "--sample_tokens=40")
-    model, tokenizer = runtime.load_model(tmp_path / "run")
+    model, tokenizer = load_model(tmp_path / "run")
     assert model.config.vocab_size == 320 > tokenizer.vocab_size
 
 
@@ -452,7 +454,7 @@ def test_what_exists_is_not_overwritten_unasked(data, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
     (tmp_path / "run" / "mine.txt").write_text("not the run's")
     run(data, tmp_path / "run", "--overwrite", "--max_steps=6", "--decay_steps=0")
-    assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 6
+    assert len(read_log(tmp_path / "run" / "log.csv")) == 6
     assert (tmp_path / "run" / "mine.txt").exists()
     assert not (tmp_path / "run" / "stable" / "model.safetensors").exists()  # that of the run that was given up
 
@@ -473,19 +475,19 @@ def test_a_run_that_replaces_another_is_never_mixed_with_it(data, tmp_path, monk
 
 def test_a_poisoned_weight_is_never_saved(data, tmp_path, monkeypatch):
     """Not even one that no loss depends on: the embedding of an id that the data has not."""
-    update, options = runtime.Run.update, ["--vocab_size=320", "--tie_word_embeddings=false"]
+    update, options = Run.update, ["--vocab_size=320", "--tie_word_embeddings=false"]
 
     def poisoned(self, *rest, at=5, **keywords):
         if self.step == at:
             self.model.embed_tokens.weight.data[319, 0] = math.nan
         update(self, *rest, **keywords)
 
-    monkeypatch.setattr(runtime.Run, "update", poisoned)
+    monkeypatch.setattr("nanodoge.run.Run.update", poisoned)
     with pytest.raises(ValueError, match="weights nan at step 8: stopped; .* holds the last good checkpoint"):
         run(data, tmp_path / "run", *options)
-    assert runtime.load_training_state(tmp_path / "run")["step"] == 4
+    assert load_training_state(tmp_path / "run")["step"] == 4
     assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
-    monkeypatch.setattr(runtime.Run, "update", lambda *rest, **keywords: poisoned(*rest, at=1, **keywords))
+    monkeypatch.setattr("nanodoge.run.Run.update", lambda *rest, **keywords: poisoned(*rest, at=1, **keywords))
     with pytest.raises(ValueError, match="at step 4: stopped; nothing was saved yet"):
         run(data, tmp_path / "new", *options)
 
@@ -513,7 +515,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with pytest.raises(ValueError, match=r"nan.* at step 7: stopped; .* holds the last good checkpoint"):
         run(data, tmp_path / "run")
     assert calls[-1] == 6
-    assert runtime.load_training_state(tmp_path / "run")["step"] == 4
+    assert load_training_state(tmp_path / "run")["step"] == 4
     assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
 
 
@@ -536,28 +538,28 @@ def test_an_interrupted_evaluation_costs_no_checkpoint(data, tmp_path, monkeypat
     monkeypatch.setattr(train, "make_evaluate", failing)
     with pytest.raises(ZeroDivisionError):
         run(data, tmp_path / "run")
-    assert runtime.load_training_state(tmp_path / "run")["step"] == 8
+    assert load_training_state(tmp_path / "run")["step"] == 8
 
 
-@pytest.mark.parametrize("path", sorted((runtime.HERE / "config").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((HERE / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid(path):
     """And its model has the size that its first lines name."""
     if path.stem == "smollm_corpus":
         import prepare_data
 
-        runtime.parse_options(prepare_data.PrepareOptions, [f"--config={path}"], positional="sources")
+        parse_options(prepare_data.PrepareOptions, [f"--config={path}"], positional="sources")
         return
     if (stage := path.stem.split("_")[0]) in ("sft", "dpo", "grpo"):
         [options_class] = [item for item in vars(importlib.import_module(stage)).values() if isinstance(item, type)
-                           and issubclass(item, runtime.TuneOptions) and item is not runtime.TuneOptions]  # fmt: skip
-        options = runtime.parse_options(options_class, [str(path)])
+                           and issubclass(item, TuneOptions) and item is not TuneOptions]  # fmt: skip
+        options = parse_options(options_class, [str(path)])
         model = re.search(r"doge\d+m", path.stem)
         assert not model or (model[0] in options.init_from and path.stem.endswith(model[0]))
         return
-    options = runtime.parse_options(train.TrainOptions, [str(path)])
+    options = parse_options(train.TrainOptions, [str(path)])
     size = re.search(r"([\d.,]+)(M) parameters", path.read_text())
     if "_moe" in path.stem:
-        shape = runtime.parse_options(train.TrainOptions, [str(path).replace("_moe", ""), str(path)])
+        shape = parse_options(train.TrainOptions, [str(path).replace("_moe", ""), str(path)])
     else:
         shape = options
         assert options.batch_tokens % (options.batch_size * options.sequence_length) == 0
@@ -613,19 +615,19 @@ def test_a_resumed_run_may_become_longer(data, tmp_path):
     """By --max_steps; the config file it was started with, given again, does not change what the run is."""
     run(data, tmp_path / "run")
     train.main([str(train.TINY), f"--out_dir={tmp_path / 'run'}", "--resume"])
-    assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 12
+    assert len(read_log(tmp_path / "run" / "log.csv")) == 12
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_steps=14"])
-    assert len(runtime.read_log(tmp_path / "run" / "log.csv")) == 14
+    assert len(read_log(tmp_path / "run" / "log.csv")) == 14
 
 
 def test_no_number_ends_at_32_bits(data, tmp_path):
     """A run that has done more steps and seen more tokens than 32 bits count, on data with more rows and bytes."""
     run(data, tmp_path / "run")
-    state = runtime.load_training_state(tmp_path / "run") | dict(step=2**33, tokens=2**60)
+    state = load_training_state(tmp_path / "run") | dict(step=2**33, tokens=2**60)
     state["row"] |= dict(step=2**33)
-    runtime.save_checkpoint(tmp_path / "run", *runtime.load_model(tmp_path / "run"), state)
+    save_checkpoint(tmp_path / "run", *load_model(tmp_path / "run"), state)
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume", f"--max_steps={2**33 + 2}"])
-    rows = runtime.read_log(tmp_path / "run" / "log.csv")
+    rows = read_log(tmp_path / "run" / "log.csv")
     assert [int(row["step"]) for row in rows[12:]] == [2**33, 2**33 + 1, 2**33 + 2]
     assert int(rows[-1]["tokens"]) == 2**60 + 128 and 0 < float(rows[-1]["lr"]) < float(rows[-2]["lr"])
     assert sorted(train.rows_of_step(10**12, 20, 20, seed=5)) == list(range(20))
@@ -652,7 +654,7 @@ def test_a_run_touches_no_other_run(data, tmp_path):
     before = weights(tmp_path / "out" / "one")
     run(data, tmp_path / "out")
     assert_same_weights(weights(tmp_path / "out" / "one"), before)
-    assert runtime.load_training_state(tmp_path / "out" / "one")["step"] == 12
+    assert load_training_state(tmp_path / "out" / "one")["step"] == 12
 
 
 def test_a_signal_is_obeyed_where_the_loss_is_not_read_in_every_step(data, tmp_path, monkeypatch):
@@ -665,9 +667,9 @@ def test_a_signal_is_obeyed_where_the_loss_is_not_read_in_every_step(data, tmp_p
         return rows(step, *rest)
 
     monkeypatch.setattr(train, "rows_of_step", interrupted)
-    enter = runtime.Run.__enter__
-    monkeypatch.setattr(runtime.Run, "__enter__", lambda self: setattr(self, "reads_every_step", False) or enter(self))
+    enter = Run.__enter__
+    monkeypatch.setattr(Run, "__enter__", lambda self: setattr(self, "reads_every_step", False) or enter(self))
     with pytest.raises(SystemExit) as stop:
         run(data, tmp_path / "run", "--log_every=100", "--save_every=100", "--eval_every=100", "--decay_steps=0")
     assert stop.value.code == 128 + signal.SIGTERM
-    assert runtime.load_training_state(tmp_path / "run")["step"] == 7
+    assert load_training_state(tmp_path / "run")["step"] == 7

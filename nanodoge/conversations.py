@@ -37,8 +37,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import runtime
-from tokenizer import Tokenizer, read_object
+from nanodoge.checkpoint import load_config, read_meta
+from nanodoge.layouts import checkpoint_file, locate
+from nanodoge.tokenizer import Tokenizer, read_object
 
 # Made on the spot when they are not there: no network is needed.
 BUILT_IN = {"data/stories-chat": ["stories"], "data/stories-preferences": ["stories"], "data/sums-chat": ["sums"],
@@ -252,7 +253,7 @@ class TokenSet:
 
     def __init__(self, folder, split, kind):
         self.folder, self.split = Path(folder), split
-        self.meta = meta = runtime.read_meta(folder, kind)
+        self.meta = meta = read_meta(folder, kind)
         names = {"ids": meta["dtype"], "mask": "uint8", "offsets": "int64"}
         for name, dtype in names.items():
             path, size = self.folder / f"{split}.{name}.bin", meta["sizes"].get(f"{split}.{name}.bin")
@@ -304,12 +305,12 @@ def open_sets(options, kind, machine):
     there, with the tokenizer of the model to be tuned."""
     if options.data in BUILT_IN and not Path(options.data, "meta.json").is_file():
         folder = options.out_dir if options.resume else options.init_from
-        runtime.load_config(folder)  # whose first complaint is of a checkpoint that is not there
+        load_config(folder)  # whose first complaint is of a checkpoint that is not there
         if machine.is_main:
             import prepare_data
 
             machine.print(f"preparing the built-in {options.data}")
-            tokenizer = str(runtime.checkpoint_file(runtime.locate(folder), "tokenizer.json"))
+            tokenizer = str(checkpoint_file(locate(folder), "tokenizer.json"))
             names = BUILT_IN[options.data]
             prepare_data.prepare(prepare_data.PrepareOptions(names, options.data, tokenizer, kind=kind))
     machine.barrier()

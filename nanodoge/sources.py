@@ -34,8 +34,9 @@ import pyarrow.parquet
 import requests
 from tqdm import tqdm
 
-import runtime
-import stories
+from nanodoge import stories
+from nanodoge.layouts import one_line
+from nanodoge.options import convert
 
 MAX_DOCUMENT = 1 << 24  # characters; a longer document is refused, for memory's sake (the Bible has 4.3 million)
 BLOBS = "https://softwareheritage.s3.amazonaws.com/content/"  # the public bucket of archived files, each one gzipped
@@ -79,7 +80,7 @@ def read_text(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} within 1 MB of byte {done})") from None
     except OSError as error:
-        raise ValueError(f"{path}: {runtime.one_line(error)}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def split_records(blocks, separator, path):
@@ -131,7 +132,7 @@ def read_jsonl(path, rows):
             if "\\u" in line:
                 text.encode()  # JSON can spell half a surrogate pair, which no UTF-8 file can hold
         except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
-            raise ValueError(f"{path}:{number}: {runtime.one_line(error)}") from None
+            raise ValueError(f"{path}:{number}: {one_line(error)}") from None
         yield text
 
 
@@ -155,7 +156,7 @@ def read_parquet(path, rows, skip):
                         if number > skip:
                             yield rows.document(row, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {runtime.one_line(error)}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def read_file(path, options, rows, skip):
@@ -209,7 +210,7 @@ def parse_source(spec):
     place, ratio = spec, 0.0
     head, _, tail = spec.rpartition("@")
     if head and not os.path.exists(spec) and re.fullmatch(r"[0-9.]+", tail):
-        place, ratio = head, runtime.convert(tail, float, f"ratio of {spec!r}")
+        place, ratio = head, convert(tail, float, f"ratio of {spec!r}")
         if ratio <= 0:
             raise ValueError(f"ratio of {spec!r}: must be above 0")
     kind, colon, rest = place.partition(":")
@@ -325,7 +326,7 @@ def open_dataset(source, rows):
     try:
         data = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source.spec}: {runtime.one_line(error)}") from None
+        raise ValueError(f"{source.spec}: {one_line(error)}") from None
     rows = text_rows("blob_id") if source.kind == "swh" else rows
 
     def read(shard, skip):
@@ -333,7 +334,7 @@ def open_dataset(source, rows):
             for number, row in enumerate(data.shard(data.num_shards, shard).skip(skip), skip + 1):
                 yield rows.document(row, f"{source.spec}, row {number} of shard {shard}")
         except OSError as error:
-            raise ValueError(f"{source.spec}: {runtime.one_line(error)} (run again to continue)") from None
+            raise ValueError(f"{source.spec}: {one_line(error)} (run again to continue)") from None
 
     source.parts = list(range(data.num_shards))
     source.read = read if source.kind == "hf" else lambda shard, skip: fetch_blobs(read(shard, skip))
@@ -357,7 +358,7 @@ def fetch_blob(session, name):
             response.raise_for_status()
             return zlib.decompress(response.content, wbits=31).decode("utf-8", errors="replace")  # 31: gzip
         except (requests.RequestException, zlib.error) as error:
-            reason = runtime.one_line(error)
+            reason = one_line(error)
             time.sleep(WAIT * 2**attempt)
     raise ValueError(f"{BLOBS}{name}: {reason} (run again to continue)")
 
@@ -385,9 +386,9 @@ def download(url, cache, quiet):
         except requests.RequestException as error:
             attempt = 0 if part.exists() and part.stat().st_size > before else attempt + 1
             if attempt == TRIES:
-                raise ValueError(f"{address}: {runtime.one_line(error)} (run again to continue)") from None
+                raise ValueError(f"{address}: {one_line(error)} (run again to continue)") from None
             if not quiet:
-                tqdm.write(f"{address}: {runtime.one_line(error)[:200]}; trying again in {WAIT * 2**attempt:.0f} s")
+                tqdm.write(f"{address}: {one_line(error)[:200]}; trying again in {WAIT * 2**attempt:.0f} s")
             time.sleep(WAIT * 2**attempt)
     return path
 

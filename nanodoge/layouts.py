@@ -41,7 +41,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Doge, DogeConfig
-from tokenizer import PROGRAM_ERRORS, read_object
+from nanodoge.tokenizer import PROGRAM_ERRORS, read_object
 
 # Names of the original repository -> the library's.
 RENAMED = {
@@ -319,7 +319,9 @@ def read_weights(checkpoint, device="cpu"):
         raise ValueError(wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
     weights = {}
     for name, tensor in tensors.items():
-        w = read_tensor(tensor).to(device).float()
+        # A copy, in memory that torch allocates: a file's tensors may start at any address, and on some CPUs the dot
+        # products of BLAS round differently by the alignment of their inputs, so a resumed run would not be the same.
+        w = read_tensor(tensor).to(device, torch.float32, copy=True)
         weights[name] = w if repeat == 1 else widen(name, w, repeat, config.head_dim)
     return weights
 

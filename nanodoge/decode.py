@@ -32,7 +32,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import CDMoE, RMSNorm, key_scores, put, remember, rotary_table, rows_of
+from model import CDMoE, RMSNorm, rotary_table
+from nanodoge.attention import key_scores, put, remember, rows_of
 
 LAYERS_AT_A_TIME = 8  # compiled as one function: 8 fit a 20M model whole; more layers call it again, compiled once
 STREAMS = 4  # rows far apart that a compiled step reads side by side: following several, a core waits less for memory
