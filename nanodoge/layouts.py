@@ -146,7 +146,7 @@ def open_tensors(folder):
 def open_safetensors(path):
     try:
         file = safe_open(path, framework="pt")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     return [Stored(path, name, shape, functools.partial(file.get_tensor, name)) for name, shape in shapes.items()]

@@ -135,7 +135,7 @@ def visible(s, window):
     for b in range(B):
         for h in range(H):
             for i in range(T):
-                kept = sorted(range(i + 1), key=lambda j: (s[b, h, j].item(), j))[-window:]  # noqa: B023
+                kept = sorted(range(i + 1), key=lambda j: (s[b, h, j].item(), j))[-window:]
                 seen[b, h, i, kept] = True
     return seen
 
@@ -164,7 +164,7 @@ def test_attention_and_its_gradients_equal_brute_force(monkeypatch, T, window, c
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     s = inputs[3].detach()
     for b, head in torch.cartesian_prod(torch.arange(s.shape[0]), torch.arange(s.shape[1])).tolist():
-        best = sorted(range(T), key=lambda j: (s[b, head, j].item(), j))[-window:]  # noqa: B023
+        best = sorted(range(T), key=lambda j: (s[b, head, j].item(), j))[-window:]
         assert kept[b, head].tolist() == sorted(best)
 
 
