@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from nanodoge import tokenizer
+from nanodoge import tokenizer, tokenizer_json
 from nanodoge.tokenizer import CHAT_TEMPLATE, PATTERN, SPECIAL_TOKENS, Tokenizer, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -517,9 +517,9 @@ def test_offline(tmp_path, monkeypatch):
         port = silent.getsockname()[1]
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
-        monkeypatch.setattr(tokenizer, "FETCH_SECONDS", 0.3)
+        monkeypatch.setattr(tokenizer_json, "FETCH_SECONDS", 0.3)
         one_line(lambda: Tokenizer.load("gpt2"), "cannot fetch the tiktoken encoding 'gpt2'", "0.3 seconds", "once")
-    monkeypatch.setattr(tokenizer, "FETCH_SECONDS", 20)
+    monkeypatch.setattr(tokenizer_json, "FETCH_SECONDS", 20)
     one_line(lambda: Tokenizer.load("cl100k_base"), "cannot fetch the tiktoken encoding 'cl100k_base'", "network once")
 
 
