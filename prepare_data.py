@@ -178,7 +178,7 @@ def encode(tokenizer, options, dtype, batch):
     if options.kind != "text":
         return [encode_row(tokenizer, options, dtype, *document) for document in batch]
     done = []
-    for (source, epoch, text), ids in zip(batch, tokenizer.encode_batch([text for *_, text in batch], 1), strict=True):
+    for (source, epoch, text), ids in zip(batch, tokenizer.encode_batch([text for *_, text in batch]), strict=True):
         utf8, tokens = text.encode(), np.empty(len(ids) + 2, dtype)
         tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
         is_val = in_validation(utf8, options.val_fraction)

@@ -194,7 +194,7 @@ def test_mixed_by_token_with_repetition_whatever_the_workers(tmp_path, vocabular
     for split in ("train", "val"):
         assert (one / f"{split}.bin").read_bytes() == (many / f"{split}.bin").read_bytes()
     meta, train = meta_of(one), read_back(one, "train")
-    counts = [len(ids) + 2 for ids in Tokenizer.load(vocabulary).encode_batch(train, 1)]
+    counts = [len(ids) + 2 for ids in Tokenizer.load(vocabulary).encode_batch(train)]
     for mix, share in zip(meta["mix"], (0.7, 0.2, 0.1), strict=True):  # filled, and over by less than one document
         assert share * tokens <= mix["tokens"] < share * tokens + max(counts)
         assert tokens < 100_000 or mix["tokens"] / meta["train"]["tokens"] == pytest.approx(share, abs=0.01)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -174,26 +175,25 @@ def test_the_published_doge_tokenizer(tmp_path):
     again = Tokenizer.load(tmp_path)
     assert (again.digest, again.chat_template) == (doge.digest, doge.chat_template)
     # Our own writer, from the ranks alone, finds the published merges again, all and in order.
-    ours = Tokenizer(doge._ranks, doge.special_tokens, doge._pattern)
-    written, published = json.loads(ours._json())["model"], json.loads(doge._json())["model"]
+    ours = Tokenizer(doge.vocabulary)
+    written, published = json.loads(ours.to_json())["model"], json.loads(doge.to_json())["model"]
     assert [m.split(" ") for m in written["merges"]] == published["merges"]
     assert written["vocab"] == published["vocab"]
 
 
 def test_batch_equals_single(small):
     many = ["", "a", EXOTIC, "half a pair: \ud83d", "<|end_of_text|>", *TEXTS, *TEXTS[0].splitlines()]
-    for threads in (1, 3, None):
-        batch = small.encode_batch(many, threads=threads)
-        assert all(isinstance(ids, np.ndarray) and ids.dtype == np.uint32 for ids in batch)
-        assert [ids.tolist() for ids in batch] == [small.encode(text) for text in many]
+    batch = small.encode_batch(many)
+    assert all(isinstance(ids, np.ndarray) and ids.dtype == np.uint32 for ids in batch)
+    assert [ids.tolist() for ids in batch] == [small.encode(text) for text in many]
     assert small.encode_batch([]) == []
 
 
 def test_batch_in_several_threads_equals_single(small):
-    """Threads begin at a million characters each; every one has an encoding of its own."""
-    text = " ".join(TEXTS)
-    many = [f"{i} {text}" for i in range(2_100_000 // len(text) + 1)]
-    assert [ids.tolist() for ids in small.encode_batch(many, threads=3)] == [small.encode(text) for text in many]
+    many = [[f"{i} {text}" for text in TEXTS] for i in range(12)]
+    with ThreadPoolExecutor(3) as pool:
+        for texts, batch in zip(many, pool.map(small.encode_batch, many), strict=True):
+            assert [ids.tolist() for ids in batch] == [small.encode(text) for text in texts]
 
 
 @pytest.mark.parametrize("character", [" ", "a"])
@@ -320,7 +320,7 @@ def test_a_token_that_no_merges_lead_to(small, folder, tmp_path):
     document["model"]["vocab"]["ĠZqXj"] = 1000
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     loaded = Tokenizer.load(tmp_path)
-    Tokenizer(loaded._ranks, loaded.special_tokens, PATTERN).save(tmp_path / "again")
+    Tokenizer(loaded.vocabulary).save(tmp_path / "again")
     for text in (" ZqXj", " ZqXjs", "a ZqXj ZqXj\n"):
         for file in (tmp_path / "tokenizer.json", tmp_path / "again" / "tokenizer.json"):
             assert loaded.encode(text) == reference(file).encode(text, add_special_tokens=False).ids
@@ -430,7 +430,7 @@ def test_files_that_are_no_tokenizer(folder, tmp_path, data):
 
 def test_any_field_may_be_nonsense(tmp_path):
     """Every field of a small file replaced by every kind of JSON value: it loads, or says why in one line."""
-    good = train_bpe(["ab ab abc"], 268)._json()
+    good = train_bpe(["ab ab abc"], 268).to_json()
     paths = []
 
     def walk(node, path):
@@ -471,7 +471,7 @@ def test_config_mistakes(folder, tmp_path):
 @pytest.fixture
 def no_download(monkeypatch, small):
     """tiktoken's encodings with their own patterns and special tokens, and our small vocabulary for their large one."""
-    ranks = {token: rank - 9 for token, rank in small._ranks.items()}
+    ranks = {token: rank - 9 for token, rank in small.vocabulary.ranks.items()}
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: ranks)
 
@@ -518,7 +518,7 @@ def test_offline(tmp_path, monkeypatch):
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
         monkeypatch.setattr(tokenizer_json, "FETCH_SECONDS", 0.3)
-        one_line(lambda: Tokenizer.load("gpt2"), "cannot fetch the tiktoken encoding 'gpt2'", "0.3 seconds", "once")
+        one_line(lambda: Tokenizer.load("gpt2"), "cannot fetch the tiktoken encoding 'gpt2'", "timed out", "once")
     monkeypatch.setattr(tokenizer_json, "FETCH_SECONDS", 20)
     one_line(lambda: Tokenizer.load("cl100k_base"), "cannot fetch the tiktoken encoding 'cl100k_base'", "network once")
 
@@ -660,9 +660,9 @@ def test_messages_as_apis_send_them(small):
         ([{"content": "Hi"}], "message 0"),
         ([{"role": "user", "content": "Hi"}, {"role": "robot", "content": "Hi"}], "'robot'"),
         ([{"role": ["user"], "content": "Hi"}], "message 0"),
-        ([{"role": "user", "content": None}], "NoneType"),
-        ([{"role": "user", "content": 5}], "int"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "list"),
+        ([{"role": "user", "content": None}], "None"),
+        ([{"role": "user", "content": 5}], "5"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "image_url"),
     ],
 )
 def test_messages_that_make_no_sense(small, messages, word):
@@ -674,10 +674,10 @@ def test_messages_that_make_no_sense(small, messages, word):
     [
         ("{{ messages[0]['content'] | upper }}", "rewrites"),
         ("{% if messages[0]['content'] == 'Hi' %}secret{% endif %}", "rewrites"),
-        ("{{ raise_exception('no system\\nplease') }}", "no system please"),
-        ("{% for %}", "cannot be read"),
-        ("{{ nothing.at.all }}", "refuses"),
-        ("{{ messages.__class__.__mro__ }}", "refuses"),
+        ("{{ raise_exception('no system\\nplease') }}", "no system"),
+        ("{% for %}", "cannot be used"),
+        ("{{ nothing.at.all }}", "undefined"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
     ],
 )
 def test_templates_that_cannot_be_used(folder, template, word):
