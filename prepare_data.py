@@ -471,6 +471,29 @@ def make(options, sources, given, request, out, say, quiet):
     report(out, meta, say)
 
 
+# The folders that need no network and no command: {folder: (source, kind)}. A stage makes them when they are not there.
+BUILT_IN = {
+    "data/stories": ("stories", "text"),
+    "data/stdlib": ("stdlib", "text"),
+    "data/stories-chat": ("stories", "chat"),
+    "data/sums-chat": ("sums", "chat"),
+    "data/stories-preferences": ("stories", "preferences"),
+    "data/sums-problems": ("sums", "problems"),
+}
+
+
+def prepare_built_in(folder: str, kind: str = "text", tokenizer: str = "", say=print) -> None:
+    """Makes a folder of BUILT_IN. Does nothing when it is there, or when no folder of this name and kind is built in.
+
+    tokenizer: of the model to be tuned, as for --tokenizer; "" learns one. With several ranks, rank 0 calls this and
+    all wait for it at a barrier (two callers would be safe too: the second waits for the first and finds it done).
+    """
+    source, built_in_kind = BUILT_IN.get(folder, ("", ""))
+    if source and kind == built_in_kind and not Path(folder, "meta.json").is_file():
+        say(f"preparing the built-in {folder}")
+        prepare(PrepareOptions([source], folder, tokenizer, kind=kind))
+
+
 def replace_folder(new, out):
     """Renames `new` to `out`; a folder that was there is moved aside first and deleted last."""
     old = out.with_name(out.name + ".replaced")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -492,3 +493,18 @@ def test_two_at_once_do_not_write_into_each_other(tmp_path):
     meta = read_meta(folders[0])
     assert (folders[0] / "train.bin").stat().st_size == 2 * meta["train"]["tokens"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def test_built_in_folders_are_made_once_and_only_those(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls, real = [], prepare_data.prepare
+    smaller = {"stories": 40, "vocab_size": 400}
+    monkeypatch.setattr(prepare_data, "prepare", lambda o: calls.append(o) or real(replace(o, **smaller), True))
+    prepare_data.prepare_built_in("data/stories", say=lambda *_: None)
+    assert read_meta("data/stories")["source"] == ["stories"]
+    prepare_data.prepare_built_in("data/sums-problems", "problems", "data/stories")
+    assert read_meta("data/sums-problems", "problems")["train"]["documents"] > 0
+    prepare_data.prepare_built_in("data/stories")  # is there
+    prepare_data.prepare_built_in("data/mine")  # is none
+    prepare_data.prepare_built_in("data/stories-chat", "preferences")  # is of another kind
+    assert [options.out for options in calls] == ["data/stories", "data/sums-problems"]
