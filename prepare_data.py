@@ -1,16 +1,15 @@
 """Text in, tokens out: the data that train.py, sft.py, dpo.py and grpo.py read.
 
-A language model reads integers, not text. This script reads documents from wherever they are, cuts each into tokens,
-puts a BOS token before it and an EOS token after it, and appends it to train.bin or val.bin: two bytes per token (four
-if the vocabulary has more than 65,536) and nothing else. So train.py can map a file into memory and read any window of
-it, even of a file larger than the machine's memory.
+A language model reads integers, not text. This script cuts each document into tokens, puts a BOS token before it and an
+EOS token after it, and appends it to train.bin or val.bin: two bytes per token (four if the vocabulary has more than
+65,536) and nothing else. So train.py can map a file into memory, even one that is larger than the machine's memory.
 
     python prepare_data.py                                              the built-in stories: data/stories
     python prepare_data.py book.txt --out=data/book                     a text of your own
     python prepare_data.py web.jsonl@0.7 code/@0.3 --tokens=1_000_000   two sources, mixed 70 to 30 by tokens
     python prepare_data.py --config=config/smollm_corpus.py             what Doge was trained on
 
-The tuning stages read rows, made with the tokenizer of the model to be tuned; conversations.py lists their columns:
+The tuning stages read rows, tokenised for the model to be tuned; conversations.py lists their columns:
 
     python prepare_data.py --kind=chat stories sums --tokenizer=out/stories                  built-in conversations
     python prepare_data.py --kind=chat hf:HuggingFaceTB/smoltalk:all --tokenizer=out/doge20m --out=data/smoltalk
@@ -29,10 +28,10 @@ A SOURCE is one of these; an existing file or folder comes before the other mean
     hf:NAME[:SUBSET[:SPLIT]]     a dataset of the Hugging Face hub, or a local folder of one, streamed; split "train"
     swh:NAME[:SUBSET[:SPLIT]]    the same for a dataset whose rows name files of the Software Heritage archive (blob_id)
 
-Documents. One row is one document (its --text_column), and so is one .py file, and the text up to a
---document_separator. Without a separator, .txt and .md files are cut into pieces of at most --piece_chars characters:
-after the last blank line in the second half of the piece, else after a line, else after a space. No character is lost.
-Empty documents are left out and counted.
+Documents. A row is one document (its --text_column), and so is a .py file, and text up to a --document_separator.
+Without a separator, .txt and .md files are cut into pieces of at most --piece_chars characters: after the last blank
+line in the second half of the piece, else after a line, else after a space. No character is lost. Empty documents are
+left out and counted.
 
 Train or validation? The hash of a document decides (of a row: the hash of the user's first words). So a document stays
 on its side when data is added, and two copies of it are never on both sides.
@@ -64,9 +63,10 @@ from filelock import FileLock  # torch and datasets bring it
 from tqdm import tqdm
 
 from nanodoge import conversations
+from nanodoge.checkpoint import flush
 from nanodoge.layouts import locate, read_json
 from nanodoge.options import Count, Range, Whole, check_ranges, parse_options, run_command
-from nanodoge.sources import Source, check_space, in_validation, open_source, parse_source, text_of
+from nanodoge.sources import Source, check_space, in_validation, open_source, parse_source, shares_of, text_of
 from nanodoge.tokenizer import Tokenizer, train_bpe
 
 SAMPLE = 20_000_000  # characters a vocabulary is learned from; our trainer takes about ten seconds for 32,768 tokens
@@ -77,39 +77,35 @@ SHARD = 1 << 27  # characters between two commits: a killed run loses a few seco
 
 @dataclass
 class PrepareOptions:
-    """Options"""
+    """The options people need first"""
 
     sources: list[str] = field(default_factory=lambda: ["stories"])  # where the text comes from, see below
     out: str = ""  # the folder to write; empty: data/ and the name of the first source
     tokenizer: str = ""  # a tokenizer.json, its folder or hub name, an encoding of tiktoken (gpt2); empty: train one
     vocab_size: int = 4096  # of the tokenizer to train; small, or a tiny model is all embedding; real runs use 32768
     kind: Literal["text", "chat", "preferences", "problems", "labels"] = "text"  # what the rows are, see below
+    tokens: Whole = 0  # training tokens to write; 0: every document of every source, once
+    val_fraction: Annotated[float, Range(0, 1, True, True)] = 0.05  # share of the documents kept for validation
+    text_column: str = "text"  # the column of .jsonl, .parquet and datasets
+    stories: Count = 20000  # of the built-in world: stories and lessons (12 MB of text), or rows
+    overwrite: bool = False  # replace what an earlier, different call wrote to OUT
+    # ---- Details
     labels: list[str] = field(default_factory=list)  # what the label of a row may be, in the order of their numbers
     system: str = ""  # a system message for the conversations that have none
-    tokens: Whole = 0  # training tokens to write; 0: every document of every source, once
-    val_fraction: Annotated[float, Range(0, 1, True, True)] = 0.05  # share of documents kept for validation
-    text_column: str = "text"  # the column of .jsonl, .parquet and datasets
     piece_chars: Annotated[int, Range(0, 10_000_000)] = 4096  # longest piece of a .txt or .md file; 0: never cut
     document_separator: str = ""  # cut .txt and .md files here instead, as at <|endoftext|>
-    stories: Count = (
-        20000  # how many stories and lessons (12 MB of text, minutes of training on a CPU), or built-in rows
-    )
     workers: Whole = 0  # threads; 0: one per core; the output does not depend on it
     cache: str = ""  # folder for downloads; empty: downloads/ beside OUT
-    overwrite: bool = False  # replace what an earlier, different call wrote to OUT
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        names = self.labels
         if self.kind != "text" and not self.tokenizer:
-            raise ValueError(
-                f"--kind={self.kind} needs the --tokenizer of the model to be tuned: its checkpoint folder"
-            )
+            raise ValueError(f"--kind={self.kind} needs the --tokenizer of the model to be tuned")
         if self.kind in ("text", "labels") and self.system:
             raise ValueError("--system is a message of conversations: it needs --kind=chat, preferences or problems")
-        if self.labels and self.kind != "labels" or len(set(self.labels)) < (2 if self.kind == "labels" else 0):
-            raise ValueError(
-                f"--labels={','.join(self.labels)}: --kind=labels, and no other, needs two different names"
-            )
+        if (self.kind == "labels") != bool(names) or len(names) == 1 or len(set(names)) < len(names):
+            raise ValueError(f"--labels={','.join(names)}: --kind=labels, and no other, needs two different names")
 
 
 # ---- From documents to files
@@ -127,19 +123,11 @@ class Document(NamedTuple):
     answer: bytes = b""  # a problem's line of answers.jsonl
 
 
-def shares_of(sources: list[Source]) -> list[float]:
-    """The part of the tokens that each source contributes: by its ratio, else by its size, else all alike."""
-    sized = all(source.size for source in sources)
-    weights = [source.ratio or (source.size if sized else 1) for source in sources]
-    return [weight / sum(weights) for weight in weights]
-
-
 class Mixer:
     """Chooses whose document comes next: that of the source which is furthest behind its share of the tokens.
 
-    The tokens of a document are known only when it returns from its thread. Until then they are estimated, from its
-    characters and the tokens per character of its source so far. Batches return in a fixed order, so the choice depends
-    on the data alone.
+    Until a document returns from its thread its tokens are estimated, from its characters and the tokens per character
+    of its source so far. Batches return in a fixed order, so the choice depends on the data alone.
     """
 
     def __init__(self, sources: list[Source], meta: dict, tokens: int):
@@ -255,15 +243,16 @@ class Writer:
         write_meta(self.folder, self.meta)
 
 
-def write_documents(sources: list[Source], options: PrepareOptions, writer: Writer, quiet: bool) -> None:
+def write_documents(sources: list[Source], options: PrepareOptions, folder: Path, meta: dict, quiet: bool) -> None:
     """The main loop: this thread reads and writes, the pool tokenises in between; batches return in order."""
-    meta, mixer = writer.meta, Mixer(sources, writer.meta, options.tokens)
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    work = partial(encode, Tokenizer.load(writer.folder), options, dtype)
-    pool, pending, since_commit = ThreadPoolExecutor(options.workers or os.cpu_count()), deque(), 0
+    mixer, pending, since_commit = Mixer(sources, meta, options.tokens), deque(), 0
+    work = partial(encode, Tokenizer.load(folder), options, np.dtype(meta["dtype"]).newbyteorder("<"))
     unit, total = ("tokens", options.tokens) if options.tokens else ("bytes", sum(source.size for source in sources))
-    bar = tqdm(desc=writer.folder.stem, total=total or None, unit=unit, unit_scale=True, disable=quiet or None)
-    try:
+    with ExitStack() as stack:
+        writer, pool = Writer(folder, meta, stack), ThreadPoolExecutor(options.workers or os.cpu_count())
+        stack.callback(pool.shutdown, cancel_futures=True)
+        bar = tqdm(desc=folder.stem, total=total or None, unit=unit, unit_scale=True, disable=quiet or None)
+        stack.enter_context(bar)
         while (batch := mixer.batch()) or pending:
             if batch:
                 pending.append(pool.submit(list, map(work, batch)))
@@ -276,30 +265,25 @@ def write_documents(sources: list[Source], options: PrepareOptions, writer: Writ
             if since_commit >= SHARD:
                 writer.commit()
                 since_commit = 0
-    finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-    for split in ("train", "val"):
-        if not meta[split]["documents"]:
-            count = meta["train"]["documents"] + meta["val"]["documents"]
-            problem = f"of {count} documents none is in {split}.bin"
-            advice = "give more text, another fraction or smaller --piece_chars"
-            raise ValueError(f"--val_fraction={options.val_fraction}: {problem}; {advice}")
-    writer.commit(finished=True)
+        for split in ("train", "val"):
+            if not meta[split]["documents"]:
+                problem = f"of {meta['train']['documents'] + meta['val']['documents']} documents none is in {split}.bin"
+                advice = "give more text, another --val_fraction or smaller --piece_chars"
+                raise ValueError(f"--val_fraction={options.val_fraction}: {problem}; {advice}")
+        writer.commit(finished=True)
 
 
 # ---- The folder
 
 
-def sample(sources: list[Source], val_fraction: float) -> Iterator[str]:
+def sample(sources: list[Source], options: PrepareOptions) -> Iterator[str]:
     """Yields training documents to learn a vocabulary from: SAMPLE characters, shared by the sources as they are mixed
     and by up to 64 evenly spaced parts of each."""
     for source, share in zip(sources, shares_of(sources), strict=True):
-        parts = source.parts[:: -(-len(source.parts) // 64) or 1]
-        for part in parts:
+        for part in (parts := source.parts[:: -(-len(source.parts) // 64) or 1]):
             left = SAMPLE * share / len(parts)
             for text in source.read(part):
-                if not in_validation(text.encode(), val_fraction):
+                if not in_validation(text.encode(), options.val_fraction):
                     yield text
                 if (left := left - len(text)) <= 0:
                     break
@@ -334,11 +318,10 @@ def read_meta(folder: Path) -> dict:
 
 
 def write_meta(folder: Path, meta: dict) -> None:
-    with open(folder / "meta.json.tmp", "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(folder / "meta.json.tmp", folder / "meta.json")
+    temporary = folder / "meta.json.tmp"
+    temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, folder / "meta.json")
 
 
 def holds(folder: Path, request: dict, overwrite: bool) -> bool:
@@ -382,10 +365,8 @@ def default_out(place: str, kind: str) -> str:
 
 
 def prepare(options: PrepareOptions, quiet: bool = False) -> Path:
-    """Makes the folder that `options` describe, unless it is there already. Returns its path.
-
-    Raises ValueError with one line for a user's mistake; what an earlier call made is then untouched.
-    """
+    """The folder that `options` describe, made unless it is there already. Raises ValueError with one line for a user's
+    mistake; what an earlier call made is then untouched."""
     sources = parse_sources(options)
     out = Path(options.out or default_out(sources[0].place, options.kind))
     if not out.name or (out.exists() and not read_meta(out) and not (out.is_dir() and not any(out.iterdir()))):
@@ -397,19 +378,18 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> Path:
     try:
         with FileLock(lock):  # two processes would write into each other's files: the second waits
             is_there = holds(out, request, options.overwrite)
-            meta = read_meta(out) if is_there else make(out, sources, tokenizer, options, request, quiet)
+            meta = read_meta(out) if is_there else make(out, sources, tokenizer, options, quiet)
     finally:
         lock.unlink(missing_ok=True)
     if not quiet:
-        print(f"{out} is there already, made by the same call" if is_there else report(out, meta))
+        print(f"{out} is there already, made by the same call" if is_there else f"{out} is complete")
+        report(out, meta)
     return out
 
 
-def make(
-    out: Path, sources: list[Source], tokenizer: Tokenizer | None, options: PrepareOptions, request: dict, quiet: bool
-) -> dict:
+def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options: PrepareOptions, quiet: bool) -> dict:
     """Reads the sources into OUT.partial, from where an earlier call was stopped, then makes that `out` -> its meta."""
-    folder = out.with_name(out.name + ".partial")
+    folder, request = out.with_name(out.name + ".partial"), describe(options, sources, tokenizer)
     meta = read_meta(folder) if holds(folder, request, options.overwrite) else {}
     document = partial(text_of, column=options.text_column)
     if options.kind != "text":
@@ -419,12 +399,12 @@ def make(
     size = sum(source.size for source in sources)
     check_space(out.parent, 2 * (options.tokens or size / 4), f"writing {out}")  # 2 bytes per token of 4 bytes of text
     if not meta:
-        tokenizer = tokenizer or train_bpe(sample(sources, options.val_fraction), options.vocab_size)
-        meta = begin(folder, request, tokenizer)
+        if not tokenizer and not quiet:
+            print(f"learning a vocabulary of {options.vocab_size} tokens")
+        meta = begin(folder, request, tokenizer or train_bpe(sample(sources, options), options.vocab_size))
     try:
-        with ExitStack() as stack:
-            if not meta["finished"]:
-                write_documents(sources, options, Writer(folder, meta, stack), quiet)
+        if not meta["finished"]:
+            write_documents(sources, options, folder, meta, quiet)
     except ValueError:
         if not read_meta(folder)["train"]["documents"]:  # nothing worth continuing
             shutil.rmtree(folder)
@@ -438,26 +418,22 @@ def make(
     return meta
 
 
-def report(out: Path, meta: dict) -> str:
-    """What is printed at the end."""
-    lines = []
+def report(out: Path, meta: dict) -> None:
+    """Prints what a folder holds."""
     for split in ("train", "val"):
         count = meta[split]
         what = f"{count['documents']:,} {meta.get('kind', 'documents')}, {count['tokens']:,} tokens"
         learn = f", {count['targets']:,} of them to learn" if count.get("targets") else ""
-        lines.append(f"{out / split}: {what}{learn}, {count['bytes'] / count['tokens']:.2f} bytes per token")
-    for mix in meta["mix"] if len(meta["mix"]) > 1 or meta["mix"][0]["epochs"] > 1 else ():
-        share = mix["tokens"] / meta["train"]["tokens"]
-        lines.append(f"  {share:6.1%} {mix['source']}, read {mix['epochs']} time{'s' * (mix['epochs'] > 1)}")
-    return "\n".join(lines + [f"  left out: {count:,} {reason}" for reason, count in meta["left_out"].items()])
+        print(f"{out / split}: {what}{learn}, {count['bytes'] / count['tokens']:.2f} bytes per token")
+    for mix in meta["mix"]:
+        print(f"  {mix['tokens'] / meta['train']['tokens']:6.1%} {mix['source']}, epochs: {mix['epochs']}")
+    for reason, count in meta["left_out"].items():
+        print(f"  left out: {count:,} {reason}")
 
 
 def prepare_built_in(folder: str, kind: str = "text", tokenizer: str = "", say: Callable = print) -> None:
-    """Makes data/stories, data/stdlib, data/stories-chat, data/sums-problems and their like, if it is not there yet.
-
-    They need no network and no command. Does nothing for a folder of another name or kind. tokenizer: of the model to
-    be tuned, as for --tokenizer; "" learns one. With several ranks, rank 0 calls this and all meet at a barrier.
-    """
+    """Makes data/stories, data/stdlib, data/stories-chat, data/sums-problems and their like, unless it is there. Does
+    nothing for a folder of another name or kind. tokenizer: as --tokenizer. Of several ranks, rank 0 calls this."""
     for source in ("stories", "stdlib", "sums"):
         if folder == default_out(source, kind) and not Path(folder, "meta.json").is_file():
             say(f"preparing the built-in {folder}")

@@ -193,6 +193,13 @@ def parse_source(spec: str) -> Source:
     return Source(spec, kind, place, ratio, inputs)
 
 
+def shares_of(sources: list[Source]) -> list[float]:
+    """The part of the tokens that each source contributes: by its ratio, else by its size, else all alike."""
+    sized = all(source.size for source in sources)
+    weights = [source.ratio or (source.size if sized else 1) for source in sources]
+    return [weight / sum(weights) for weight in weights]
+
+
 def list_files(place: str) -> list[str]:
     """The file, or the readable files below the folder, sorted: the order must not depend on the file system."""
     if os.path.isfile(place):
