@@ -50,8 +50,6 @@ from nanodoge.run import Run
 from nanodoge.stage import RunOptions, announce, profile_step, read_run_options, run_stage, saved_options
 from nanodoge.tokenizer import Tokenizer
 
-BUILT_IN = ("data/stories", "data/stdlib")  # made on the spot when they are not there: both come without a network
-
 
 @dataclass
 class TrainOptions(DogeConfig, RunOptions):
@@ -154,13 +152,10 @@ def rows_of_step(step: int, count: int, rows_per_step: int, seed: int) -> list[i
 
 def open_data(options: TrainOptions, machine: Machine) -> tuple[Sequences, Sequences, Tokenizer]:
     """Training sequences, validation sequences, tokenizer. Built-in data is prepared if it is not there."""
-    if options.data in BUILT_IN and not Path(options.data, "meta.json").is_file():
-        if machine.is_main:
-            import prepare_data
+    if machine.is_main and not Path(options.data, "meta.json").is_file():
+        import prepare_data
 
-            source = Path(options.data).name
-            machine.print(f"preparing the built-in {source} in {options.data}")
-            prepare_data.prepare(prepare_data.PrepareOptions(sources=[source], out=options.data))
+        prepare_data.prepare_built_in(options.data)
     machine.barrier()
     meta = read_meta(options.data)
     train, val = (Sequences(options.data, split, options.sequence_length) for split in ("train", "val"))

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,7 +132,7 @@ def test_vocabulary_is_trained_saved_and_uint32_when_large(tmp_path, vocabulary)
     assert len(read_back(out, "train") + read_back(out, "val")) == 300
     big = Tokenizer.load(vocabulary)
     big.vocab_size = 70_000
-    meta = prepare_data.begin(tmp_path / "big.partial", {"sources": []}, big, [])
+    meta = prepare_data.begin(tmp_path / "big.partial", {"sources": []}, big)
     assert meta["dtype"] == "uint32"
 
 
@@ -157,7 +159,7 @@ def test_hub_dataset_from_local_parquet(tmp_path, vocabulary):
     out = run(name, tmp_path / "out", vocabulary, val_fraction=0.3)
     assert sorted(read_back(out, "train") + read_back(out, "val")) == sorted(texts)
     source = reading.parse_source(name)
-    reading.open_source(source, PrepareOptions(), reading.text_rows("text"), tmp_path, True)
+    reading.open_source(source, PrepareOptions(), partial(reading.text_of, column="text"), tmp_path, True)
     assert [list(source.read(part, 25)) for part in source.parts] == [texts[25:30], texts[55:60], texts[85:90]]
     for bad, hint in ((f"{name}:nosubset", "nosubset"), (f"{name}::nosplit", "nosplit")):
         with pytest.raises(ValueError, match=hint):
@@ -465,8 +467,7 @@ def test_software_heritage_rows(tmp_path, server, vocabulary, monkeypatch):
 def test_smollm_recipe_is_readable():
     options = prepare_data.parse_options(
         PrepareOptions, [f"--config={ROOT / 'config' / 'smollm_corpus.py'}"], positional="sources")  # fmt: skip
-    sources = [reading.parse_source(spec) for spec in options.sources]
-    prepare_data.check_options(options, sources)
+    sources = prepare_data.parse_sources(options)
     assert prepare_data.shares_of(sources) == pytest.approx([0.70, 0.20, 0.05, 0.05])
     assert [source.kind for source in sources] == ["hf", "hf", "swh", "hf"]
 
@@ -492,3 +493,18 @@ def test_two_at_once_do_not_write_into_each_other(tmp_path):
     meta = read_meta(folders[0])
     assert (folders[0] / "train.bin").stat().st_size == 2 * meta["train"]["tokens"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def test_built_in_folders_are_made_once_and_only_those(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls, real = [], prepare_data.prepare
+    smaller = {"stories": 40, "vocab_size": 400}
+    monkeypatch.setattr(prepare_data, "prepare", lambda o: calls.append(o) or real(replace(o, **smaller), True))
+    prepare_data.prepare_built_in("data/stories", say=lambda *_: None)
+    assert read_meta("data/stories")["source"] == ["stories"]
+    prepare_data.prepare_built_in("data/sums-problems", "problems", "data/stories")
+    assert read_meta("data/sums-problems", "problems")["train"]["documents"] > 0
+    prepare_data.prepare_built_in("data/stories")  # is there
+    prepare_data.prepare_built_in("data/mine")  # is none
+    prepare_data.prepare_built_in("data/stories-chat", "preferences")  # is of another kind
+    assert [options.out for options in calls] == ["data/stories", "data/sums-problems"]
