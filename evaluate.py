@@ -52,8 +52,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from nanodoge.attention import NEVER
-from nanodoge.checkpoint import load_model, read_meta
+from nanodoge.checkpoint import load_model
 from nanodoge.conversations import divide
+from nanodoge.data import read_meta
 from nanodoge.decode import Decoder
 from nanodoge.machine import Machine
 from nanodoge.options import one_line, parse_options, run_command

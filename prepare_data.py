@@ -65,7 +65,7 @@ import numpy as np
 from filelock import FileLock  # torch and datasets bring it
 
 from nanodoge import conversations
-from nanodoge.layouts import locate, read_json
+from nanodoge.checkpoint import locate, read_json
 from nanodoge.options import parse_options, run_command
 from nanodoge.sources import Rows, check_space, in_validation, open_source, parse_source, progress, text_rows
 from nanodoge.tokenizer import Tokenizer, train_bpe

@@ -41,7 +41,8 @@ import numpy as np
 import torch
 
 from model import Doge, DogeConfig
-from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_run, read_meta
+from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
+from nanodoge.data import read_meta
 from nanodoge.machine import gathered, part_like, shard, whole
 from nanodoge.options import HERE, parse_options, read_values, run_command
 from nanodoge.run import Run, RunOptions, carry_out, is_resumed, refuse_to_overwrite, resumed_options, try_out
@@ -328,7 +329,7 @@ def start(options, machine, tokenizer):
     if own_tokenizer.digest != tokenizer.digest:
         raise ValueError(f"{folder} was trained with another tokenizer than --data={options.data}: prepare the data "
                          f"with --tokenizer={folder}")  # fmt: skip
-    state = load_run(folder)
+    state = load_training_state(folder)
     if options.init_from and not options.resume:
         becomes_moe = options.is_moe and not model.config.is_moe
         shape = ("is_moe", "num_experts", "num_experts_per_tok") if becomes_moe else ()
@@ -490,7 +491,7 @@ def read_options(argv):
         return resumed_options(TrainOptions, argv, out, MAY_CHANGE)
     base = {}
     if source := asked.get("init_from"):
-        state = load_run(source) or {}
+        state = load_training_state(source) or {}
         where, known = ("out_dir", "data", "init_from", "overwrite"), {f.name for f in dataclasses.fields(TrainOptions)}
         recipe = state.get("options", {})
         if recipe.keys() <= known:  # else it was tuned, and only its shape is of use here

@@ -17,16 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from nanodoge.checkpoint import (
+    checkpoint_file,
     clear,
+    finish_interrupted_save,
     flush,
     load_model,
     load_optimizer_state,
-    load_run,
+    load_training_state,
     optimizer_state,
     save_checkpoint,
-    settle,
 )
-from nanodoge.layouts import checkpoint_file
 from nanodoge.machine import Machine, collect, gathered, whole
 from nanodoge.options import HERE, is_out_of_memory, one_line, parse_options, read_values
 
@@ -147,7 +147,7 @@ def start_tuning(options, machine, tokenizer, labels=None):
         raise ValueError(f"--micro_tokens={options.micro_tokens} is less than one row of {options.sequence_length}")
     model.gradient_checkpointing = options.gradient_checkpointing
     model.embed_tokens.requires_grad_(not options.freeze_embeddings)
-    return model.train().to(machine.device), load_run(folder) if options.resume else None
+    return model.train().to(machine.device), load_training_state(folder) if options.resume else None
 
 
 def count_steps(options, count, machine):
@@ -179,7 +179,7 @@ def refuse_to_overwrite(options):
 def resumed_options(options_class, argv, out, may_change):
     """The options of the run in the folder `out`, with the changes that `argv` names as --name=value (a config file
     only tells where the run is). Raises ValueError for a change that would make it another run."""
-    state = load_run(out)
+    state = load_training_state(out)
     if state is None:
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
     changes = [argument for argument in argv if argument.startswith("--") and not argument.startswith("--config=")]
@@ -362,7 +362,7 @@ class Run:
         """Opens the log and starts to listen for Ctrl-C and SIGTERM, which end the run after a whole step."""
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            settle(self.folder)
+            finish_interrupted_save(self.folder)
             if self.fresh and self.options.overwrite:  # from here on: what is left of the old run is not to be resumed
                 (self.folder / "training_state.pt").unlink(missing_ok=True)
                 clear(self.folder / "stable")

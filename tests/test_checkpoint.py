@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model import Doge, DogeConfig
 from nanodoge import tokenizer
-from nanodoge.checkpoint import load_model, load_optimizer_state, load_training_state, save_checkpoint, settle
+from nanodoge.checkpoint import (
+    finish_interrupted_save,
+    load_model,
+    load_optimizer_state,
+    load_training_state,
+    save_checkpoint,
+)
 from nanodoge.run import Log
 
 
@@ -32,9 +38,13 @@ def small():
     return model, tok
 
 
+def state_of(step):
+    return dict(options={}, optimizer={}, step=step, tokens=0, seconds=0.0, row=None)
+
+
 @pytest.fixture
 def folder(small, tmp_path):
-    save_checkpoint(tmp_path / "checkpoint", *small, dict(step=1))
+    save_checkpoint(tmp_path / "checkpoint", *small, state_of(1))
     return tmp_path / "checkpoint"
 
 
@@ -43,7 +53,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(small, folder):
     assert model.config == small[0].config and tok.digest == small[1].digest
     for name, w in small[0].state_dict().items():
         assert torch.equal(model.state_dict()[name], w)
-    assert load_training_state(folder) == dict(step=1)
+    assert load_training_state(folder) == state_of(1)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -76,7 +86,7 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_wh
     seen = set()
     for last in range(60):
         shutil.rmtree(folder)
-        save_checkpoint(folder, old_model, old_tok, dict(step=1))
+        save_checkpoint(folder, old_model, old_tok, state_of(1))
         count = iter(range(10**6))
 
         def dying(real, count=count, last=last):
@@ -93,13 +103,13 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_wh
             patch.setattr("nanodoge.checkpoint.save_file", dying(save_file))
             patch.setattr(torch, "save", dying(torch.save))
             try:
-                save_checkpoint(folder, new_model, tok, dict(step=2))
+                save_checkpoint(folder, new_model, tok, state_of(2))
                 break
             except KeyboardInterrupt:
                 pass
-        for settled in (False, True):  # read as it lies, and after the next run has tidied up
-            if settled:
-                settle(folder)
+        for is_finished in (False, True):  # read as it lies, and after the next run has tidied up
+            if is_finished:
+                finish_interrupted_save(folder)
                 assert not (folder / ".saving").exists() and not (folder / ".saved").exists()
             step = load_training_state(folder)["step"]
             model, found = load_model(folder)
@@ -107,7 +117,7 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_wh
             assert found.chat_template == (old_tok if step == 1 else tok).chat_template
             expected = (old_model if step == 1 else new_model).state_dict()
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
-            seen.add((step, settled))
+            seen.add((step, is_finished))
     else:
         pytest.fail("saving never finished")
     assert seen == {(1, False), (1, True), (2, False), (2, True)} and last > 10
@@ -177,7 +187,7 @@ def test_a_training_state_is_never_executed(folder, what):
 
 
 def test_a_folder_copied_by_halves_is_refused(small, folder, tmp_path):
-    save_checkpoint(tmp_path / "newer", *small, dict(step=2))
+    save_checkpoint(tmp_path / "newer", *small, state_of(2))
     shutil.copy(tmp_path / "newer" / "model.safetensors", folder)
     with pytest.raises(ValueError, match="model.safetensors is of step 2, training_state.pt of step 1"):
         load_training_state(folder)
@@ -187,13 +197,13 @@ def test_a_folder_copied_by_halves_is_refused(small, folder, tmp_path):
 def test_an_optimizer_of_another_shape_is_refused():
     w = torch.nn.Parameter(torch.zeros(2, 3))
     state = {"w": dict(step=torch.tensor(1.0), exp_avg=torch.zeros(3, 3), exp_avg_sq=torch.zeros(3, 3))}
-    with pytest.raises(ValueError, match=r"has w of shape \[3, 3\], the model \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"training_state.pt .* w.*\[2, 3\]"):
         load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
     state["w"]["exp_avg"] = torch.zeros(2, 3)  # the other moment too: the fused kernel would write past its end
-    with pytest.raises(ValueError, match=r"has w of shape \[3, 3\], the model \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"training_state.pt .* w.*\[2, 3\]"):
         load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
     del state["w"]["exp_avg_sq"]
-    with pytest.raises(ValueError, match="it has no exp_avg_sq of w"):
+    with pytest.raises(ValueError, match="no exp_avg_sq of w"):
         load_optimizer_state([torch.optim.AdamW([w])], {w: "w"}, state)
 
 
@@ -205,7 +215,7 @@ def test_links_do_not_lead_out_of_a_folder(tmp_path):
     (folder / ".saved").symlink_to(other)
     (folder / ".saving").symlink_to(other)
     (folder / "log.csv.new").symlink_to(other / "mine")
-    settle(folder)
+    finish_interrupted_save(folder)
     Log(folder / "log.csv", 1)
     assert (other / "mine").read_text() == "mine" and not (folder / "mine").exists()
 
@@ -225,5 +235,5 @@ def test_a_disk_that_takes_no_more_leaves_the_old_checkpoint(small, folder, monk
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(f"nanodoge.checkpoint.{where}", failing)
     with pytest.raises(OSError, match=f"cannot write a checkpoint to {folder} .the one before it is whole.: .*{words}"):
-        save_checkpoint(folder, *small, dict(step=2))
+        save_checkpoint(folder, *small, state_of(2))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nanodoge.layouts import locate
+from nanodoge.checkpoint import locate
 from nanodoge.options import convert
 from nanodoge.run import is_resumed
 
