@@ -28,6 +28,8 @@ from nanodoge.options import parse_options, run_command
 
 @dataclass
 class ConvertOptions:
+    """What is converted"""
+
     paths: list[str] = field(default_factory=list)  # what to read, a folder or a name on the hub; the folder to write
     for_: Literal["nanodoge", "transformers"] = "nanodoge"  # who is to open the folder
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in the new folder
@@ -53,7 +55,10 @@ def main(argv: list[str]) -> None:
     options = parse_options(ConvertOptions, argv, positional="paths")
     source, target = options.paths
     layout, _ = open_checkpoint(locate(source))
-    print(f"{source}: {len(layout.tensors)} tensors" + "".join(f"\n  {note}" for note in layout.notes))
+    heads, notes = layout.config.num_key_value_heads, [f"{len(layout.tensors)} tensors"]
+    notes += [f"{heads // layout.repeat} key/value heads repeated to {heads}"] * (layout.repeat > 1)
+    notes += ["queries and keys without a norm"] * (not layout.config.qk_norm)
+    print(f"{source}: {', '.join(notes)}")
     warnings, fields = [], None
     if options.for_ == "transformers":
         warnings, fields = differences(layout.config), dict(model_type="doge")

@@ -68,9 +68,8 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=N
                 flush(path)
     except (SafetensorError, RuntimeError, OSError) as error:  # the first two: how these libraries report a full disk
         shutil.rmtree(saving, ignore_errors=True)
-        before = (
-            "the one before it is whole" if checkpoint_file(folder, "config.json").is_file() else "there is none yet"
-        )
+        has_old = checkpoint_file(folder, "config.json").is_file()
+        before = "the one before it is whole" if has_old else "there is none yet"
         reason = error if isinstance(error, OSError) else f"{one_line(error)}; is the disk full?"
         raise OSError(f"cannot write a checkpoint to {folder} ({before}): {reason}") from None
     os.rename(saving, folder / ".saved")
@@ -175,6 +174,7 @@ def naming(path: Path, separator: str = ": ") -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
+    """The JSON object in a file."""
     with naming(path, " is damaged: "):
         return read_object(path.read_bytes())
 

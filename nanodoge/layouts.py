@@ -37,14 +37,8 @@ RENAMED = {
     ".feed_forward.": ".mlp.",
 }
 # Fields of config.json that change what is computed, with the only value that is computed here.
-FIXED = dict(
-    hidden_act="silu",
-    hidden_bias=False,
-    attention_bias=False,
-    mlp_bias=False,
-    sliding_window=None,
-    dynamic_mask_ratio=0.0,
-)
+FIXED = dict(hidden_act="silu", hidden_bias=False, attention_bias=False, mlp_bias=False, sliding_window=None)
+FIXED["dynamic_mask_ratio"] = 0.0
 NEEDED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # other types are packed or scaled
 UNSAVED = ("attention",)  # fields of DogeConfig that say how to compute, not what: never in a config.json
@@ -74,17 +68,6 @@ class Layout(NamedTuple):
     tensors: dict[str, Tensor]  # by their published names
     repeat: int  # how many key/value heads of the model are one in the file
 
-    @property
-    def notes(self) -> list[str]:
-        """What was found, for people."""
-        config, renamed = self.config, [name for name in self.tensors if our_name(name) != name.removeprefix("model.")]
-        heads = f"{config.num_key_value_heads // self.repeat} key/value heads repeated to {config.num_key_value_heads}"
-        notes = [f"classifier of {len(self.labels)} labels"] * bool(self.labels)
-        notes += ["names of the original repository"] * bool(renamed)
-        notes += [f"A and dt_proj per attention head: {heads}"] * (self.repeat > 1)
-        notes += ["queries and keys without a norm"] * (not config.qk_norm)
-        return notes + ["experts routed per token, where the original mixed tokens"] * config.is_moe
-
 
 def read_layout(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Layout:
     """The Layout of config.json's fields and the tensors beside it, of which only names and shapes are looked at.
@@ -103,8 +86,9 @@ def read_layout(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Layout:
 def read_config(fields: dict[str, Any], tensors: dict[str, Tensor]) -> DogeConfig:
     """DogeConfig of config.json's fields; what these leave open is read off the tensors' names."""
     experts = ["num_experts", "num_experts_per_tok"] if fields.get("is_moe") else []
-    if missing := [name for name in NEEDED + experts if name not in fields]:
-        raise ValueError(f"{missing[0]} is missing")
+    for name in NEEDED + experts:
+        if name not in fields:
+            raise ValueError(f"{name} is missing")
     defaults = dict(
         num_key_value_heads=fields["num_attention_heads"],
         tie_word_embeddings="lm_head.weight" not in tensors,
