@@ -82,8 +82,7 @@ def write_folder(folder, state, words, parts=1, suffix="safetensors", **fields):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The original repository's model, from its state dict: A and dt_proj an attention head, no norm of queries and keys
+# ---- The original model, from its state dict: A and dt_proj per attention head, no norm of queries and keys
 
 OLD = {"model.embed_tokens.weight": "model.word_embed.weight", "model.norm.weight": "model.final_layernorm.weight"}
 OLD |= dict(input_layernorm="pre_layernorm", post_attention_layernorm="post_layernorm", mlp="feed_forward")
@@ -221,8 +220,7 @@ def test_converting_writes_the_model_that_loading_gives(tmp_path, words, capsys)
         convert.main([str(source)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and numbers
+# ---- Files and numbers
 
 
 LAYOUTS = ["no prefix", "rotary buffers", "head stored twice", dict(parts=3), dict(suffix="bin")]
@@ -260,8 +258,7 @@ def test_half_precision_is_read_exactly_and_written(tmp_path, words, dtype):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "new").dtype == getattr(torch, dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# To transformers and from it
+# ---- To transformers and from it
 
 
 def theirs_of(folder):
@@ -269,6 +266,7 @@ def theirs_of(folder):
 
 
 ROPE = dict(rope_type="dynamic", rope_theta=5000.0, factor=4.0)
+OTHER_LENGTH = dict(original_max_position_embeddings=32)
 TIED = dict(tie_word_embeddings=True, num_key_value_heads=1)
 
 
@@ -310,8 +308,7 @@ def test_experts_go_to_transformers_with_a_warning(tmp_path, words, capsys):
     assert torch.equal(again(tokens)[0], model(tokens)[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dynamic NTK scaling
+# ---- Dynamic NTK scaling
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.5, 4.0])
@@ -344,8 +341,7 @@ def test_beyond_the_trained_length_a_forward_pass_equals_transformers_and_genera
     assert torch.equal(model(text)[0][:, 9:-1].argmax(-1), text[:, 10:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The hub
+# ---- The hub
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -416,13 +412,8 @@ def test_a_name_on_the_hub_converts_from_the_command_line(hub, endpoint, tmp_pat
     hub.models["SmallDoge/Doge-tiny"] = write_folder(tmp_path / "far", renamed(original_state()), words, parts=2)
     (tmp_path / "far" / "optimizer.pt").write_bytes(b"not wanted")
     environment = os.environ | dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"))
-    done = subprocess.run(
-        [sys.executable, str(HERE / "convert.py"), "SmallDoge/Doge-tiny", str(tmp_path / "here")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    command = [sys.executable, str(HERE / "convert.py"), "SmallDoge/Doge-tiny", str(tmp_path / "here")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 key/value heads repeated to 4" in done.stdout and not any("optimizer" in path for path in hub.asked)
     near, far = load_model(tmp_path / "here")[0], load_model(tmp_path / "far")[0]
@@ -441,9 +432,8 @@ def test_every_stage_takes_a_name_on_the_hub(hub, tmp_path, words, capsys):
     evaluate.main([name, f"--bpb={data}", "--tokens=64", "--device=cpu"])
     chats = make_set(tmp_path / "chats", name, count=30)  # prepare_data.py --tokenizer=NAME
     options = [option for option in TINY if not option.startswith(("--hidden", "--inter", "--num", "--max_"))]
-    train.main(
-        [*options, f"--data={data}", f"--init_from={name}", "--out_dir=run", "--max_steps=4", "--batch_tokens=128"]
-    )
+    data_and_model = f"--data={data} --init_from={name} --out_dir=run --max_steps=4 --batch_tokens=128"
+    train.main([*options, *data_and_model.split()])
     sft.main([*TUNE, f"--data={chats}", f"--init_from={name}", "--out_dir=chat", "--max_steps=1"])
     assert capsys.readouterr().out.count(f"from {name}") == 1
     assert sum(path.endswith("revision/main") for path in hub.asked) <= 2  # one download for all of them
@@ -482,8 +472,7 @@ def test_what_the_hub_cannot_give_is_said_in_a_line(hub, tmp_path, monkeypatch):
     assert "could not be fetched" in refusal("SmallDoge/Doge-tiny")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals
+# ---- Refusals
 
 
 class Evil:
@@ -491,19 +480,14 @@ class Evil:
         return os.system, ("echo pwned",)
 
 
+BLOCK, ATTENTION = "model.layers.0.mlp", "model.layers.1.self_attn"
 SPOILED = {  # what is said of changed tensors: {name, or a part of the names of removed ones: the new tensor or None}
     r"model.safetensors lacks model.layers.1.mlp.up_proj.weight$": {"1.feed_forward.up_proj": None},
-    r"has model.layers.0.mlp.keys, which this model has not$": {"model.layers.0.mlp.keys": torch.zeros(2, 4)},
-    r"has \S+dt_proj.weight of shape \[2, 16\], not \[4, 16\]$": {
-        "model.layers.1.self_attn.dt_proj.weight": torch.zeros(2, 16)
-    },
-    r"has model.layers.0.self_attn.q_proj.bias, which": {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)},
-    r"has both \S+.final_layernorm.weight and model.norm.weight, two names of one": {
-        "model.norm.weight": torch.zeros(32)
-    },
-    r"q_proj.weight as torch.int8, and only 16, 32 and 64 bit floats": {
-        "model.layers.0.self_attn.q_proj.weight": torch.zeros(32, 32, dtype=torch.int8)
-    },
+    r"has model.layers.0.mlp.keys, which this model has not$": {f"{BLOCK}.keys": torch.zeros(2, 4)},
+    r"has \S+dt_proj.weight of shape \[2, 16\], not \[4, 16\]$": {f"{ATTENTION}.dt_proj.weight": torch.zeros(2, 16)},
+    r"has model.layers.1.self_attn.q_proj.bias, which": {f"{ATTENTION}.q_proj.bias": torch.zeros(32)},
+    r"has both \S+.final_layernorm.weight and model.norm.weight, two names": {"model.norm.weight": torch.zeros(32)},
+    r"as torch.int8, and only 16, 32 and 64 bit": {f"{ATTENTION}.q_proj.weight": torch.zeros(32, 32, dtype=torch.int8)},
     r"lacks model.layers.0.\S+ \(and 25 more\)$": {"layers": None},
     r"has lm_head.weight that differs from the embedding": {"lm_head.weight": torch.zeros(300, 32)},
 }
@@ -521,9 +505,7 @@ FIELDS = {  # what is wrong with config.json
     r"rope_scaling is 'dynamic', not an object": dict(rope_scaling="dynamic"),
     r"factor": dict(rope_scaling=dict(type="dynamic")),
     r"rope_factor=0.5 must be 0 or": dict(rope_scaling=dict(type="dynamic", factor=0.5)),
-    r"original_max_position_embeddings.*32.*max_position_embeddings=64": dict(
-        rope_scaling=dict(type="dynamic", factor=4.0, original_max_position_embeddings=32)
-    ),
+    r"original_max_position.*32.*max_position_embeddings=64": dict(rope_scaling=ROPE | OTHER_LENGTH),
 }
 
 
@@ -548,25 +530,22 @@ def pickled(folder, content):
     for path in folder.glob("model*"):
         path.unlink()
     torch.save(content, folder / "pytorch_model.bin")
+    return folder / "pytorch_model.bin"
 
 
-PART = "model-0000{}-of-00002.safetensors"
+FIRST, SECOND, THIRD = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2, 3))
+PICKLE = "pytorch_model.bin is damaged or not ours: "
 DAMAGED_FILES = {
-    r"model-\*-of-\*.safetensors lacks model\..* \(and .* more\)$": lambda at: (at / PART.format(2)).unlink(),
-    r"model-00001-of-00002.safetensors is damaged: ": lambda at: cut_short(at / PART.format(1), 40),
-    r"model-00003-of-00002.safetensors has .*, which another file has too$": lambda at: shutil.copy(
-        at / PART.format(1), at / PART.format(3)
-    ),
-    r"is not a checkpoint: it has no config.json$": lambda at: (at / "config.json").unlink(),
-    r"config.json is damaged: it is not JSON": lambda at: (at / "config.json").write_text("{"),
-    r"holds no tokenizer.json$": lambda at: (at / "tokenizer.json").unlink(),
-    r"pytorch_model.bin is damaged or not ours: Weights": lambda at: pickled(at, Evil()),
-    r"pytorch_model.bin holds a, which is not a tensor$": lambda at: pickled(at, {"a": "b"}),
-    r"pytorch_model.bin is damaged or not ours: it holds a list$": lambda at: pickled(at, [1]),
-    r"pytorch_model.bin is damaged or not ours: it is not a whole zip archive$": lambda at: (
-        pickled(at, {}),
-        cut_short(at / "pytorch_model.bin", 40),
-    ),
+    r"model-\*-of-\*.safetensors lacks model\..* \(and .* more\)$": lambda at: (at / SECOND).unlink(),
+    f"{FIRST} is damaged: ": lambda at: cut_short(at / FIRST, 40),
+    f"{THIRD} has .*, which another file has too$": lambda at: shutil.copy(at / FIRST, at / THIRD),
+    "is not a checkpoint: it has no config.json$": lambda at: (at / "config.json").unlink(),
+    "config.json is damaged: it is not JSON": lambda at: (at / "config.json").write_text("{"),
+    "holds no tokenizer.json$": lambda at: (at / "tokenizer.json").unlink(),
+    f"{PICKLE}Weights": lambda at: pickled(at, Evil()),
+    "pytorch_model.bin holds a, which is not a tensor$": lambda at: pickled(at, {"a": "b"}),
+    f"{PICKLE}it holds a list$": lambda at: pickled(at, [1]),
+    f"{PICKLE}it is not a whole zip archive$": lambda at: cut_short(pickled(at, {}), 40),
 }
 
 
@@ -595,8 +574,7 @@ def test_the_published_tokenizer_survives_conversion(tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == (DOGE / "tokenizer.json").read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classifiers
+# ---- Classifiers
 
 
 @pytest.fixture(scope="module")
@@ -608,17 +586,8 @@ def classifier(tmp_path_factory, words):
     animals = zip(texts(200), ["cat", "dog"] * 100, strict=True)
     rows = [dict(text=f"{text} {animal}", label=animal) for text, animal in animals]  # the last word decides
     data = make_set(folder / "data", folder / "base", "labels", rows=rows, labels=["dog", "cat"])
-    sft.main(
-        [
-            *TUNE,
-            f"--data={data}",
-            f"--init_from={folder / 'base'}",
-            f"--out_dir={folder / 'run'}",
-            "--kind=labels",
-            "--max_steps=12",
-            "--learning_rate=1e-2",
-        ]
-    )
+    asked = f"--data={data} --init_from={folder}/base --out_dir={folder}/run --max_steps=12 --learning_rate=1e-2"
+    sft.main([*TUNE, *asked.split(), "--kind=labels"])
     return folder
 
 
@@ -681,11 +650,4 @@ def test_a_classifier_is_no_language_model_and_labels_are_checked(classifier, tm
         with pytest.raises(ValueError, match=message):
             make_set(tmp_path / f"{len(message)}", classifier / "base", "labels", rows=rows, labels=labels)
     with pytest.raises(ValueError, match="holds --kind=labels, and this stage reads --kind=chat"):
-        sft.main(
-            [
-                *TUNE,
-                f"--data={classifier / 'data'}",
-                f"--init_from={classifier / 'base'}",
-                f"--out_dir={tmp_path / 'run'}",
-            ]
-        )
+        sft.main([*TUNE, *f"--data={classifier}/data --init_from={classifier}/base --out_dir={tmp_path}/run".split()])
