@@ -46,7 +46,7 @@ from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.options import Count, Range, Whole, check_ranges, one_line, parse_options, run_command
 from nanodoge.tokenizer import Tokenizer
-from train import Rows
+from train import Sequences
 
 # What the original project measures, with its few-shot counts. Its MMLU scores the texts of the answers and not their
 # letters, hence mmlu_continuation. The last two suites are for models that chat, so they use the chat template.
@@ -95,7 +95,7 @@ class EvaluateOptions:
 
 def print_bits_per_byte(model: Doge, tokenizer: Tokenizer, options: EvaluateOptions, machine: Machine) -> None:
     """A row for each dtype."""
-    rows = Rows(options.bpb, "val", model.config.max_position_embeddings)
+    rows = Sequences(options.bpb, "val", model.config.max_position_embeddings)
     check_tokenizer(tokenizer, options.bpb, source=options.checkpoint[0])
     if len(rows.tokens) < 2:
         raise ValueError(f"--bpb={options.bpb}: val.bin has {len(rows.tokens)} tokens, too few to measure")

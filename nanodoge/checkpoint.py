@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from model import Doge, DogeConfig
 from nanodoge import layouts
-from nanodoge.machine import collect, part_like
+from nanodoge.machine import full_state_dict, shard_like
 from nanodoge.options import one_line
 from nanodoge.tokenizer import PROGRAM_ERRORS, Tokenizer, read_object
 
@@ -295,7 +295,7 @@ def load_training_state(folder: str | Path) -> dict | None:
 def optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str]) -> dict[str, dict[str, Tensor]]:
     """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (a MoE
     twin) can take it over. names: {parameter: its name}."""
-    return {names[p]: collect(state) for optimizer in optimizers for p, state in optimizer.state.items()}
+    return {names[p]: full_state_dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
 def load_optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str], state: dict) -> None:
@@ -314,4 +314,4 @@ def load_optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str], 
                         raise ValueError(f"training_state.pt is damaged or of another run: it has no {wanted}")
                     # a step counter stays on the CPU, but for fused kernels, which read it on the device
                     v = v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
-                    optimizer.state[p][key] = part_like(v, p) if v.dim() else v
+                    optimizer.state[p][key] = shard_like(v, p) if v.dim() else v

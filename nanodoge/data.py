@@ -11,31 +11,30 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanodoge.checkpoint import read_json
 from nanodoge.machine import Machine
 from nanodoge.tokenizer import Tokenizer
 
 
-def read_meta(folder: str | Path, kind: str = "text") -> dict:
-    """The meta.json of a data folder of this kind. Raises ValueError for a folder that prepare_data.py did not finish,
-    or that holds another kind of data."""
+def read_meta(folder: str | Path, kind: str | None = "text") -> dict:
+    """The meta.json of a data folder of this kind (None: of any). Raises ValueError for a folder that prepare_data.py
+    did not finish, or that holds another kind of data."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        command = f"python prepare_data.py SOURCE --kind={kind} --out={folder}"
+        command = f"python prepare_data.py SOURCE --kind={kind or 'text'} --out={folder}"
         raise ValueError(f"{folder}: there is no {path}; {command} makes one")
     meta = read_json(path)
-    if (found := meta.get("kind", "text")) != kind:
+    if kind not in (None, found := meta.get("kind", "text")):
         raise ValueError(f"{folder} holds --kind={found}, and this stage reads --kind={kind}")
     counts = [part.get("tokens") if isinstance(part := meta.get(name), dict) else None for name in ("train", "val")]
-    labels = meta.get("labels") if kind == "labels" else ["", ""]
+    labels = meta.get("labels") if found == "labels" else ["", ""]
     checks = {
         "dtype": meta.get("dtype") in ("uint16", "uint32"),
         "vocab_size": type(meta.get("vocab_size")) is int and meta["vocab_size"] >= 0,
         "tokenizer_sha256": isinstance(meta.get("tokenizer_sha256"), str),
         "number of tokens": all(type(n) is int and n >= 0 for n in counts),
-        "sizes": kind == "text" or isinstance(meta.get("sizes"), dict),
+        "sizes": found == "text" or isinstance(meta.get("sizes"), dict),
         "labels": isinstance(labels, list) and len(labels) > 1 and all(isinstance(label, str) for label in labels),
     }
     if wrong := [name for name, is_right in checks.items() if not is_right]:
@@ -43,24 +42,24 @@ def read_meta(folder: str | Path, kind: str = "text") -> dict:
     return meta
 
 
-def check_tokenizer(tokenizer: Tokenizer, data: str | Path, kind: str = "text", source: str | Path = "") -> None:
+def check_tokenizer(tokenizer: Tokenizer, data: str | Path, source: str | Path = "") -> None:
     """Raises ValueError unless `tokenizer`, that of the checkpoint `source` or else the data folder's own, is the one
     that the folder's tokens were made with: same ids and, for conversations, same chat template."""
-    meta = read_meta(data, kind)
+    meta = read_meta(data, kind=None)
     own = dict(tokenizer_sha256=tokenizer.digest, vocab_size=tokenizer.vocab_size)
-    own |= dict(chat_template=tokenizer.chat_template) if kind != "text" else {}
+    own |= dict(chat_template=tokenizer.chat_template) if meta.get("kind", "text") != "text" else {}
     if different := [name for name, value in own.items() if meta.get(name) != value]:
         what = "chat template" if different == ["chat_template"] else "tokenizer"
         if source:
             advice = f"prepare the data with --tokenizer={source}"
             raise ValueError(f"{source} has another {what} than --data={data}: {advice}")
-        raise ValueError(f"{data}: its {what} is not the one its tokens were made with; prepare the data again")
+        raise ValueError(f"{data}: its {what} is not the one its tokens were made with ({different[0]} differs)")
 
 
-def load_tokenizer(data: str | Path, kind: str = "text") -> Tokenizer:
+def load_tokenizer(data: str | Path) -> Tokenizer:
     """The tokenizer of a data folder. Raises ValueError if its tokens were made with another one."""
     tokenizer = Tokenizer.load(data)
-    check_tokenizer(tokenizer, data, kind)
+    check_tokenizer(tokenizer, data)
     return tokenizer
 
 
@@ -86,7 +85,7 @@ def bits_per_byte(
     """
     count = math.ceil(min(len(data.tokens) - 1, max_tokens) / data.length)
     mine, nats, seen, size = range(count)[machine.rank :: machine.world_size], 0.0, 0, 0
-    for i in tqdm(range(0, len(mine), batch_size), unit="batch", leave=False, disable=None):
+    for i in range(0, len(mine), batch_size):
         tokens, targets = data.batch(mine[i : i + batch_size])
         real = targets[targets >= 0]
         nats += nats_of(tokens, targets)

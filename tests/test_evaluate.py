@@ -45,7 +45,7 @@ def test_bits_per_byte_equal_those_that_training_logged(trained, capsys):
 
 def test_a_ragged_last_sequence_is_counted_once(trained):
     model, tokenizer = load_model(trained / "out")
-    rows = train.Rows(trained / "data", "val", 16)
+    rows = train.Sequences(trained / "data", "val", 16)
 
     @torch.no_grad()
     def nats_of(tokens, targets):
