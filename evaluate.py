@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from model import Doge
@@ -142,7 +143,7 @@ def score_answers(model: Doge, contexts: list, rows: list[int], answers: list) -
     room = max(map(len, contexts)) + max(lengths)
     cache = model.new_cache(len(contexts), min(room, model.config.max_position_embeddings), room=room)
     states = read(model, contexts, cache, last=True)[rows]  # (answers, 1, C): they predict the first tokens
-    cache.layers = [tuple(x[rows] for x in layer) for layer in cache.layers]  # each answer continues a copy
+    cache.layers = tree_map(lambda x: x[rows], cache.layers)  # each answer continues a copy of its context's row
     cache.length = cache.length[rows]
     if max(lengths) > 1:
         states = torch.cat((states, read(model, [answer[:-1] for answer in answers], cache)), dim=1)
@@ -224,7 +225,7 @@ def harness_model(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int = 2
             asked = [self.make_request(i, *request.args) for i, request in enumerate(requests)]
             slots = 4 * micro_batch_tokens // max(len(r.prompt) + r.max_new_tokens for r in asked)
             Engine(model, slots=min(max(slots, 1), len(asked)), tokenizer=tokenizer).generate(asked)
-            return [request.text.text for request in asked]
+            return ["".join(split(request.text.text)[::2]) for request in asked]  # without special tokens
 
         def make_request(self, seed, prompt, gen_kwargs):
             """A task that asks for more tokens than the model has gets half of them, and the prompt the other half."""

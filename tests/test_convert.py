@@ -432,7 +432,7 @@ def test_every_stage_takes_a_name_on_the_hub(hub, tmp_path, words, capsys):
     evaluate.main([name, f"--bpb={data}", "--tokens=64", "--device=cpu"])
     chats = make_set(tmp_path / "chats", name, count=30)  # prepare_data.py --tokenizer=NAME
     options = [option for option in TINY if not option.startswith(("--hidden", "--inter", "--num", "--max_"))]
-    data_and_model = f"--data={data} --init_from={name} --out_dir=run --max_steps=4 --batch_tokens=128"
+    data_and_model = f"--data={data} --init_from={name} --out_dir=run --max_steps=4 --warmup_steps=0 --batch_tokens=128"
     train.main([*options, *data_and_model.split()])
     sft.main([*TUNE, f"--data={chats}", f"--init_from={name}", "--out_dir=chat", "--max_steps=1"])
     assert capsys.readouterr().out.count(f"from {name}") == 1
