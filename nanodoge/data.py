@@ -8,6 +8,7 @@ vocabularies can be compared: 8 is no model at all, a good compressor of English
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
 
 def bits_per_byte(
     nats_of: Callable[[Tensor, Tensor], float],
-    data,
+    data: Any,
     bytes_of: Tensor,
     max_tokens: int,
     batch_size: int,

@@ -18,6 +18,7 @@ from model import Doge, DogeConfig
 from nanodoge import tokenizer
 from nanodoge.checkpoint import (
     finish_interrupted_save,
+    load_config,
     load_model,
     load_optimizer_state,
     load_training_state,
@@ -219,3 +220,11 @@ def test_a_disk_that_takes_no_more_leaves_the_old_checkpoint(small, folder, monk
     with pytest.raises(OSError, match=f"cannot write a checkpoint to {folder} .the one before it is whole.: .*{words}"):
         save_checkpoint(folder, *small, state_of(2))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_fields_that_say_how_to_compute_are_neither_saved_nor_read(small, folder, monkeypatch):
+    monkeypatch.setattr("nanodoge.layouts.UNSAVED", ("initializer_range",))
+    save_checkpoint(folder, Doge(dataclasses.replace(small[0].config, initializer_range=0.5)), small[1])
+    assert "initializer_range" not in json.loads((folder / "config.json").read_text())
+    change_config(folder, initializer_range="of another program")
+    assert load_config(folder).initializer_range == DogeConfig.initializer_range
