@@ -63,8 +63,7 @@ from filelock import FileLock  # torch and datasets bring it
 from tqdm import tqdm
 
 from nanodoge import conversations
-from nanodoge.checkpoint import flush
-from nanodoge.layouts import locate, read_json
+from nanodoge.checkpoint import flush, locate, read_json
 from nanodoge.options import Count, Range, Whole, check_ranges, parse_options, run_command
 from nanodoge.sources import Source, check_space, in_validation, open_source, parse_source, shares_of, text_of
 from nanodoge.tokenizer import Tokenizer, train_bpe

@@ -37,8 +37,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanodoge.checkpoint import load_config, read_meta
-from nanodoge.layouts import checkpoint_file, locate
+from nanodoge.checkpoint import checkpoint_file, load_config, locate
+from nanodoge.data import read_meta
 from nanodoge.tokenizer import Tokenizer, read_object
 
 # Made on the spot when they are not there: no network is needed.

@@ -609,8 +609,6 @@ def damage_checkpoint(draw, folder):
         must = damage_json(draw, folder / "config.json")
     elif kind < 7:
         must = damage_pickle(draw, weights) if weights.suffix == ".bin" else damage_safetensors(draw, weights)
-    elif kind == 7 and folder.name == "parts":
-        must = damage_json(draw, folder / "model.safetensors.index.json")
     elif kind == 8:
         must = damage_tokenizer(draw, folder)
     else:

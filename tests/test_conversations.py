@@ -13,8 +13,9 @@ from helpers import make_checkpoint, make_set, rows_of
 
 import prepare_data
 from nanodoge import stories
-from nanodoge.checkpoint import load_model, read_meta
+from nanodoge.checkpoint import load_model
 from nanodoge.conversations import TokenSet, divide, document, final_answer, generate, pad
+from nanodoge.data import read_meta
 from nanodoge.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -25,7 +25,7 @@ from helpers import command
 
 import prepare_data
 from nanodoge import sources as reading
-from nanodoge.checkpoint import read_meta
+from nanodoge.data import read_meta
 from nanodoge.tokenizer import Tokenizer, train_bpe
 from prepare_data import PrepareOptions, prepare
 
