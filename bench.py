@@ -511,7 +511,7 @@ def read_texts(case):
     if case.options.text:
         return list(sources.split_pieces(sources.read_text(case.options.text), 4096))
     if case.text == "stories":
-        return list(stories.stories(3000))
+        return [stories.Story(i, "all").text for i in range(3000)]
     return [text for path in sources.stdlib_parts()[:100] for text in sources.read_stdlib(path, 0)]
 
 
@@ -566,7 +566,8 @@ def data(case):
 def write_text(folder, megabytes):
     """A file of so many megabytes: the built-in stories and sources, in turns and again and again."""
     modules = (text for path in sources.stdlib_parts() for text in sources.read_stdlib(path, 0))
-    text, path = "\n\n".join([*stories.stories(3000), *modules]), Path(folder) / "text.txt"
+    tales = (stories.Story(i, "all").text for i in range(3000))
+    text, path = "\n\n".join([*tales, *modules]), Path(folder) / "text.txt"
     with open(path, "w", encoding="utf-8") as file:
         for left in range(megabytes * 1_000_000, 0, -len(text)):
             file.write(text[:left])
