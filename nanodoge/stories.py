@@ -59,7 +59,8 @@ def lexicon(split: str) -> dict[str, list]:
     Raises ValueError for an unknown split."""
     if split not in ("train", "test", "all"):
         raise ValueError(f"split={split!r} is unknown: choose train, test or all")
-    lists, numbers = dict(world()), world()["numbers"]
+    lists = {name: entries for name, entries in world().items() if isinstance(entries, list)}
+    numbers = lists["numbers"]
     lists["things"] = [[thing, *rest] for *rest, things in lists["things"] for thing in things.split()]
     lists["sums"] = [[numbers[n], numbers[m], numbers[n + m]] for n in range(2, 10) for m in range(2, 10)]
     for name in HELD_OUT if split != "all" else ():
