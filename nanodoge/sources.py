@@ -217,7 +217,8 @@ def parse_source(spec):
         stamps = [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in list_files(place)]
         return Source(spec, "file", place, ratio, stamps)
     if place in ("stories", "sums"):
-        return Source(spec, place, place, ratio, [hashlib.sha256(path.read_bytes()).hexdigest() for path in stories.FILES])
+        files = Path(stories.__file__), stories.WORLD  # its text is a function of both
+        return Source(spec, place, place, ratio, [hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
     if place == "stdlib":
         return Source(spec, place, place, ratio, [platform.python_version()])
     if kind in ("http", "https"):

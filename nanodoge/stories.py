@@ -29,7 +29,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from random import Random
 
-FILES = [Path(__file__), Path(__file__).with_name("stories.txt")]  # all text is a function of these two
+WORLD = Path(__file__).with_name("stories.txt")
 HELD_OUT = ["girls", "boys", "surnames", "pet_names", "towns", "foods", "items", "things", "sums"]
 SMALL_WORDS = "a an and at by for in of on the to with".split()  # without a capital in a title
 CHAT_SEED, PREFERENCE_SEED = 1 << 32, 2 << 32  # rows about stories that pretraining never reads
@@ -41,7 +41,7 @@ ARTICLE = re.compile(r"\b([Aa])n? (?=([aeio]|u(?!s[eiu]|ni)|hour|honest)|\w)", r
 def world() -> dict:
     """The sections of stories.txt by name: a list of strings, a table (a list of rows, which are lists of strings), or
     texts (a dictionary of lists of paragraphs). The facts are a dictionary too, of the other columns by the first."""
-    text, sections = re.sub(r"(?m)^# .*\n", "", FILES[1].read_text(encoding="utf-8")), {}
+    text, sections = re.sub(r"(?m)^# .*\n", "", WORLD.read_text(encoding="utf-8")), {}
     for name, body in (section.strip().split("\n", 1) for section in text.split("\n## ")[1:]):
         if "### " in body:
             texts = (part.strip().split("\n", 1) for part in body.split("### ")[1:])
