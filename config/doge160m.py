@@ -15,7 +15,7 @@ num_attention_heads = 6
 num_key_value_heads = 3
 
 batch_tokens = 1572864  # 768 sequences of 2,048
-batch_size = 8
+micro_batch_size = 8
 max_steps = 24000
 learning_rate = 4e-3
 warmup_steps = 2400

@@ -12,4 +12,4 @@ num_experts = 9216  # 96 x 96 product keys
 num_experts_per_tok = 48
 moe_warmup_steps = 2400
 warmup_steps = 0
-batch_size = 4
+micro_batch_size = 4

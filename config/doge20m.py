@@ -19,7 +19,7 @@ keep_window_size = 2048  # as long as the context: in training every earlier tok
 
 # batch: 256 sequences of 2,048 = 0.5M tokens per step
 batch_tokens = 524288
-batch_size = 16  # sequences a GPU computes at once; must divide 256 / number of GPUs
+micro_batch_size = 16  # sequences a GPU computes at once; must divide 256 / number of GPUs
 
 # schedule: 10 % up, 80 % flat, 10 % down
 max_steps = 8000

@@ -17,4 +17,4 @@ num_experts_per_tok = 16
 router_aux_loss_coef = 0.0  # as published; 0.001 is the usual weight where experts must be balanced
 moe_warmup_steps = 800  # the new parameters first; then all
 warmup_steps = 0
-batch_size = 8  # half the dense model's: the experts' activations take memory too
+micro_batch_size = 8  # half the dense model's: the experts' activations take memory too

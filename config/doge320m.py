@@ -15,7 +15,7 @@ num_attention_heads = 8
 num_key_value_heads = 4
 
 batch_tokens = 2097152  # 1,024 sequences of 2,048
-batch_size = 8
+micro_batch_size = 8
 max_steps = 32000
 learning_rate = 2e-3
 warmup_steps = 3200

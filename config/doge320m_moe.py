@@ -13,4 +13,4 @@ num_experts = 16384  # 128 x 128 product keys
 num_experts_per_tok = 64
 moe_warmup_steps = 3200
 warmup_steps = 0
-batch_size = 4
+micro_batch_size = 4

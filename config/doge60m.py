@@ -15,7 +15,7 @@ num_attention_heads = 4
 num_key_value_heads = 2
 
 batch_tokens = 1048576  # 512 sequences of 2,048
-batch_size = 16
+micro_batch_size = 16
 max_steps = 16000
 learning_rate = 6e-3
 warmup_steps = 1600

@@ -12,4 +12,4 @@ num_experts = 4096  # 64 x 64 product keys
 num_experts_per_tok = 32
 moe_warmup_steps = 1600
 warmup_steps = 0
-batch_size = 8
+micro_batch_size = 8

@@ -9,8 +9,8 @@ score. Longer conversations are left out and counted, since a thought without it
 These are the 20M's values. The other sizes:
 
     --init_from=out/sft_doge60m  --out_dir=out/reason_doge60m  --learning_rate=6e-4
-    --init_from=out/sft_doge160m --out_dir=out/reason_doge160m --learning_rate=4e-4 --micro_tokens=16384
-    --init_from=out/sft_doge320m --out_dir=out/reason_doge320m --learning_rate=2e-4 --micro_tokens=16384
+    --init_from=out/sft_doge160m --out_dir=out/reason_doge160m --learning_rate=4e-4 --micro_batch_tokens=16384
+    --init_from=out/sft_doge320m --out_dir=out/reason_doge320m --learning_rate=2e-4 --micro_batch_tokens=16384
 """
 
 init_from = "out/sft_doge20m"
@@ -18,8 +18,8 @@ data = "data/OpenThoughts-114k-chat"
 out_dir = "out/reason_doge20m"
 
 epochs = 2.0
-batch_rows = 128
-micro_tokens = 32768
+batch_size = 128
+micro_batch_tokens = 32768
 sequence_length = 4096
 
 learning_rate = 8e-4
