@@ -1,8 +1,8 @@
 """Supervised fine-tuning: a model that continues text learns to answer.
 
     python sft.py                                                   the tiny model on questions about built-in stories
-    python sft.py config/sft_doge20m.py                             a real recipe
-    torchrun --nproc_per_node=8 sft.py config/sft_doge20m.py        the same on eight GPUs: same batches, same losses
+    python sft.py config/sft_doge.py                                a real recipe
+    torchrun --nproc_per_node=8 sft.py config/sft_doge.py           the same on eight GPUs: same batches, same losses
     python sft.py --out_dir=out/stories-chat --resume               go on as if it had never stopped
 
 A base model asked a question may well ask three more: that is how such texts go on. So it is shown conversations, and
@@ -25,7 +25,7 @@ What is too long. A conversation is cut after the last answer that fits, and one
 left out; both are counted. An answer cut in the middle would teach to stop there, and a row without a target teaches
 nothing and divides by zero.
 
-Reasoning is learned in the same way from conversations whose answers begin with a thought (config/sft_reason_*.py).
+Reasoning is learned in the same way from conversations whose answers begin with a thought (config/sft_reason_doge.py).
 
 A classifier too (--kind=labels, data of prepare_data.py --kind=labels): of a text the one thing to predict, behind its
 last token, is its label. A small matrix with a row a label takes the place of the vocabulary, and the rest is the same.

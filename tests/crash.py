@@ -49,7 +49,7 @@ import grpo  # noqa: E402
 import nanodoge.run  # noqa: E402
 import sft  # noqa: E402
 import train  # noqa: E402
-from nanodoge.checkpoint import checkpoint_file, load_model, load_training_state  # noqa: E402
+from nanodoge.checkpoint import load_model, load_training_state  # noqa: E402
 from nanodoge.options import parse_options, run_command  # noqa: E402
 from nanodoge.run import read_log  # noqa: E402
 
