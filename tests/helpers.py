@@ -1,5 +1,6 @@
 """What several tests need: a small data folder, a small model, a run in a few seconds."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from model import Doge, DogeConfig
 from nanodoge import tokenizer
 from nanodoge.checkpoint import save_checkpoint
 from nanodoge.options import run_command
+from nanodoge.run import Run
 
 TINY = ["--hidden_size=32", "--intermediate_size=48", "--num_hidden_layers=2", "--num_attention_heads=2",
         "--max_position_embeddings=16", "--batch_size=2", "--batch_tokens=64", "--max_steps=12", "--warmup_steps=2",
@@ -87,6 +89,19 @@ def make_set(folder, checkpoint, kind="chat", count=120, rows=None, **options):
         source.write_text("".join(json.dumps(row) + "\n" for row in rows or rows_of(kind, count)), encoding="utf-8")
     options = dict(val_fraction=0.2, tokenizer=str(checkpoint), kind=kind) | options
     return prepare_data.prepare(prepare_data.PrepareOptions([str(source)], str(folder), **options), quiet=True)
+
+
+@contextlib.contextmanager
+def stopped_after(steps):
+    """Within it every run ends after this many steps, as if it had no more to do."""
+    every = Run.steps
+
+    def some(self):
+        for _, step in zip(range(steps), every(self), strict=False):
+            yield step
+
+    with patch.object(Run, "steps", some):
+        yield
 
 
 # Starting Python and torch takes seconds: processes are forked from one that has imported everything (not on Windows).
