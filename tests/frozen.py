@@ -28,7 +28,9 @@ from pathlib import Path
 SCRIPTS = "train sft dpo grpo sample evaluate prepare_data convert".split()
 VOLATILE = {"seconds", "tokens_per_second", "memory", "mfu"}  # columns of log.csv that differ between equal runs
 TUNING = dict(batch_size="batch_rows", micro_batch_tokens="micro_tokens", eval_size="eval_rows", slots="rollout_rows")
-OLD_NAMES = dict(train=dict(micro_batch_size="batch_size"), sft=TUNING, dpo=TUNING, grpo=TUNING)  # new: old
+OLD_NAMES = dict(
+    train=dict(micro_batch_size="batch_size"), sft=TUNING, dpo=TUNING, grpo=TUNING
+)  # new: old ones, of before nanodoge/stage.py
 
 # Command lines. {out} stands for the folder that a case writes, "given" for what the old checkout made beforehand.
 EVERY = "stdin.py --out_dir={out} --log_every=1 --eval_every=3 --save_every=2 --device=cpu --learning_rate=1e-2 "
@@ -89,7 +91,8 @@ def cases():
     variants = {
         "train_chunks": f"{TRAIN} --sequence_length=640 --keep_window_size=64 --batch_tokens=2560",
         "train_copies": f"{TRAIN} --copy_steps=5 --decay=1-sqrt --gradient_checkpointing=true",
-        "train_twin": f"{TRAIN} --keep_window_size=8 {EXPERTS} --init_from=given/base_dense_8 --moe_warmup_steps=2",
+        "train_twin": f"{TRAIN} --keep_window_size=8 {EXPERTS} --warmup_steps=0 --moe_warmup_steps=2 "
+        "--init_from=given/base_dense_8",
         "dpo_ipo": f"{STAGES['dpo']} --init_from=given/chat_dense_8 --loss=ipo --gradient_checkpointing=true",
         "dpo_norm": f"{STAGES['dpo']} --init_from=given/chat_moe_8 --loss=sigmoid_norm",
         "grpo_kl": f"{STAGES['grpo']} --init_from=given/chat_dense_8 --kl=0.1 --updates_per_rollout=2",
@@ -127,12 +130,10 @@ def work(checkout):
     for module in [*SCRIPTS, "matplotlib.figure", "torch.distributed.fsdp"]:
         __import__(module)
     sys.modules["matplotlib.figure"].Figure.savefig = lambda *args, **options: None  # loss.png takes longer than a run
+    is_old = not Path(checkout, "nanodoge/stage.py").is_file()
     for name, line, ranks, stop in json.load(sys.stdin):
-        script = line.split()[0]
-        source = "".join(p.read_text() for p in [Path(checkout, f"{script}.py"), *Path(checkout).glob("*/run.py")])
-        for new, old in OLD_NAMES.get(script, {}).items():
-            if not re.search(rf"^    {new}:", source, re.MULTILINE):
-                line = line.replace(f"--{new}=", f"--{old}=")
+        for new, old in OLD_NAMES.get(line.split()[0], {}).items() if is_old else ():
+            line = line.replace(f"--{new}=", f"--{old}=")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             environment = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))

@@ -113,8 +113,8 @@ class Stage(NamedTuple):
 TRAIN = [*TINY, "--hidden_size=16", "--intermediate_size=16", "--num_hidden_layers=1", "--batch_tokens=32"]
 TRAIN += "--data=data --out_dir=new --max_steps=2 --warmup_steps=0 --decay_steps=0 --save_every=1".split()
 TUNED = [*TUNE, *"--init_from=model --out_dir=new --max_steps=2 --sequence_length=96".split()]
-TUNED += "--batch_rows=4 --save_every=1 --eval_every=2 --eval_rows=2".split()
-GRPO = "--data=problems --max_new_tokens=3 --generations=2 --batch_rows=2".split()
+TUNED += "--batch_size=4 --save_every=1 --eval_every=2 --eval_size=2".split()
+GRPO = "--data=problems --max_new_tokens=3 --generations=2 --batch_size=2".split()
 PREPARE = "text.txt --out=made --vocab_size=280 --stories=5 --workers=1 --val_fraction=0.3 --piece_chars=100".split()
 STAGES = {
     "train": Stage(train.main, train.TrainOptions, ["data", "model"], TRAIN),
