@@ -66,14 +66,18 @@ def given():
     yield from DATA.items()
     for model in MODELS:
         yield f"base_{model}", STAGES["train"] + model_options("train", model)
-        yield f"chat_{model}", f"{STAGES['sft']} --init_from=given/base_{model} --max_steps=30 --eval_every=30"
+        yield f"chat_{model}", f"{STAGES['sft']} --init_from=given/base_{model} --max_steps=12 --eval_every=12"
 
 
 def cases():
     """Yields name, command line and number of ranks."""
     yield from ((f"data_{name}", line, 1) for name, line in DATA.items())
     yield "data_system", f"{DATA['chat']} --system=Short.", 1
-    yield "data_mixed", f"{DATA['text']} text.txt@0.7 problems.jsonl@0.3 --text_column=question --tokens=9999", 1
+    yield (
+        "data_mixed",
+        DATA["text"].replace("text.txt", "text.txt@0.7 problems.jsonl@0.3 --text_column=question --tokens=9999"),
+        1,
+    )
     for source, kind in [("stories", "chat"), ("stories", "preferences"), ("sums", "chat"), ("sums", "problems")]:
         line = PREPARE.format(f"{source} --stories=200 --tokenizer=given/text", kind)
         yield f"data_{source}_{kind}", line, 1
@@ -140,7 +144,7 @@ def work(checkout):
         children = [os.fork() or run(line, name, environment | dict(RANK=str(rank)), stop) for rank in range(ranks)]
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if statuses != [128 + signal.SIGTERM if stop else 0] * ranks:
-            print(f"{checkout}: {name}: {statuses} {Path(f'logs/{name}.0.2').read_text()[-300:]}", file=sys.stderr)
+            print(f"{checkout}: {name}: {statuses} {Path(f'logs/{name}.0.2').read_text()[-300:]!r}", file=sys.stderr)
 
 
 def run(line, name, environment, stop):
@@ -248,7 +252,7 @@ def main(old, new, *only):
         make_sources(places[0])
         first = [(name, line.format(out=f"given/{name}"), 1, False) for name, line in given()]
         for jobs in (first, [half for half in halves if half[0].replace("half", "resume") in partner]):
-            start(old, places[0], jobs).wait()
+            assert start(old, places[0], jobs).wait() == 0
             for path in places[0].rglob("model.safetensors"):
                 align(path)
         for place in places[1:]:

@@ -61,8 +61,8 @@ MUTATIONS = [
     Mutation(
         "resume: Adam's count of steps is one too many",
         "nanodoge/checkpoint.py",
-        "part_like(v, p) if v.dim() else v\n",
-        "part_like(v, p) if v.dim() else v + 1\n",
+        "shard_like(v, p) if v.dim() else v\n",
+        "shard_like(v, p) if v.dim() else v + 1\n",
         "test_train.py test_sft.py",
     ),
     Mutation(
@@ -89,8 +89,8 @@ MUTATIONS = [
     Mutation(
         "loss: a mean of the micro-batches' means",
         "sft.py",
-        "loss_sum(train_rows, group, run.network) / all",
-        "loss_sum(train_rows, group, run.network) / int(train_rows.targets[group].sum()) / len(groups)",
+        "loss_sum(train_rows, rows[group], network) / targets",
+        "loss_sum(train_rows, rows[group], network) / int(train_rows.targets[rows[group]].sum()) / len(groups)",
         "test_sft.py",
     ),
     Mutation(
