@@ -106,7 +106,7 @@ def test_rows_that_cannot_be_used_have_a_reason(kind, row, reason):
 @pytest.mark.parametrize("kind, row, message", [
     ("chat", {"text": "Once"}, "here:1: no --kind=chat in the columns text"),
     ("chat", ["Once"], "here:1: not a row"), ("chat", {"messages": "Once upon"}, "without an answer"),
-    ("chat", {"messages": 5}, "must be a list of messages, not int"),
+    ("chat", {"messages": 5}, "column 'messages' holds int, not text or messages"),
     ("chat", {"messages": [{"role": "tool", "content": "x"}]}, "message 0 is from 'tool'"),
     ("chat", {"messages": [{"role": "user", "content": None}]}, "message 0 has no text"),
     ("chat", {"messages": ["Hi"]}, "message 0 has no text"), ("chat", {"question": 1, "answer": "2"}, "holds int"),
