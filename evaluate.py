@@ -55,9 +55,8 @@ from nanodoge.attention import NEVER
 from nanodoge.checkpoint import load_model, read_meta
 from nanodoge.conversations import divide
 from nanodoge.decode import Decoder
-from nanodoge.layouts import one_line
 from nanodoge.machine import Machine
-from nanodoge.options import parse_options, run_command
+from nanodoge.options import one_line, parse_options, run_command
 from train import Rows, bytes_of_tokens
 
 DTYPES = ["float32", "bfloat16", "int8"]

@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model import Doge
-from nanodoge.layouts import checkpoint_file, hf_name, locate, one_line, read_json, read_pickle, read_weights
+from nanodoge.layouts import checkpoint_file, hf_name, locate, read_json, read_pickle, read_weights
 from nanodoge.layouts import inspect as inspect_checkpoint
 from nanodoge.machine import collect, part_like
+from nanodoge.options import one_line
 from nanodoge.tokenizer import Tokenizer
 
 

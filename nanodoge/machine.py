@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanodoge.layouts import one_line
+from nanodoge.options import one_line
 
 
 def product_seconds(dtype):

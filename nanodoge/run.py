@@ -26,9 +26,9 @@ from nanodoge.checkpoint import (
     save_checkpoint,
     settle,
 )
-from nanodoge.layouts import checkpoint_file, one_line
+from nanodoge.layouts import checkpoint_file
 from nanodoge.machine import Machine, collect, gathered, whole
-from nanodoge.options import HERE, is_out_of_memory, parse_options, read_values
+from nanodoge.options import HERE, is_out_of_memory, one_line, parse_options, read_values
 
 
 @dataclass
