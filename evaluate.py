@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from nanodoge.attention import NEVER
 from nanodoge.checkpoint import load_model, read_meta
-from nanodoge.conversations import divide
+from nanodoge.conversations import bucket_by_length
 from nanodoge.decode import Decoder
 from nanodoge.machine import Machine
 from nanodoge.options import one_line, parse_options, run_command
@@ -173,7 +173,7 @@ def log_likelihoods(model, pairs, batch_tokens=2048):
             if trunk:
                 read(model, [trunk], cache)
             sizes = [len(places) * (len(context) + max(len(pairs[i][1]) for i in places)) for context, places in family]
-            for group in divide(sizes, batch_tokens):
+            for group in bucket_by_length(sizes, batch_tokens):
                 places = [family[i][1] for i in group]
                 leaves = [[tuple(pairs[i][1]) for i in some] for some in places]
                 found = score_tree(model, cache, [family[i][0][len(trunk) :] for i in group], leaves)
@@ -277,7 +277,7 @@ def complete(model, tokenizer, prompts, stops, max_new_tokens, batch_tokens=8192
     sampling: as for model.generate."""
     texts, longest = [""] * len(prompts), max(map(len, stops), default=0)
     sizes = [len(prompt) + max_new_tokens for prompt in prompts]
-    for group in tqdm(divide(sizes, batch_tokens), unit="batch", leave=False, disable=None):
+    for group in tqdm(bucket_by_length(sizes, batch_tokens), unit="batch", leave=False, disable=None):
         device, _ = placed(model)
         tokens = pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)
         lengths = torch.tensor([len(prompts[i]) for i in group], device=device)

@@ -50,12 +50,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo import Policy, with_targets
 from nanodoge.checkpoint import clear, load_model, save_checkpoint
-from nanodoge.conversations import divide, final_answer, generate, open_sets, pad
+from nanodoge.conversations import bucket_by_length, final_answer, generate, open_sets, pad
 from nanodoge.decode import Decoder
 from nanodoge.machine import gathered, shard
 from nanodoge.options import run_command
+from nanodoge.policy import Policy, with_positions
 from nanodoge.run import Run, TuneOptions, carry_out, count_steps, read_tune_options, start_tuning, try_out
 from nanodoge.tokenizer import read_object
 from train import cosine, make_optimizers, rows_of_step, scramble
@@ -234,12 +234,12 @@ def make_batches(machine, prompts, written, above, tokenizer, options):
     """-> this process's micro-batches of a rollout, and how many tokens go into the model on all processes."""
     lengths = [len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, written, strict=True)]
     batches = []
-    for group in divide(lengths, options.micro_tokens, machine.world_size)[machine.rank :: machine.world_size]:
+    for group in bucket_by_length(lengths, options.micro_tokens, machine.world_size)[machine.rank :: machine.world_size]:
         pairs = [(np.concatenate((prompts[i], written[i])),
                   np.repeat((False, True), (len(prompts[i]), len(written[i])))) for i in group]  # fmt: skip
-        tokens, targets, _ = pad(pairs, tokenizer.pad_id)
+        tokens, targets = pad(pairs, tokenizer.pad_id)
         per_token = torch.tensor(np.repeat(above[group], [len(written[i]) for i in group]), dtype=torch.float32)
-        batches.append(Batch(np.array(group), *machine.put(tokens, *with_targets(targets), per_token)))
+        batches.append(Batch(np.array(group), *machine.put(tokens, *with_positions(targets), per_token)))
     return batches, sum(lengths)
 
 

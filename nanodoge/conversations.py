@@ -23,11 +23,14 @@ BOS, the text, and the number of its label, which alone is marked.
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanodoge.checkpoint import load_config, read_meta
 from nanodoge.layouts import checkpoint_file, locate
@@ -204,59 +207,124 @@ def key_of(row: dict) -> bytes:
 
 
 class TokenSet:
-    """One split of a folder, mapped into memory. len() counts conversations: a preference counts two.
+    """One split of a data folder, mapped into memory. len() counts conversations: a preference counts two.
 
-    kind "chat", "preferences", "problems" or "labels". answers: list of texts, for problems. ids, mask and offsets are
-    the whole files. Raises ValueError for a folder of another kind and for files that are not as they were written.
+    ids, mask, offsets: the whole files. answers: texts, for problems. Raises ValueError for a folder of another kind
+    than "chat", "preferences", "problems" or "labels", whichever is asked for, and for files that were changed.
     """
 
-    def __init__(self, folder, split, kind):
-        self.folder, self.split = Path(folder), split
-        self.meta = meta = read_meta(folder, kind)
-        names = {"ids": meta["dtype"], "mask": "uint8", "offsets": "int64"}
-        for name, dtype in names.items():
-            path, size = self.folder / f"{split}.{name}.bin", meta["sizes"].get(f"{split}.{name}.bin")
+    def __init__(self, folder: str | Path, split: str, kind: str) -> None:
+        self.folder, self.split, self.meta, self.answers = Path(folder), split, read_meta(folder, kind), []
+        for name, dtype in dict(ids=self.meta["dtype"], mask="uint8", offsets="int64").items():
+            path, size = self.folder / f"{split}.{name}.bin", self.meta["sizes"].get(f"{split}.{name}.bin")
             if not path.is_file() or path.stat().st_size != size:
-                raise ValueError(f"{path} has not the {size} bytes that meta.json says: it was not written to its end, "
-                                 "or changed; prepare the data again")  # fmt: skip
+                raise ValueError(
+                    f"{path} has not the {size} bytes that meta.json says: it was not written to its end, or changed; "
+                    "prepare the data again"
+                )
             dtype = np.dtype(dtype).newbyteorder("<")
             setattr(self, name, np.memmap(path, dtype, "r") if size else np.zeros(0, dtype))
-        self.check(kind)
-        self.answers = []
+        if wrong := self.contradiction(kind):
+            raise ValueError(f"{self.folder}/{split}.{wrong}; prepare the data again")
         if kind == "problems":
             path = self.folder / f"{split}.answers.jsonl"
             lines = path.read_bytes().splitlines() if path.is_file() else ()
             answers = [read_object(line, f"{path}:{i}").get("answer") for i, line in enumerate(lines, 1)]
             self.answers = [answer for answer in answers if type(answer) is str]
             if len(self.answers) != len(self):
-                raise ValueError(f"{path} has {len(self.answers)} answers to {len(self)} problems; prepare the data "
-                                 "again")  # fmt: skip
+                count = f"{len(self.answers)} answers to {len(self)} problems"
+                raise ValueError(f"{path} has {count}; prepare the data again")
 
-    def check(self, kind):
-        """Raises ValueError for files that contradict each other, or that a model could not be fed."""
-        ids, mask, offsets, begins = self.ids, self.mask, self.offsets, self.offsets[:-1]
+    def contradiction(self, kind: str) -> str:
+        """What is wrong with files that do not fit each other, or that no model could read; else ""."""
+        ids, mask, offsets, size = self.ids, self.mask, self.offsets, self.meta["vocab_size"]
         fits = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(ids) == len(mask) and len(ids) > 0
         if not fits or (np.diff(offsets) < 1).any() or (kind == "preferences" and len(self) % 2):
-            what = f"offsets.bin does not fit {self.split}.ids.bin"
-        elif mask.max() > 1 or mask[begins].any():
-            what = "mask.bin marks what cannot be learned"
-        elif kind == "labels" and (mask.sum() != len(self) or not mask[offsets[1:] - 1].all()):
-            what = "mask.bin does not mark the labels"
-        elif ids.max() >= self.meta["vocab_size"]:
-            what = f"ids.bin has the id {ids.max()}, and meta.json says vocab_size {self.meta['vocab_size']}"
-        elif kind == "labels" and ids[offsets[1:] - 1].max() >= len(self.meta["labels"]):
-            what = f"ids.bin has another label than the {len(self.meta['labels'])} of meta.json"
-        else:
-            return
-        raise ValueError(f"{self.folder}/{self.split}.{what}; prepare the data again")
+            return f"offsets.bin does not fit {self.split}.ids.bin"
+        if mask.max() > 1 or mask[offsets[:-1]].any():
+            return "mask.bin marks what cannot be learned"
+        if kind == "labels" and (mask.sum() != len(self) or not mask[offsets[1:] - 1].all()):
+            return "mask.bin does not mark the labels"
+        if ids.max() >= size:
+            return f"ids.bin has the id {ids.max()}, and meta.json says vocab_size {size}"
+        if kind == "labels" and ids[offsets[1:] - 1].max() >= len(self.meta["labels"]):
+            return f"ids.bin has another label than the {len(self.meta['labels'])} of meta.json"
+        return ""
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def conversation(self, i):
+    def conversation(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """ids int64 (n,) and mask bool (n,) of conversation i."""
-        start, end = self.offsets[i], self.offsets[i + 1]
-        return self.ids[start:end].astype(np.int64), self.mask[start:end].astype(bool)
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.ids[span].astype(np.int64), self.mask[span].astype(bool)
+
+
+@dataclass
+class Examples:
+    """What a stage has selected from a TokenSet: count examples of k rows each, k = 2 for a preference, else 1."""
+
+    set: TokenSet
+    first: np.ndarray  # (count,) which conversation of the set is an example's first row
+    sizes: np.ndarray  # (count, k) tokens of a row that the model reads; one more id follows, which is only a target
+    targets: np.ndarray  # (count, k) targets of a row
+    left_out: dict[str, int]  # {reason: how many of the set}
+
+    def __post_init__(self) -> None:
+        self.count, self.k = self.sizes.shape
+        self.lengths = self.k * self.sizes.max(1, initial=0)  # tokens of a micro-batch that an example takes
+
+    def rows(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The k rows of example i: (ids, mask), size + 1 of each."""
+        rows = [self.set.conversation(self.first[i] + j) for j in range(self.k)]
+        return [(ids[: size + 1], mask[: size + 1]) for (ids, mask), size in zip(rows, self.sizes[i], strict=True)]
+
+    def micro_batches(self, which: Sequence[int], limit: int, parts: int = 1) -> list[np.ndarray]:
+        """The examples `which`, in groups of at most `limit` tokens (see bucket_by_length)."""
+        which = np.asarray(which)
+        return [which[group] for group in bucket_by_length(self.lengths[which], limit, parts)]
+
+    def batch(self, which: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor]:
+        """tokens and targets (k n, T) of the n examples `which` (see pad): all first rows, then all second ones."""
+        return pad([row for rows in zip(*map(self.rows, which), strict=True) for row in rows], pad_id)
+
+    def show(self, i: int, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> str:
+        """The text of example i with its targets marked: green on a terminal, between {+ and +} elsewhere. Of a second
+        row only the targets follow, in red or between {- and -}."""
+        marks = [("{+", "+}"), ("{-", "-}")]
+        if sys.stdout.isatty():
+            marks = [("\033[32m", "\033[0m"), ("\033[31m", "\033[0m")]
+        texts = []
+        for (ids, mask), (begin, end) in zip(self.rows(i), marks, strict=False):
+            parts = np.split(ids, np.flatnonzero(np.diff(mask, prepend=False, append=False)))
+            said = [labels[part[0]] if labels and n % 2 else tokenizer.decode(part) for n, part in enumerate(parts)]
+            said = [begin + text + end if n % 2 else text for n, text in enumerate(said)]
+            texts.append("".join(said[1::2] if texts else said))
+        return "\n\n".join(texts)
+
+
+def fit_answers(token_set: TokenSet, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every conversation (n,): the tokens that the model reads up to the end of the last answer that fits into
+    `length` tokens (0 if none does), the targets among them, and the number of answers after it."""
+    offsets, (begins, ends) = np.asarray(token_set.offsets), answer_spans(token_set.mask)
+    first, stop = np.searchsorted(ends, offsets[:-1]), np.searchsorted(ends, offsets[1:])  # its answers
+    fits = np.minimum(stop, np.searchsorted(ends, offsets[:-1] + length, side="right"))
+    sizes = np.where(fits > first, np.append(ends, 0)[fits - 1] - offsets[:-1], 0)
+    learned = np.concatenate(([0], np.cumsum(ends - begins + 1)))
+    return sizes, learned[fits] - learned[first], stop - fits
+
+
+def answer_spans(mask: np.ndarray, piece: int = 1 << 26) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last position of every run of 1 in a mask (n,). The mask is read in pieces, because it may be
+    larger than memory. A conversation begins with a 0, so no run crosses from one to the next."""
+    begins, ends, before = [], [], np.int8(0)
+    for start in range(0, len(mask), piece):
+        part = mask[start : start + piece].astype(np.int8)
+        edges = np.diff(part, prepend=before)
+        begins.append(start + np.flatnonzero(edges == 1))
+        ends.append(start + np.flatnonzero(edges == -1) - 1)
+        before = part[-1]
+    return np.concatenate(begins), np.concatenate(ends + [np.full(int(before), len(mask) - 1)])
 
 
 def open_sets(options, kind, machine):
@@ -287,10 +355,10 @@ def open_sets(options, kind, machine):
 # Batches
 
 
-def divide(lengths, limit, parts=1):
-    """Places 0 .. n - 1, grouped into micro-batches: rows of like length together, so that there is little to fill up,
-    and at most `limit` tokens with the padding (a row longer than that is alone). Their number is a multiple of
-    `parts`: process r takes groups[r::parts], and all have as many. n must be at least `parts`."""
+def bucket_by_length(lengths: Sequence[int], limit: int, parts: int = 1) -> list[list[int]]:
+    """The numbers 0 .. n - 1 in micro-batches: neighbours in length together, so that there is little padding, and at
+    most `limit` tokens, padding included (a row longer than that is alone). There is a multiple of `parts` of them:
+    rank r takes groups[r::parts], and all ranks have equally many. n must be at least `parts`."""
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > limit:
@@ -303,19 +371,19 @@ def divide(lengths, limit, parts=1):
     return groups
 
 
-def pad(rows, pad_id):
-    """[(ids (n,), mask (n,)), ...] -> tokens, targets (B, T) int64 and lengths (B,): what goes into the model, for
-    every place the token it is to predict there (-100 where that is not the assistant's), and each row's own length.
+def pad(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """[(ids (n,), mask (n,)), ...] -> tokens and targets (B, T) int64: what the model reads, and for every position the
+    token that it is to predict there, -100 where that is not marked.
 
-    Rows are filled up on the right. A token never sees what comes after it, so what stands there changes nothing: no
-    mask is needed, and no conversation can see another.
+    Rows are filled up on the right. No position attends to a later one, so the padding changes nothing: no attention
+    mask is needed, and no conversation sees another.
     """
-    lengths = [len(ids) - 1 for ids, _ in rows]
-    tokens, targets = np.full((len(rows), max(lengths)), pad_id), np.full((len(rows), max(lengths)), -100)
-    for i, (ids, mask) in enumerate(rows):
-        tokens[i, : lengths[i]] = ids[:-1]
-        targets[i, : lengths[i]] = np.where(mask[1:], ids[1:], -100)
-    return torch.from_numpy(tokens), torch.from_numpy(targets), torch.tensor(lengths)
+    T = max(len(ids) for ids, _ in rows) - 1
+    tokens, targets = np.full((len(rows), T), pad_id), np.full((len(rows), T), -100)
+    for b, (ids, mask) in enumerate(rows):
+        tokens[b, : len(ids) - 1] = ids[:-1]
+        targets[b, : len(ids) - 1] = np.where(mask[1:], ids[1:], -100)
+    return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
 def generate(model, tokenizer, prompts, max_new_tokens, rows=64, **sampling):

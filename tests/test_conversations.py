@@ -14,7 +14,7 @@ from helpers import make_checkpoint, make_set, rows_of
 import prepare_data
 from nanodoge import stories
 from nanodoge.checkpoint import load_model, read_meta
-from nanodoge.conversations import TokenSet, divide, document, final_answer, generate, pad
+from nanodoge.conversations import TokenSet, answer_spans, bucket_by_length, document, final_answer, generate, pad
 from nanodoge.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -300,6 +300,18 @@ def test_real_files(tmp_path, checkpoint, kind, name):
         assert all(answer.replace(",", "").lstrip("-").isdigit() for answer in TokenSet(folder, "train", kind).answers)
 
 
+def test_runs_of_a_mask_are_found_across_pieces():
+    for seed in range(20):
+        mask = np.random.default_rng(seed).integers(0, 2, 50).astype(np.uint8)
+        whole = answer_spans(mask)
+        for piece in (1, 3, 7, 50):
+            assert all((a == b).all() for a, b in zip(answer_spans(mask, piece), whole, strict=True))
+        again = np.zeros(50, np.uint8)
+        for begin, end in zip(*whole, strict=True):
+            again[begin : end + 1] = 1
+        assert (again == mask).all()
+
+
 # ---- Built-in rows
 
 
@@ -341,18 +353,18 @@ def test_built_in_answers_are_right():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_divide_loses_nothing_and_keeps_to_the_limit(parts):
+def test_buckets_lose_nothing_and_keep_to_the_limit(parts):
     lengths = [3, 50, 7, 7, 100, 20, 20, 1, 64, 9, 33]
-    groups = divide(lengths, 128, parts)
+    groups = bucket_by_length(lengths, 128, parts)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths))) and all(groups)
     assert len(groups) % parts == 0
     assert all(len(group) * max(lengths[i] for i in group) <= 128 or len(group) == 1 for group in groups)
 
 
 def test_pad_shifts_by_one_and_targets_what_is_marked():
-    tokens, targets, lengths = pad([(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1], bool)),
+    tokens, targets = pad([(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1], bool)),
                                     (np.array([5, 9]), np.array([0, 1], bool))], pad_id=2)  # fmt: skip
-    assert tokens.tolist() == [[5, 6, 7], [5, 2, 2]] and lengths.tolist() == [3, 1]
+    assert tokens.tolist() == [[5, 6, 7], [5, 2, 2]]
     assert targets.tolist() == [[-100, 7, 8], [9, -100, -100]]
     ends = [(np.array([5, 6, 2]), np.array([0, 0, 1], bool)), (np.array([5, 2]), np.array([0, 1], bool))]
     assert pad(ends, pad_id=2)[1].tolist() == [[-100, 2], [2, -100]]  # where padding and EOS are one token, EOS counts

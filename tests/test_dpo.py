@@ -20,6 +20,7 @@ import train
 from nanodoge.checkpoint import load_model, load_training_state, save_checkpoint
 from nanodoge.conversations import TokenSet, pad
 from nanodoge.machine import Machine
+from nanodoge.policy import Policy
 from nanodoge.run import Run, read_log
 from nanodoge.tokenizer import Tokenizer
 
@@ -36,7 +37,7 @@ def data(tmp_path_factory, base):
 
 @pytest.fixture(scope="module")
 def pairs(data):
-    return dpo.Pairs(TokenSet(data, "train", "preferences"), 64)
+    return dpo.select(TokenSet(data, "train", "preferences"), 64)
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +79,16 @@ def test_only_the_answers_and_their_ends_are_compared(data, pairs):
     tokenizer, part = Tokenizer.load(data), TokenSet(data, "train", "preferences")
     header = "<|start_header_id|>assistant<|end_header_id|>\n"
     for i in range(pairs.count):
-        rows, prompts = pairs.pair(i), []
+        rows, prompts = pairs.rows(i), []
         for k, (ids, mask) in enumerate(rows):
-            prompt, _, answer = tokenizer.decode(part.conversation(pairs.places[i] + k)[0]).rpartition(header)
+            prompt, _, answer = tokenizer.decode(part.conversation(pairs.first[i] + k)[0]).rpartition(header)
             prompts.append(prompt)
-            _, targets, _ = pad([(ids, mask)], tokenizer.pad_id)
+            _, targets = pad([(ids, mask)], tokenizer.pad_id)
             compared = targets[targets >= 0].tolist()
             assert tokenizer.decode(compared) == answer.partition("<|end_of_text|>")[0] + "<|end_of_text|>"
-            assert pairs.answers[i, k] == len(compared) and pairs.rows[i, k] == len(ids) - 1
+            assert pairs.targets[i, k] == len(compared) and pairs.sizes[i, k] == len(ids) - 1
         assert prompts[0] == prompts[1] and rows[0][0].tolist() != rows[1][0].tolist()
-        assert ("not<|end_of_text|>" in tokenizer.decode(rows[1][0])) and pairs.lengths[i] == 2 * pairs.rows[i].max()
+        assert ("not<|end_of_text|>" in tokenizer.decode(rows[1][0])) and pairs.lengths[i] == 2 * pairs.sizes[i].max()
 
 
 @pytest.mark.parametrize("length", [20, 40, 55, 200])
@@ -96,10 +97,10 @@ def test_pairs_too_long_are_left_out_and_counted(data, length):
     for i in range(0, len(part), 2):
         fits = [np.flatnonzero(part.conversation(i + k)[1])[-1] <= length for k in range(2)]
         kept += [i] if all(fits) else []
-    pairs = dpo.Pairs(part, length)
-    assert pairs.places == kept and (pairs.too_long, pairs.no_choice) == (len(part) // 2 - len(kept), 0)
+    pairs = dpo.select(part, length)
+    assert pairs.first.tolist() == kept and [*pairs.left_out.values()] == [len(part) // 2 - len(kept), 0]
     for i in range(pairs.count):
-        assert all(ids[-1] == eos_id and mask[-1] for ids, mask in pairs.pair(i))
+        assert all(ids[-1] == eos_id and mask[-1] for ids, mask in pairs.rows(i))
 
 
 def test_equal_and_empty_answers_are_no_choice():
@@ -108,11 +109,13 @@ def test_equal_and_empty_answers_are_no_choice():
     sets = [[5, eos], [5, eos], [eos], [5, eos], [5, eos], [eos], [5, eos], [5, 6, eos]]
     rows = [(np.array(prompt + answer + [9]), np.array([0] * 3 + [1] * len(answer) + [0], bool)) for answer in sets]
     rows += [(rows[0][0], np.zeros(6, bool)), rows[1]]
-    fake = type("Fake", (), dict(conversation=lambda self, i: rows[i], __len__=lambda self: len(rows)))()
-    pairs = dpo.Pairs(fake, 10)
-    assert pairs.places == [6] and (pairs.too_long, pairs.no_choice) == (0, 4)
-    assert pairs.rows.tolist() == [[4, 5]] and pairs.answers.tolist() == [[2, 3]]
-    assert dpo.Pairs(fake, 4).count == 0 and dpo.Pairs(fake, 4).lengths.shape == (0,)
+    fake = TokenSet.__new__(TokenSet)
+    fake.ids, fake.mask = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    fake.offsets = np.cumsum([0, *(len(ids) for ids, _ in rows)])
+    pairs = dpo.select(fake, 10)
+    assert pairs.first.tolist() == [6] and [*pairs.left_out.values()] == [0, 4]
+    assert pairs.sizes.tolist() == [[4, 5]] and pairs.targets.tolist() == [[2, 3]]
+    assert dpo.select(fake, 4).count == 0 and dpo.select(fake, 4).lengths.shape == (0,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,18 +124,17 @@ def test_equal_and_empty_answers_are_no_choice():
 
 def test_log_probabilities_equal_float64_whatever_the_company(base, pairs, reference, monkeypatch):
     """Alone or with others, whatever fills the rows, and in pieces of any size."""
-    machine, model = Machine("cpu", "float32"), dpo.Policy(load_model(base)[0])
-    rows = [row for i in range(8) for row in pairs.pair(i)]
+    machine, model = Machine("cpu", "float32"), Policy(load_model(base)[0])
     with torch.no_grad():
-        wanted = torch.stack([logp_by(reference, row) for row in rows])
+        wanted = torch.stack([torch.stack([logp_by(reference, row) for row in pairs.rows(i)]) for i in range(8)]).T
         for filling, size in ((2, 256), (7, 5)):
             monkeypatch.setattr("nanodoge.losses.LOSS_ROWS", size)
             monkeypatch.setattr("nanodoge.losses.LOSS_ELEMENTS", 1)
-            found = dpo.answer_logp(model, rows, filling, machine)[0]
+            found = dpo.answer_logp(model, pairs, range(8), filling, machine)[0]
             torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-5)
-        for i in (0, 5, 15):
-            alone = dpo.answer_logp(model, rows[i : i + 1], 2, machine)[0].double()
-            torch.testing.assert_close(alone, wanted[i : i + 1], rtol=1e-6, atol=1e-5)
+        for i in (0, 5, 7):
+            alone = dpo.answer_logp(model, pairs, [i], 2, machine)[0].double()
+            torch.testing.assert_close(alone, wanted[:, i : i + 1], rtol=1e-6, atol=1e-5)
 
 
 def formula(options, policy, reference, sizes):
@@ -167,8 +169,8 @@ def test_loss_and_gradient_of_a_later_step_equal_float64(base, data, pairs, refe
     save_checkpoint(tmp_path / "now", model, tokenizer)
     policy, options, losses = float64(tmp_path / "now"), dpo.DpoOptions(loss=loss), []
     for i in train.rows_of_step(1, pairs.count, 7, 233):
-        before = [logp_by(reference, row) for row in pairs.pair(i)]
-        losses.append(formula(options, [logp_by(policy, row) for row in pairs.pair(i)], before, pairs.answers[i]))
+        before = [logp_by(reference, row) for row in pairs.rows(i)]
+        losses.append(formula(options, [logp_by(policy, row) for row in pairs.rows(i)], before, pairs.targets[i]))
     wanted = torch.stack(losses).mean()
     wanted.backward()
     assert float(log[2]["loss"]) == pytest.approx(wanted.item(), rel=1e-5)
@@ -220,8 +222,8 @@ def test_validation_by_hand_and_it_learns(base, data, reference, tmp_path):
     log = run(base, data, tmp_path / "run", "--eval_every=12", "--learning_rate=1e-2", "--eval_rows=9")
     assert float(log[-1]["loss"]) < 0.5 and float(log[-1]["accuracy"]) > 0.7
     policy, options = float64(tmp_path / "run"), dpo.DpoOptions()
-    val = dpo.Pairs(TokenSet(data, "val", "preferences"), 64)
-    rows = [val.pair(i) for i in range(min(9, val.count))]
+    val = dpo.select(TokenSet(data, "val", "preferences"), 64)
+    rows = [val.rows(i) for i in range(min(9, val.count))]
     with torch.no_grad():
         now, before = ([[logp_by(model, row) for row in pair] for pair in rows] for model in (policy, reference))
     losses = [formula(options, a, b, [1, 1]).item() for a, b in zip(now, before, strict=True)]
@@ -252,7 +254,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, pairs,
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     kept = load_training_state(tmp_path / "cut")["reference"]
     for i in range(0, pairs.count, 5):
-        wanted = torch.stack([logp_by(reference, row) for row in pairs.pair(i)]).float()
+        wanted = torch.stack([logp_by(reference, row) for row in pairs.rows(i)]).float()
         torch.testing.assert_close(kept["train"][i], wanted, rtol=1e-6, atol=1e-5)
     assert kept["train"].isfinite().all() and kept["val"].isfinite().all()
     with pytest.raises(ValueError, match="beta=0.2: the run in .* has 0.1"):
@@ -280,12 +282,13 @@ def test_two_processes_equal_one(base, data, tmp_path):
 
 def test_before_the_first_step_an_example_shows_what_is_compared(base, data, tmp_path, capsys):
     run(base, data, tmp_path / "run", "--max_steps=1", "--sequence_length=58")
-    out, short = capsys.readouterr().out, dpo.Pairs(TokenSet(data, "train", "preferences"), 58)
+    out, short = capsys.readouterr().out, dpo.select(TokenSet(data, "train", "preferences"), 58)
     prompt, _, rest = out.partition("chosen answer first:\n\n")[2].partition("{+")
     chosen, _, rest = rest.partition("+}\n\n{-")
     assert prompt.startswith("<|begin_of_text|>") and prompt.endswith("assistant<|end_header_id|>\n")
     assert chosen.endswith("<|end_of_text|>") and rest.partition("-}")[0].endswith(" not<|end_of_text|>")
-    assert short.too_long and f"left out: {short.too_long} training pairs longer than 58 tokens" in out
+    count = short.left_out["longer than 58 tokens"]
+    assert count and f"left out: {count} training pairs longer than 58 tokens" in out
 
 
 def test_a_model_with_experts_in_bfloat16(data, tmp_path):

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import sft
-from dpo import Policy
 from nanodoge.checkpoint import load_model
 from nanodoge.conversations import TokenSet
 from nanodoge.machine import Machine
+from nanodoge.policy import Policy
 from nanodoge.run import Run, read_log
 from nanodoge.tokenizer import Tokenizer
 

@@ -60,10 +60,10 @@ def said_by_the_assistant(text):
 
 def test_targets_are_the_answers_and_their_ends_and_nothing_else(data):
     tokenizer, part = Tokenizer.load(data), TokenSet(data, "train", "chat")
-    rows = sft.Conversations(part, 10_000)
-    assert rows.count == len(part) and rows.cut == rows.left_out == 0
+    rows = sft.select(part, 10_000)
+    assert rows.count == len(part) and not any(rows.left_out.values())
     for i in range(rows.count):
-        tokens, targets, _ = pad([rows.row(i)], tokenizer.pad_id)
+        tokens, targets = pad([rows.rows(i)[0]], tokenizer.pad_id)
         expected = said_by_the_assistant(tokenizer.decode(part.conversation(i)[0]))
         learned, run_of = [], []
         for token, target in zip(tokens[0].tolist(), targets[0].tolist(), strict=True):
@@ -76,16 +76,15 @@ def test_targets_are_the_answers_and_their_ends_and_nothing_else(data):
         assert not run_of and learned == [text for text, is_learned in expected if is_learned]
         shifted = part.conversation(i)[0][1 : rows.lengths[i] + 1]
         assert ((targets[0].numpy() == shifted) | (targets[0].numpy() == -100)).all()  # not off by one
-        assert rows.targets[i] == (targets >= 0).sum() > 0
-        answer = rows.row(i)[0][rows.answers[i] :]
-        assert tokenizer.decode(answer) == learned[-1]
+        assert rows.targets[i, 0] == (targets >= 0).sum() > 0
+        assert tokenizer.decode(rows.rows(i)[0][0]).endswith(learned[-1])
 
 
 @pytest.mark.parametrize("length", [1, 9, 20, 30, 45, 64, 200])
 def test_long_conversations_are_cut_after_an_answer(data, length):
     """Against a walk through every conversation."""
     part = TokenSet(data, "train", "chat")
-    rows, kept, cut = sft.Conversations(part, length), [], 0
+    rows, kept, cut = sft.select(part, length), [], 0
     for i in range(len(part)):
         ids, mask = part.conversation(i)
         ends = [p for p in range(len(ids)) if mask[p] and (p + 1 == len(ids) or not mask[p + 1])]
@@ -93,22 +92,10 @@ def test_long_conversations_are_cut_after_an_answer(data, length):
         if fitting:
             kept.append((ids[: fitting[-1] + 1].tolist(), mask[: fitting[-1] + 1].tolist()))
             cut += fitting[-1] < ends[-1]
-    assert [tuple(x.tolist() for x in rows.row(i)) for i in range(rows.count)] == kept
-    assert (rows.cut, rows.left_out) == (cut, len(part) - len(kept))
+    assert [tuple(x.tolist() for x in rows.rows(i)[0]) for i in range(rows.count)] == kept
+    assert [*rows.left_out.values()] == [cut, len(part) - len(kept)]
     assert (rows.targets > 0).all() and (rows.lengths <= length).all()
-    assert rows.targets.tolist() == [sum(mask) for _, mask in kept]
-
-
-def test_runs_of_a_mask_are_found_across_pieces():
-    for seed in range(20):
-        mask = np.random.default_rng(seed).integers(0, 2, 50).astype(np.uint8)
-        whole = sft.turns(mask)
-        for piece in (1, 3, 7, 50):
-            assert all((a == b).all() for a, b in zip(sft.turns(mask, piece), whole, strict=True))
-        again = np.zeros(50, np.uint8)
-        for begin, end in zip(*whole, strict=True):
-            again[begin : end + 1] = 1
-        assert (again == mask).all()
+    assert rows.targets[:, 0].tolist() == [sum(mask) for _, mask in kept]
 
 
 def reference_step(base, rows, ids_of_step):
@@ -117,7 +104,7 @@ def reference_step(base, rows, ids_of_step):
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").double()
     total, count = 0.0, 0
     for i in ids_of_step:
-        ids, mask = (torch.from_numpy(x) for x in rows.row(i))
+        ids, mask = (torch.from_numpy(x) for x in rows.rows(i)[0])
         logits = model(ids[None, :-1]).logits[0]
         losses = F.cross_entropy(logits, ids[1:], reduction="none")
         total, count = total + losses[mask[1:]].sum(), count + int(mask[1:].sum())
@@ -136,7 +123,7 @@ def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(base, data, 
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     log = run(base, data, tmp_path / "run", f"--micro_tokens={micro_tokens}", "--max_steps=1", "--grad_clip=0")
-    rows = sft.Conversations(TokenSet(data, "train", "chat"), 64)
+    rows = sft.select(TokenSet(data, "train", "chat"), 64)
     loss, gradients = reference_step(base, rows, train.rows_of_step(0, rows.count, 8, 233))
     assert float(log[1]["loss"]) == pytest.approx(loss, rel=1e-5)
     model, _ = load_model(base)
@@ -150,14 +137,13 @@ def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(base, data, 
 def test_a_conversation_sees_no_other(base, data):
     """The loss of a conversation is the same alone, in any company, and whatever fills the row."""
     model, tokenizer = load_model(base)
-    rows = sft.Conversations(TokenSet(data, "train", "chat"), 64)
+    rows = sft.select(TokenSet(data, "train", "chat"), 64)
     order = np.argsort(rows.lengths)
-    short, long, losses = rows.row(order[0]), rows.row(order[-1]), []
+    short, long, losses = rows.rows(order[0])[0], rows.rows(order[-1])[0], []
     for company, filling in (([short], 2), ([short, long], 2), ([short, long], 7)):
-        tokens, targets, lengths = pad(company, filling)
-        logits = model(tokens)[0][0, : lengths[0]]
-        losses.append(F.cross_entropy(logits, targets[0, : lengths[0]]).item())
-    assert lengths[0] < lengths[1] and losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+        tokens, targets = pad(company, filling)
+        losses.append(F.cross_entropy(model(tokens)[0][0], targets[0]).item())
+    assert len(short[0]) < len(long[0]) and losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
 def test_it_learns_to_answer_and_to_stop(base, tmp_path):
@@ -180,11 +166,11 @@ def test_exact_match_by_hand(base, data, tmp_path):
     data = make_set(tmp_path / "set", base, rows=rows)
     log = run(base, data, tmp_path / "run", "--max_steps=12", "--eval_answers=12", "--learning_rate=1e-2")
     model, tokenizer = load_model(tmp_path / "run")
-    val, right = sft.Conversations(TokenSet(data, "val", "chat"), 64), 0
+    val, right = sft.select(TokenSet(data, "val", "chat"), 64), 0
     for i in range(min(12, val.count)):
-        text = tokenizer.decode(val.row(i)[0])
-        *_, (before, _), (answer, _) = said_by_the_assistant(text)
-        prompt = val.row(i)[0][: val.answers[i]]
+        ids, mask = val.rows(i)[0]
+        *_, (before, _), (answer, _) = said_by_the_assistant(tokenizer.decode(ids))
+        prompt = ids[: np.flatnonzero(~mask)[-1] + 1]
         assert tokenizer.decode(prompt).endswith(before[-20:])
         new = model.generate(torch.from_numpy(prompt)[None], 12, temperature=0.0, stop_ids=[tokenizer.eos_id])
         written = tokenizer.decode(new[0].tolist())
@@ -192,7 +178,7 @@ def test_exact_match_by_hand(base, data, tmp_path):
     assert float(log[-1]["val_exact"]) == pytest.approx(right / min(12, val.count))
     nats, count = 0.0, 0
     for i in range(val.count):
-        tokens, targets, _ = pad([val.row(i)], 0)
+        tokens, targets = pad([val.rows(i)[0]], 0)
         nats += F.cross_entropy(model(tokens)[0][0].double(), targets[0], reduction="sum").item()
         count += int((targets >= 0).sum())
     assert float(log[-1]["val_loss"]) == pytest.approx(nats / count, rel=1e-5)
@@ -220,13 +206,14 @@ def test_before_the_first_step_an_example_shows_what_is_learned(base, data, tmp_
     marked = [part.partition("+}")[0] for part in example.split("{+")[1:]]
     assert marked == [part for part, learned in said_by_the_assistant(text) if learned]
     run(base, data, tmp_path / "short", "--max_steps=1", "--sequence_length=50")
-    rows = sft.Conversations(TokenSet(data, "train", "chat"), 50)
-    assert f"{rows.cut} training conversations are cut after an earlier answer, {rows.left_out} left out" in (
-        capsys.readouterr().out)  # fmt: skip
+    rows = sft.select(TokenSet(data, "train", "chat"), 50)
+    out = capsys.readouterr().out
+    for reason, count in rows.left_out.items():
+        assert count and f"longer than 50 tokens: {count} training conversations {reason}" in out
 
 
 def test_epochs_make_the_steps(base, data, tmp_path):
-    rows = sft.Conversations(TokenSet(data, "train", "chat"), 64)
+    rows = sft.select(TokenSet(data, "train", "chat"), 64)
     log = run(base, data, tmp_path / "run", "--max_steps=0", "--epochs=1.5", "--eval_every=100")
     assert len(log) == 1 + -(-rows.count * 3 // 16)  # the first row is of the model as it came
     order = [i for step in range(len(log) - 1) for i in train.rows_of_step(step, rows.count, 8, 233)]
