@@ -23,7 +23,6 @@ BOS, the text, and the number of its label, which alone is marked.
 
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +208,8 @@ def key_of(row: dict) -> bytes:
 class TokenSet:
     """One split of a data folder, mapped into memory. len() counts conversations: a preference counts two.
 
-    ids, mask, offsets: the whole files. answers: texts, for problems. Raises ValueError for a folder of another kind
-    than "chat", "preferences", "problems" or "labels", whichever is asked for, and for files that were changed.
+    ids, mask, offsets: the whole files. answers: the texts of problems. Raises ValueError for a folder of another kind
+    ("chat", "preferences", "problems" or "labels") and for files that were changed.
     """
 
     def __init__(self, folder: str | Path, split: str, kind: str) -> None:
@@ -218,10 +217,7 @@ class TokenSet:
         for name, dtype in dict(ids=self.meta["dtype"], mask="uint8", offsets="int64").items():
             path, size = self.folder / f"{split}.{name}.bin", self.meta["sizes"].get(f"{split}.{name}.bin")
             if not path.is_file() or path.stat().st_size != size:
-                raise ValueError(
-                    f"{path} has not the {size} bytes that meta.json says: it was not written to its end, or changed; "
-                    "prepare the data again"
-                )
+                raise ValueError(f"{path} has not the {size} bytes of meta.json: it is cut off; prepare the data again")
             dtype = np.dtype(dtype).newbyteorder("<")
             setattr(self, name, np.memmap(path, dtype, "r") if size else np.zeros(0, dtype))
         if wrong := self.contradiction(kind):
@@ -289,17 +285,13 @@ class Examples:
         return pad([row for rows in zip(*map(self.rows, which), strict=True) for row in rows], pad_id)
 
     def show(self, i: int, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> str:
-        """The text of example i with its targets marked: green on a terminal, between {+ and +} elsewhere. Of a second
-        row only the targets follow, in red or between {- and -}."""
-        marks = [("{+", "+}"), ("{-", "-}")]
-        if sys.stdout.isatty():
-            marks = [("\033[32m", "\033[0m"), ("\033[31m", "\033[0m")]
+        """Example i as text, its targets between {+ and +}. Of a second row only the targets, between {- and -}."""
         texts = []
-        for (ids, mask), (begin, end) in zip(self.rows(i), marks, strict=False):
+        for (ids, mask), sign in zip(self.rows(i), "+-", strict=False):
             parts = np.split(ids, np.flatnonzero(np.diff(mask, prepend=False, append=False)))
-            said = [labels[part[0]] if labels and n % 2 else tokenizer.decode(part) for n, part in enumerate(parts)]
-            said = [begin + text + end if n % 2 else text for n, text in enumerate(said)]
-            texts.append("".join(said[1::2] if texts else said))
+            words = [labels[part[0]] if labels and n % 2 else tokenizer.decode(part) for n, part in enumerate(parts)]
+            marked = ["{" + sign + text + sign + "}" if n % 2 else text for n, text in enumerate(words)]
+            texts.append("".join(marked[1::2] if texts else marked))
         return "\n\n".join(texts)
 
 

@@ -149,8 +149,9 @@ def formula(options, policy, reference, sizes):
 
 
 @pytest.mark.parametrize("loss, micro_tokens", [("sigmoid", 128), ("sigmoid_norm", 256), ("ipo", 10_000)])
-def test_loss_and_gradient_of_a_later_step_equal_float64(base, data, pairs, reference, tmp_path, monkeypatch, loss,
-                                                         micro_tokens):  # fmt: skip
+def test_loss_and_gradient_of_a_later_step_equal_float64(
+    base, data, pairs, reference, tmp_path, monkeypatch, loss, micro_tokens
+):
     """Of the second step, when the model is no longer its reference; and with a batch that no micro-batch divides."""
     seen, clip = [], torch.nn.utils.clip_grad_norm_
 
@@ -160,8 +161,16 @@ def test_loss_and_gradient_of_a_later_step_equal_float64(base, data, pairs, refe
         return clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    log = run(base, data, tmp_path / "run", f"--loss={loss}", f"--micro_tokens={micro_tokens}", "--max_steps=2",
-              "--grad_clip=0", "--batch_rows=7")  # fmt: skip
+    log = run(
+        base,
+        data,
+        tmp_path / "run",
+        f"--loss={loss}",
+        f"--micro_tokens={micro_tokens}",
+        "--max_steps=2",
+        "--grad_clip=0",
+        "--batch_rows=7",
+    )
     model, tokenizer = load_model(base)
     with torch.no_grad():
         for p, (value, _) in zip(model.parameters(), seen[1], strict=True):
@@ -187,12 +196,17 @@ def test_losses_and_columns_by_hand():
     sizes = torch.tensor([[4], [2]])
     values = {loss: dpo.compare(logp, reference, sizes, dpo.DpoOptions(loss=loss)) for loss in dpo.BETA}
     values = {loss: {name: x.item() for name, x in columns.items()} for loss, columns in values.items()}
-    assert values["sigmoid"] == pytest.approx(dict(loss=math.log(1 + math.exp(-0.3)), accuracy=1, margin=0.3,
-                                                   chosen_reward=0.2, rejected_reward=-0.1, kl=1.25))  # fmt: skip
-    assert values["ipo"] == pytest.approx(dict(loss=16.0, accuracy=1, margin=0.1, chosen_reward=0.05,
-                                               rejected_reward=-0.05, kl=1.25))  # fmt: skip
-    assert values["sigmoid_norm"] == pytest.approx(dict(loss=math.log(1 + math.exp(-5)), accuracy=1, margin=5.0,
-                                                        chosen_reward=2.5, rejected_reward=-2.5, kl=1.25))  # fmt: skip
+    assert values["sigmoid"] == pytest.approx(
+        dict(
+            loss=math.log(1 + math.exp(-0.3)), accuracy=1, margin=0.3, chosen_reward=0.2, rejected_reward=-0.1, kl=1.25
+        )
+    )
+    assert values["ipo"] == pytest.approx(
+        dict(loss=16.0, accuracy=1, margin=0.1, chosen_reward=0.05, rejected_reward=-0.05, kl=1.25)
+    )
+    assert values["sigmoid_norm"] == pytest.approx(
+        dict(loss=math.log(1 + math.exp(-5)), accuracy=1, margin=5.0, chosen_reward=2.5, rejected_reward=-2.5, kl=1.25)
+    )
     assert dpo.DpoOptions(loss="sigmoid_norm", beta=2.0).beta == 2.0
 
 
@@ -292,10 +306,23 @@ def test_before_the_first_step_an_example_shows_what_is_compared(base, data, tmp
 
 
 def test_a_model_with_experts_in_bfloat16(data, tmp_path):
-    start = make_checkpoint(tmp_path / "start", is_moe=True, num_experts=16, num_experts_per_tok=2, keep_window_size=16,
-                            router_aux_loss_coef=0.01)  # fmt: skip
-    log = run(start, data, tmp_path / "run", "--dtype=bfloat16", "--max_steps=3", "--learning_rate=1e-2",
-              "--gradient_checkpointing")  # fmt: skip
+    start = make_checkpoint(
+        tmp_path / "start",
+        is_moe=True,
+        num_experts=16,
+        num_experts_per_tok=2,
+        keep_window_size=16,
+        router_aux_loss_coef=0.01,
+    )
+    log = run(
+        start,
+        data,
+        tmp_path / "run",
+        "--dtype=bfloat16",
+        "--max_steps=3",
+        "--learning_rate=1e-2",
+        "--gradient_checkpointing",
+    )
     assert float(log[1]["loss"]) == pytest.approx(math.log(2) + 0.01, abs=0.01)
     assert float(log[-1]["loss"]) < float(log[1]["loss"]) and float(log[-1]["accuracy"]) > 0.5
 
@@ -304,13 +331,21 @@ def test_a_model_with_experts_in_bfloat16(data, tmp_path):
 # Refusals
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"), (["--data=nowhere"], "nowhere"),
-    (["--sequence_length=2"], "0 and 0 fit"), (["--micro_tokens=100"], "micro_tokens=100 is less than one pair"),
-    (["--batch_rows=0"], "batch_rows=0"), (["--beta=-1"], "beta=-1"), (["--beta=nan"], "beta=nan"),
-    (["--loss=hinge"], "'hinge' is not one of sigmoid, ipo, sigmoid_norm"), (["--resume"], "no run to go on with"),
-    (["--eval_answers=3"], "no option 'eval_answers'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"),
+        (["--data=nowhere"], "nowhere"),
+        (["--sequence_length=2"], "0 and 0 fit"),
+        (["--micro_tokens=100"], "micro_tokens=100 is less than one pair"),
+        (["--batch_rows=0"], "batch_rows=0"),
+        (["--beta=-1"], "beta=-1"),
+        (["--beta=nan"], "beta=nan"),
+        (["--loss=hinge"], "'hinge' is not one of sigmoid, ipo, sigmoid_norm"),
+        (["--resume"], "no run to go on with"),
+        (["--eval_answers=3"], "no option 'eval_answers'"),
+    ],
+)
 def test_bad_options_are_named(base, data, tmp_path, options, words):
     with pytest.raises(ValueError, match=words) as error:
         run(base, data, tmp_path / "run", *options)

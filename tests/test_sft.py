@@ -256,8 +256,11 @@ def test_several_processes_equal_one(base, data, tmp_path, count):
         assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
 
 
-@pytest.mark.parametrize("shape", [dict(keep_window_size=16), dict(is_moe=True, num_experts=16, num_experts_per_tok=2,
-                                                                   router_aux_loss_coef=0.01)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [dict(keep_window_size=16), dict(is_moe=True, num_experts=16, num_experts_per_tok=2, router_aux_loss_coef=0.01)],
+    ids=str,
+)
 def test_longer_rows_make_a_longer_model(data, tmp_path, shape):
     """Beyond the window of keys that it keeps too; and a model with experts is tuned like any other."""
     start = make_checkpoint(tmp_path / "start", **shape)
@@ -281,13 +284,22 @@ def test_the_checkpoint_goes_on_to_the_next_stage_and_to_transformers(base, data
 # Refusals
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"), (["--data=nowhere"], "nowhere"),
-    (["--sequence_length=2"], "0 and 0 fit"),
-    (["--micro_tokens=10"], "less than one row"), (["--batch_rows=0"], "batch_rows=0"), (["--epochs=0"], "epochs=0"),
-    (["--warmup=1"], "warmup=1"), (["--eval_answers=-1"], "eval_answers=-1"), (["--max_steps=-1"], "max_steps=-1"),
-    (["--hidden_size=9"], "no option 'hidden_size'"), (["--resume"], "no run to go on with"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"),
+        (["--data=nowhere"], "nowhere"),
+        (["--sequence_length=2"], "0 and 0 fit"),
+        (["--micro_tokens=10"], "less than one row"),
+        (["--batch_rows=0"], "batch_rows=0"),
+        (["--epochs=0"], "epochs=0"),
+        (["--warmup=1"], "warmup=1"),
+        (["--eval_answers=-1"], "eval_answers=-1"),
+        (["--max_steps=-1"], "max_steps=-1"),
+        (["--hidden_size=9"], "no option 'hidden_size'"),
+        (["--resume"], "no run to go on with"),
+    ],
+)
 def test_bad_options_are_named(base, data, tmp_path, options, words):
     with pytest.raises(ValueError, match=words) as error:
         run(base, data, tmp_path / "run", *options)
