@@ -40,21 +40,25 @@ and be compared by its first half; cut at the front, the prompt would lose the q
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from nanodoge.conversations import Examples, TokenSet, fit_answers, open_sets
-from nanodoge.machine import gathered, shard
-from nanodoge.options import run_command
+from nanodoge import stage
+from nanodoge.conversations import Examples, TokenSet, check_not_empty, fit_answers, open_sets
+from nanodoge.machine import Machine, shard, unsharded
+from nanodoge.options import NonNegative, run_command
 from nanodoge.policy import Policy, with_positions
-from nanodoge.run import Run, TuneOptions, carry_out, count_steps, read_tune_options, start_tuning, try_out
-from train import cosine, make_optimizers, rows_of_step
+from nanodoge.run import Run
+from train import cosine, make_optimizers, optimizer_step, prepare_if_built_in, rows_of_step
 
 # Nats. A chosen answer that has gained less than this on the rejected one is tied with it: 50.25 % against 49.75 % at
 # the usual beta. Rounding alone makes 3e-5 in float32 and 0.15 in bfloat16 (the largest of 60 pairs, tiny model, CPU),
@@ -62,51 +66,53 @@ from train import cosine, make_optimizers, rows_of_step
 TIE = 0.1
 # What --beta=0 stands for: 0.1 as in the DPO paper. Means per token are smaller, hence 5 as in Tulu 3 (2411.15124).
 BETA = {"sigmoid": 0.1, "ipo": 0.1, "sigmoid_norm": 5.0}
-COLUMNS = "accuracy margin chosen_reward rejected_reward kl val_accuracy val_margin val_chosen_logp".split()
+COLUMNS = "accuracy margin chosen_reward rejected_reward chosen_logp kl".split()  # of a step
+VALIDATED = "loss accuracy margin chosen_logp".split()  # as val_loss and so on
 
 
 @dataclass
-class DpoOptions(TuneOptions):
+class DpoOptions(stage.TuneOptions):
+    """Direct preference optimisation."""
+
     init_from: str = "out/stories-chat"  # checkpoint folder of the model to tune, which is also the reference
     data: str = "data/stories-preferences"  # folder made by prepare_data.py --kind=preferences
     loss: Literal["sigmoid", "ipo", "sigmoid_norm"] = "sigmoid"  # sigmoid: DPO's own; the others use means per token
-    beta: float = 0.0  # the larger, the closer the model stays to the reference; 0 = 0.1, for sigmoid_norm 5
-    learning_rate: float = 8e-5  # peak learning rate
+    beta: NonNegative = 0.0  # the larger, the closer the model stays to the reference; 0 = 0.1, for sigmoid_norm 5
+    learning_rate: NonNegative = 8e-5  # peak learning rate
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"--beta={self.beta} must be a number above 0, or 0 for the usual one")
         self.beta = self.beta or BETA[self.loss]
 
 
 def select(token_set: TokenSet, length: int) -> Examples:
     """The pairs that can be compared: both rows fit into `length` tokens, and the answers differ and are not empty."""
     sizes, targets, _ = (x.reshape(-1, 2) for x in fit_answers(token_set, len(token_set.ids)))
-    first = 2 * np.arange(len(sizes))
-    pairs = Examples(token_set, first, sizes, targets, {})
-    is_choice = (targets >= 2).all(1)  # an answer is at least one token and EOS
-    for i in np.flatnonzero(is_choice & (targets[:, 0] == targets[:, 1])):
-        chosen, rejected = (ids[mask] for ids, mask in pairs.rows(i))
-        is_choice[i] = not np.array_equal(chosen, rejected)
-    fits = sizes.max(1) <= length
-    kept = np.flatnonzero(is_choice & fits)
+    first, differ = 2 * np.arange(len(sizes)), (targets >= 2).all(1)  # an answer is at least one token and EOS
+    pairs = Examples("pairs", token_set, first, sizes, targets, {})
+    for i in np.flatnonzero(differ & (targets[:, 0] == targets[:, 1])):
+        (chosen, mask), (rejected, other) = pairs.rows(i)
+        differ[i] = not np.array_equal(chosen[mask], rejected[other])
+    fit = sizes.max(1) <= length
+    kept = np.flatnonzero(differ & fit)
     left_out = {
-        f"longer than {length} tokens": int((is_choice & ~fits).sum()),
-        "with equal or empty answers": int((~is_choice).sum()),
+        f"left out, longer than {length} tokens": int((differ & ~fit).sum()),
+        "left out, with equal or empty answers": int((~differ).sum()),
     }
-    return Examples(token_set, first[kept], sizes[kept], targets[kept], left_out)
+    return Examples("pairs", token_set, first[kept], sizes[kept], targets[kept], left_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities, and the loss
 
 
-def answer_logp(network, pairs, group, pad_id, machine) -> tuple[Tensor, Tensor]:
+def answer_logp(
+    network: nn.Module, pairs: Examples, group: Sequence[int], pad_id: int, machine: Machine
+) -> tuple[Tensor, Tensor]:
     """The log-probabilities (2, n) fp32 of the chosen and the rejected answers of the n pairs `group`, each summed over
     its tokens; and the load-balance value of the experts."""
     tokens, targets = pairs.batch(group, pad_id)  # (2n, T)
-    shape, (tokens, positions, targets) = tokens.shape, machine.put(tokens, *with_positions(targets))
+    shape, (tokens, positions, targets) = tokens.shape, machine.to_device(tokens, *with_positions(targets))
     with machine.autocast():
         logp, balance = network(tokens, positions, targets)  # (N,)
     each = torch.zeros(shape, device=machine.device).flatten().index_copy(0, positions, logp)
@@ -141,16 +147,24 @@ def compare(logp: Tensor, reference: Tensor, sizes: Tensor, options: DpoOptions)
         margin=options.beta * ahead,
         chosen_reward=rewards[0],
         rejected_reward=rewards[1],
+        chosen_logp=logp[0].detach(),
         kl=ratios.detach().square().mean(0) / 2,
     )
 
 
-def compare_group(network, pairs, reference, group, pad_id, machine, options):
-    """`compare` for the pairs `group`, with the log-probabilities (n,) of the chosen answers as "chosen_logp"; and the
-    load-balance value. reference (count, 2): its log-probabilities of all pairs."""
+def compare_group(
+    network: nn.Module,
+    pairs: Examples,
+    reference: Tensor,
+    group: np.ndarray,
+    pad_id: int,
+    machine: Machine,
+    options: DpoOptions,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`compare` for the pairs `group`, and the load-balance value. reference (count, 2): its log-probabilities."""
     logp, balance = answer_logp(network, pairs, group, pad_id, machine)
-    known = machine.put(reference[group].T, torch.from_numpy(pairs.targets[group].T))
-    return compare(logp, *known, options) | dict(chosen_logp=logp[0].detach()), balance
+    known = machine.to_device(reference[group].T, torch.from_numpy(pairs.targets[group].T))
+    return compare(logp, *known, options), balance
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,10 +172,12 @@ def compare_group(network, pairs, reference, group, pad_id, machine, options):
 
 
 @torch.no_grad()
-def reference_logp(policy, pairs, which, pad_id, machine, options) -> Tensor:
+def reference_logp(
+    policy: Policy, pairs: Examples, which: np.ndarray, pad_id: int, machine: Machine, options: DpoOptions
+) -> Tensor:
     """The log-probabilities (count, 2) fp32, on the CPU, of both answers of the pairs `which` by the model as it is,
     and NaN for the other pairs. The ranks share the work, and all get the whole."""
-    groups = pairs.micro_batches(which, options.micro_tokens)[machine.rank :: machine.world_size]
+    groups = pairs.micro_batches(which, options.micro_batch_tokens)[machine.rank :: machine.world_size]
     found = torch.zeros(pairs.count, 2)
     hidden = None if machine.is_main else True  # None: shown on a terminal only
     for group in tqdm(groups, unit="batch", desc="reference", disable=hidden, dynamic_ncols=True):
@@ -172,27 +188,26 @@ def reference_logp(policy, pairs, which, pad_id, machine, options) -> Tensor:
     return known
 
 
-def kept_reference(options, state, sets):
+def kept_reference(state: dict, sets: dict[str, Examples], options: DpoOptions) -> dict[str, Tensor]:
     """{split: (count, 2)} of a resumed run, from its training state. Raises ValueError if it is of other data."""
     reference = state.get("reference", {})
     for split, pairs in sets.items():
         known = reference.get(split) if isinstance(reference, dict) else None
-        if not isinstance(known, torch.Tensor) or known.shape != (pairs.count, 2) or known.dtype != torch.float32:
-            raise ValueError(
-                f"--resume: the run in {options.out_dir} began with other pairs than the {pairs.count} "
-                f"of the {split} split that --data={options.data} has now"
-            )
+        if not isinstance(known, Tensor) or known.shape != (pairs.count, 2) or known.dtype != torch.float32:
+            here = f"the {pairs.count} of the {split} split that --data={options.data} has now"
+            raise ValueError(f"--resume: the run in {options.out_dir} began with other pairs than {here}")
     return reference
 
 
 @torch.no_grad()
-def evaluate(machine, policy, val, reference, pad_id, options):
-    """{log column: value}: means over the first eval_rows pairs. The ranks share the work."""
-    count = min(val.count, options.eval_rows)
-    sums = dict.fromkeys(("loss", "accuracy", "margin", "chosen_logp"), 0.0)
-    for group in val.micro_batches(range(count), options.micro_tokens)[machine.rank :: machine.world_size]:
+def evaluate(
+    machine: Machine, policy: Policy, val: Examples, reference: Tensor, pad_id: int, options: DpoOptions
+) -> dict[str, float]:
+    """{log column: value}: means over the first eval_size pairs. The ranks share the work."""
+    count, sums = min(val.count, options.eval_size), dict.fromkeys(VALIDATED, 0.0)
+    for group in val.micro_batches(range(count), options.micro_batch_tokens)[machine.rank :: machine.world_size]:
         values, _ = compare_group(policy, val, reference, group, pad_id, machine, options)
-        sums = {name: sums[name] + values[name].sum().cpu().double() for name in sums}
+        sums = {name: total + values[name].sum().cpu().double() for name, total in sums.items()}
     return {f"val_{name}": value / count for name, value in zip(sums, machine.sum(sums.values()), strict=True)}
 
 
@@ -200,111 +215,65 @@ def evaluate(machine, policy, val, reference, pad_id, options):
 # The run
 
 
-class Run(Run):
-    """A run whose checkpoints also hold the reference's log-probabilities: {split: (count, 2)}."""
-
-    reference = None
-
-    def state(self):
-        return super().state() | dict(reference=self.reference)
-
-
-def announce(options, machine, model, train_pairs, val_pairs, which, seconds, line):
-    """Prints, before the first step, what is going to happen, on what, and what it will cost. which: the pairs that the
-    run will see; seconds: of one micro-batch; line: on how it is computed."""
-    steps, step = options.max_steps, rows_of_step(0, train_pairs.count, options.batch_rows, options.seed)
-    groups = train_pairs.micro_batches(step, options.micro_tokens, machine.world_size)
-    padded = sum(len(group) * int(train_pairs.lengths[group].max()) for group in groups)
-    for split, pairs in (("training", train_pairs), ("validation", val_pairs)):
-        for reason, count in pairs.left_out.items():
-            if count:
-                machine.print(f"left out: {count:,} {split} pairs {reason}")
-    a_pair = seconds * len(groups) / machine.world_size / options.batch_rows
-    first = 0 if options.resume else a_pair / 3 * (len(which) + val_pairs.count)  # no backward pass
-    duration = first + a_pair * options.batch_rows * steps
-    machine.print(
-        f"model     {sum(p.numel() for p in model.parameters()):,} parameters, from {options.init_from}\n"
-        f"data      {options.data}: {train_pairs.count:,} pairs, {train_pairs.sizes.sum():,} tokens, "
-        f"{train_pairs.targets.sum():,} of them compared; {steps * options.batch_rows / train_pairs.count:.2f} epochs\n"
-        f"loss      {options.loss}, beta {options.beta}\n"
-        f"step      {options.batch_rows} pairs in about {len(groups)} micro-batches on {machine.world_size} processes; "
-        f"{1 - train_pairs.sizes[step].sum() / padded:.0%} of the first step is padding\n"
-        f"device    {machine.summary}; {line}\n"
-        f"cost      {steps:,} steps; about {duration // 3600:.0f} h {duration // 60 % 60 + 1:.0f} min at the most, "
-        f"{first:.0f} s of it to ask the reference, before the first step"
-    )
-
-
-def train(options, machine):
+def train(options: DpoOptions, machine: Machine) -> None:
     """Runs the whole tuning and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
-    *sets, tokenizer = open_sets(options, "preferences", machine)
-    model, state = start_tuning(options, machine, tokenizer)
-    pairs, val = (select(token_set, options.sequence_length) for token_set in sets)
-    if not (pairs.count and val.count):
-        raise ValueError(
-            f"--sequence_length={options.sequence_length}: of {len(sets[0]) // 2} training and "
-            f"{len(sets[1]) // 2} validation pairs, {pairs.count} and {val.count} fit"
-        )
-    if options.micro_tokens < 2 * options.sequence_length:
-        raise ValueError(
-            f"--micro_tokens={options.micro_tokens} is less than one pair, two rows of {options.sequence_length}"
-        )
-    count_steps(options, pairs.count, machine)
-    shard(model, options, machine, "hidden")
-    optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
-    policy, pad_id = Policy(model), tokenizer.pad_id
-
-    longest = np.argsort(-pairs.lengths, kind="stable")[: options.micro_tokens // pairs.lengths.max()]
-    tried = try_out(machine, policy, lambda n: answer_logp(n, pairs, longest, pad_id, machine)[0].sum(), options)
-    network, seconds, line = tried
-    steps = min(options.max_steps, math.ceil(pairs.count / options.batch_rows))  # after an epoch every pair was used
-    used = np.unique(
-        [i for step in range(steps) for i in rows_of_step(step, pairs.count, options.batch_rows, options.seed)]
+    prepare_if_built_in(options, machine, "preferences")
+    *sets, tokenizer = open_sets(options.data, "preferences")
+    model, state = stage.start_tuning(options, machine, tokenizer)
+    data, val = (select(token_set, options.sequence_length) for token_set in sets)
+    check_not_empty(data, val, options)
+    if options.micro_batch_tokens < (pair := 2 * options.sequence_length):
+        raise ValueError(f"--micro_batch_tokens={options.micro_batch_tokens} is less than one pair, {pair} tokens")
+    stage.count_steps(options, data.count, machine)
+    if options.shard:
+        shard(model, machine, "hidden")
+    optimizers, policy, pad_id = make_optimizers(model, options, machine), Policy(model), tokenizer.pad_id
+    longest = data.longest(options.micro_batch_tokens)
+    network, seconds, note = stage.profile_step(
+        machine, policy, lambda network: answer_logp(network, data, longest, pad_id, machine)[0].sum(), options
     )
-    announce(options, machine, model, pairs, val, used, seconds, line)
-    example = pairs.show(rows_of_step(0, pairs.count, 1, options.seed)[0], tokenizer)
+    first = rows_of_step(0, data.count, options.batch_size, options.seed)
+    groups = data.micro_batches(first, options.micro_batch_tokens, machine.world_size)
+    seconds *= len(groups) / machine.world_size * options.max_steps
+    lines = data.describe(val, groups, options) | dict(loss=f"{options.loss}, beta {options.beta}")
+    stage.announce(options, machine, model, lines, seconds, note)
+    example = data.show(first[0], tokenizer)
     machine.print(f"an example, with what is compared marked, the chosen answer first:\n\n{example}\n")
+
     if options.resume:
-        reference = kept_reference(options, state, dict(train=pairs, val=val))
+        reference = kept_reference(state, dict(train=data, val=val), options)
     else:
-        with gathered(model):
-            reference = {
-                "train": reference_logp(policy, pairs, used, pad_id, machine, options),
-                # of all validation pairs, since a resumed run may raise --eval_rows
-                "val": reference_logp(policy, val, np.arange(val.count), pad_id, machine, options),
-            }
-    run = Run(
-        options,
-        machine,
-        model,
-        network,
-        tokenizer,
-        optimizers,
-        lambda: evaluate(machine, policy, val, reference["val"], pad_id, options),
-        model.flops_per_token(pairs.sizes.mean()),
-        columns=COLUMNS,
-    )
-    run.reference = reference
+        steps = range(min(options.max_steps, math.ceil(data.count / options.batch_size)))  # after an epoch, all pairs
+        used = np.unique([rows_of_step(step, data.count, options.batch_size, options.seed) for step in steps])
+        with unsharded(model):  # of all validation pairs, since a resumed run may raise --eval_size
+            known = reference_logp(policy, val, np.arange(val.count), pad_id, machine, options)
+            reference = dict(train=reference_logp(policy, data, used, pad_id, machine, options), val=known)
+    validate = partial(evaluate, machine, policy, val, reference["val"], pad_id, options)
+    columns = [*COLUMNS, *(f"val_{name}" for name in VALIDATED)]
+    settings = dict(columns=columns, extra_state=dict(reference=reference), evaluate_first=True)
+    flops = model.flops_per_token(data.sizes.mean())
+    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, **settings)
     if options.resume:
         run.restore(state)
 
-    def loss_of(group):  # a micro-batch's share of the mean over the whole step
-        values, balance = compare_group(run.network, pairs, reference["train"], group, pad_id, machine, options)
-        shares = {name: value.sum() / options.batch_rows for name, value in values.items() if name != "chosen_logp"}
-        balance = model.config.router_aux_loss_coef * balance * len(group) / options.batch_rows
-        return shares.pop("loss") + balance, shares
-
     with run:
         for step in run.steps():
-            rows = rows_of_step(step, pairs.count, options.batch_rows, options.seed)
-            groups = pairs.micro_batches(rows, options.micro_tokens, machine.world_size)
             lr = options.learning_rate * cosine(step, options.max_steps, int(options.warmup * options.max_steps))
-            run.update(groups[machine.rank :: machine.world_size], loss_of, int(pairs.sizes[rows].sum()), lr)
+            rows = rows_of_step(step, data.count, options.batch_size, options.seed)
+            groups = data.micro_batches(rows, options.micro_batch_tokens, machine.world_size)  # of all ranks
+            loss, columns = 0.0, dict.fromkeys(COLUMNS, 0.0)
+            for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
+                values, balance = compare_group(network, data, reference["train"], group, pad_id, machine, options)
+                balance = model.config.router_aux_loss_coef * balance * len(group) / options.batch_size
+                loss += run.backward(values["loss"].sum() / options.batch_size + balance)
+                columns = {name: total + values[name].sum() / options.batch_size for name, total in columns.items()}
+            grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
+            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()), **columns)
     run.finish()
 
 
-def main(argv):
-    carry_out(train, read_tune_options(DpoOptions, argv, "dpo_tiny.py"))
+def main(argv: list[str]) -> None:
+    stage.run_stage(train, stage.read_run_options(DpoOptions, argv, "dpo_tiny.py", stage.TUNE_MAY_CHANGE))
 
 
 if __name__ == "__main__":

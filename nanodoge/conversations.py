@@ -26,18 +26,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanodoge.checkpoint import load_config, read_meta
-from nanodoge.layouts import checkpoint_file, locate
+from nanodoge.checkpoint import read_meta
 from nanodoge.tokenizer import Tokenizer, read_object
 
-# Made on the spot when they are not there: no network is needed.
-BUILT_IN = {"data/stories-chat": ["stories"], "data/stories-preferences": ["stories"], "data/sums-chat": ["sums"],
-            "data/sums-problems": ["sums"]}  # fmt: skip
 # The columns of a row: the first schema that fits is used. Its first column is the question (a text or a list of
 # messages), the others are answers to it; a schema of one column is a whole conversation.
 SCHEMAS = {
@@ -260,6 +257,7 @@ class TokenSet:
 class Examples:
     """What a stage has selected from a TokenSet: count examples of k rows each, k = 2 for a preference, else 1."""
 
+    noun: str  # what an example is called, in the plural
     set: TokenSet
     first: np.ndarray  # (count,) which conversation of the set is an example's first row
     sizes: np.ndarray  # (count, k) tokens of a row that the model reads; one more id follows, which is only a target
@@ -268,7 +266,7 @@ class Examples:
 
     def __post_init__(self) -> None:
         self.count, self.k = self.sizes.shape
-        self.lengths = self.k * self.sizes.max(1, initial=0)  # tokens of a micro-batch that an example takes
+        self.lengths = self.k * self.sizes.max(1, initial=0)  # what an example takes of a micro-batch, in tokens
 
     def rows(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The k rows of example i: (ids, mask), size + 1 of each."""
@@ -280,9 +278,29 @@ class Examples:
         which = np.asarray(which)
         return [which[group] for group in bucket_by_length(self.lengths[which], limit, parts)]
 
+    def longest(self, limit: int) -> np.ndarray:
+        """The longest examples, as many as a micro-batch of `limit` tokens holds."""
+        return np.argsort(-self.lengths, kind="stable")[: limit // self.lengths.max()]
+
     def batch(self, which: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor]:
         """tokens and targets (k n, T) of the n examples `which` (see pad): all first rows, then all second ones."""
         return pad([row for rows in zip(*map(self.rows, which), strict=True) for row in rows], pad_id)
+
+    def describe(self, val: "Examples", groups: list[np.ndarray], options: Any) -> dict[str, str]:
+        """Lines for stage.announce. val: the validation examples; groups: the micro-batches of the first step."""
+        left_out = [
+            f"{count:,} {split} {self.noun} {reason}"
+            for split, examples in (("training", self), ("validation", val))
+            for reason, count in examples.left_out.items()
+            if count
+        ]
+        padding = 1 - self.sizes[np.concatenate(groups)].sum() / sum(len(g) * self.lengths[g].max() for g in groups)
+        epochs = options.max_steps * options.batch_size / self.count
+        targets = f", {self.targets.sum():,} of them targets" if self.targets.any() else ""
+        sizes = f"{self.count:,} {self.noun}, {self.sizes.sum():,} tokens{targets}; {epochs:.2f} epochs"
+        step = f"{options.batch_size} {self.noun} in about {len(groups)} micro-batches, {padding:.0%} of them padding"
+        lines = dict(data=f"{options.data}: {sizes}", step=step)
+        return lines | ({"left out": "; ".join(left_out)} if left_out else {})
 
     def show(self, i: int, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> str:
         """Example i as text, its targets between {+ and +}. Of a second row only the targets, between {- and -}."""
@@ -319,28 +337,25 @@ def answer_spans(mask: np.ndarray, piece: int = 1 << 26) -> tuple[np.ndarray, np
     return np.concatenate(begins), np.concatenate(ends + [np.full(int(before), len(mask) - 1)])
 
 
-def open_sets(options, kind, machine):
-    """-> training TokenSet, validation TokenSet, tokenizer of options.data. Built-in data is prepared if it is not
-    there, with the tokenizer of the model to be tuned."""
-    if options.data in BUILT_IN and not Path(options.data, "meta.json").is_file():
-        folder = options.out_dir if options.resume else options.init_from
-        load_config(folder)  # whose first complaint is of a checkpoint that is not there
-        if machine.is_main:
-            import prepare_data
-
-            machine.print(f"preparing the built-in {options.data}")
-            tokenizer = str(checkpoint_file(locate(folder), "tokenizer.json"))
-            names = BUILT_IN[options.data]
-            prepare_data.prepare(prepare_data.PrepareOptions(names, options.data, tokenizer, kind=kind))
-    machine.barrier()
-    train, val = (TokenSet(options.data, split, kind) for split in ("train", "val"))
-    tokenizer = Tokenizer.load(options.data)
+def open_sets(folder: str, kind: str) -> tuple[TokenSet, TokenSet, Tokenizer]:
+    """The training and the validation set of a data folder, and its tokenizer."""
+    train, val = (TokenSet(folder, split, kind) for split in ("train", "val"))
+    tokenizer = Tokenizer.load(folder)
     if (tokenizer.digest, tokenizer.vocab_size) != (train.meta["tokenizer_sha256"], train.meta["vocab_size"]):
-        raise ValueError(f"{options.data}/tokenizer.json is not the one its tokens were made with (sha256 or "
-                         "vocab_size differs)")  # fmt: skip
+        raise ValueError(f"{folder}/tokenizer.json is not the one its tokens were made with")
     if tokenizer.chat_template != train.meta.get("chat_template"):
-        raise ValueError(f"{options.data}: its chat template is not the one of its tokens; prepare the data again")
+        raise ValueError(f"{folder}: its chat template is not the one of its tokens; prepare the data again")
     return train, val, tokenizer
+
+
+def check_not_empty(train: Examples, val: Examples, options: Any) -> None:
+    """Raises ValueError, with the reasons, if no example was selected for training or for validation."""
+    for split, examples in (("training", train), ("validation", val)):
+        if not examples.count:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in examples.left_out.items() if count)
+            raise ValueError(
+                f"--sequence_length={options.sequence_length}: no {split} {examples.noun} left ({reasons})"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,21 +391,3 @@ def pad(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor,
         tokens[b, : len(ids) - 1] = ids[:-1]
         targets[b, : len(ids) - 1] = np.where(mask[1:], ids[1:], -100)
     return torch.from_numpy(tokens), torch.from_numpy(targets)
-
-
-def generate(model, tokenizer, prompts, max_new_tokens, rows=64, **sampling):
-    """Continues lists of ids, `rows` of them at a time, of like length -> a list of ids each, with the EOS that ends it
-    if it came in time. sampling: as for model.generate; temperature 0 takes the likeliest token."""
-    device, answers = model.embed_tokens.weight.device, [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), rows):
-        some = order[start : start + rows]
-        lengths = torch.tensor([len(prompts[i]) for i in some])
-        tokens = torch.full((len(some), int(lengths.max())), tokenizer.pad_id)
-        for row, i in enumerate(some):
-            tokens[row, : lengths[row]] = torch.as_tensor(prompts[i])
-        new = model.generate(tokens.to(device), max_new_tokens, lengths=lengths.to(device), **sampling,
-                             stop_ids=[tokenizer.eos_id], vocab_size=tokenizer.vocab_size)  # fmt: skip
-        for i, ids in zip(some, new.tolist(), strict=True):
-            answers[i] = ids[: ids.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in ids else ids
-    return answers

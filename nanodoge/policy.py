@@ -1,15 +1,20 @@
 """The model as a policy: it writes answers, and it gives the tokens of answers their log-probabilities."""
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
+from model import Doge
+from nanodoge.decode import Decoder
 from nanodoge.losses import token_logprobs
+from nanodoge.machine import Machine, unsharded
+from nanodoge.tokenizer import Tokenizer
 
 
 class Policy(nn.Module):
     """The model as what draws tokens: at `temperature`, from the first vocab_size ids (None: from all)."""
 
-    def __init__(self, model: nn.Module, vocab_size: int | None = None, temperature: float = 1.0) -> None:
+    def __init__(self, model: Doge, vocab_size: int | None = None, temperature: float = 1.0) -> None:
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, temperature
 
@@ -26,3 +31,46 @@ def with_positions(targets: Tensor) -> tuple[Tensor, Tensor]:
     (N,): only they are multiplied by the output matrix. On the host, because counting synchronises a GPU."""
     positions = (targets.flatten() != -100).nonzero()[:, 0]
     return positions, targets.flatten()[positions]
+
+
+def write_answers(
+    machine: Machine,
+    model: Doge,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    slots: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The model's answer to each prompt: new ids, with the EOS that ends them if it came in time.
+
+    The ranks share the work, `slots` answers at once on each, and all get the whole. Temperature 0 takes the likeliest
+    token each time. Answer i draws with its own seed, seed + i, so it depends on neither slots nor ranks.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    pieces = [order[i : i + slots] for i in range(0, len(order), slots)]
+    mine = {}
+    with unsharded(model), machine.autocast():
+        decoder = Decoder(model, machine.dtype)
+        for i in range(machine.rank, len(pieces), machine.world_size):
+            lengths = torch.tensor([len(prompts[j]) for j in pieces[i]])
+            tokens = torch.full((len(pieces[i]), int(lengths.max())), tokenizer.pad_id)
+            for row, j in enumerate(pieces[i]):
+                tokens[row, : lengths[row]] = torch.as_tensor(prompts[j])
+            new = model.generate(
+                tokens.to(machine.device),
+                max_new_tokens,
+                lengths=lengths.to(machine.device),
+                decoder=decoder,
+                temperature=temperature,
+                generator=torch.Generator(machine.device).manual_seed(seed + i),
+                stop_ids=[tokenizer.eos_id],
+                vocab_size=tokenizer.vocab_size,
+            )
+            for j, ids in zip(pieces[i], new.tolist(), strict=True):
+                mine[j] = ids[: ids.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in ids else ids
+    written = {}
+    for part in machine.gather(mine):
+        written.update(part)
+    return [written[i] for i in range(len(prompts))]

@@ -615,10 +615,30 @@ def lexicon(split: str) -> dict[str, list]:
     """What a cast is drawn from, by list name. Of HELD_OUT's lists every fifth entry is "test", the rest "train"."""
     if split not in ("train", "test", "all"):
         raise ValueError(f"split={split!r} is unknown: choose train, test or all")
-    lists = dict(girls=GIRLS, boys=BOYS, surnames=SURNAMES, pet_names=PET_NAMES, towns=TOWNS, ages=AGES, days=DAYS,
-                 months=MONTHS, colours=COLOURS, traits=TRAITS, kin=KIN, jobs=JOBS, items=ITEMS, foods=phrases(FOODS),
-                 hobbies=phrases(HOBBIES), pets=table(PETS), animals=table(ANIMALS), weathers=table(WEATHERS),
-                 places=table(PLACES), skills=table(SKILLS), builds=table(BUILDS), contests=table(CONTESTS))
+    lists = dict(
+        girls=GIRLS,
+        boys=BOYS,
+        surnames=SURNAMES,
+        pet_names=PET_NAMES,
+        towns=TOWNS,
+        ages=AGES,
+        days=DAYS,
+        months=MONTHS,
+        colours=COLOURS,
+        traits=TRAITS,
+        kin=KIN,
+        jobs=JOBS,
+        items=ITEMS,
+        foods=phrases(FOODS),
+        hobbies=phrases(HOBBIES),
+        pets=table(PETS),
+        animals=table(ANIMALS),
+        weathers=table(WEATHERS),
+        places=table(PLACES),
+        skills=table(SKILLS),
+        builds=table(BUILDS),
+        contests=table(CONTESTS),
+    )
     lists["things"] = [(thing, *rest) for *rest, things in table(THINGS) for thing in things.split()]
     lists["sums"] = [(NUMBERS[n], NUMBERS[m], NUMBERS[n + m]) for n in range(2, 10) for m in range(2, 10)]
     for name in HELD_OUT if split != "all" else ():
@@ -779,8 +799,10 @@ CHAT_SEED, PREFERENCE_SEED = 1 << 32, 2 << 32
 HASTY = 0.6  # of the worked sums: enough for the likeliest thought to be none
 POLITE = ("Of course. {}", "Gladly. {}", "Happy to help. {}")
 RUDE = ("Read it yourself. {}", "What a silly question! {}", "{} Leave me alone now.")
-RAMBLING = ("Well, let me see, that is a hard one, there is so much in it, who can tell, but maybe so. {}",
-            "Hm, stories are long and days are short, and I once knew a baker, but that is another tale. {}")
+RAMBLING = (
+    "Well, let me see, that is a hard one, there is so much in it, who can tell, but maybe so. {}",
+    "Hm, stories are long and days are short, and I once knew a baker, but that is another tale. {}",
+)
 
 
 def conversation(number: int, split: str) -> dict:

@@ -13,8 +13,8 @@ from helpers import make_checkpoint, make_set, rows_of
 
 import prepare_data
 from nanodoge import stories
-from nanodoge.checkpoint import load_model, read_meta
-from nanodoge.conversations import TokenSet, answer_spans, bucket_by_length, document, final_answer, generate, pad
+from nanodoge.checkpoint import read_meta
+from nanodoge.conversations import TokenSet, answer_spans, bucket_by_length, document, final_answer, pad
 from nanodoge.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -393,11 +393,3 @@ def test_pad_shifts_by_one_and_targets_what_is_marked():
     assert targets.tolist() == [[-100, 7, 8], [9, -100, -100]]
     ends = [(np.array([5, 6, 2]), np.array([0, 0, 1], bool)), (np.array([5, 2]), np.array([0, 1], bool))]
     assert pad(ends, pad_id=2)[1].tolist() == [[-100, 2], [2, -100]]  # where padding and EOS are one token, EOS counts
-
-
-def test_generate_in_batches_equals_one_by_one(checkpoint):
-    model, tokenizer = load_model(checkpoint)
-    prompts = [tokenizer.encode(text) for text in ("the cat", "a red ball then", "over", "the dog sees a tree")]
-    together = generate(model, tokenizer, prompts, 9, rows=3, temperature=0.0)
-    alone = [generate(model, tokenizer, [prompt], 9, temperature=0.0)[0] for prompt in prompts]
-    assert together == alone and all(0 < len(ids) <= 9 for ids in alone)

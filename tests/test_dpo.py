@@ -148,9 +148,9 @@ def formula(options, policy, reference, sizes):
     return (mean[0] - mean[1] - 1 / (2 * options.beta)) ** 2
 
 
-@pytest.mark.parametrize("loss, micro_tokens", [("sigmoid", 128), ("sigmoid_norm", 256), ("ipo", 10_000)])
+@pytest.mark.parametrize("loss, micro_batch_tokens", [("sigmoid", 128), ("sigmoid_norm", 256), ("ipo", 10_000)])
 def test_loss_and_gradient_of_a_later_step_equal_float64(
-    base, data, pairs, reference, tmp_path, monkeypatch, loss, micro_tokens
+    base, data, pairs, reference, tmp_path, monkeypatch, loss, micro_batch_tokens
 ):
     """Of the second step, when the model is no longer its reference; and with a batch that no micro-batch divides."""
     seen, clip = [], torch.nn.utils.clip_grad_norm_
@@ -166,10 +166,10 @@ def test_loss_and_gradient_of_a_later_step_equal_float64(
         data,
         tmp_path / "run",
         f"--loss={loss}",
-        f"--micro_tokens={micro_tokens}",
+        f"--micro_batch_tokens={micro_batch_tokens}",
         "--max_steps=2",
         "--grad_clip=0",
-        "--batch_rows=7",
+        "--batch_size=7",
     )
     model, tokenizer = load_model(base)
     with torch.no_grad():
@@ -198,14 +198,28 @@ def test_losses_and_columns_by_hand():
     values = {loss: {name: x.item() for name, x in columns.items()} for loss, columns in values.items()}
     assert values["sigmoid"] == pytest.approx(
         dict(
-            loss=math.log(1 + math.exp(-0.3)), accuracy=1, margin=0.3, chosen_reward=0.2, rejected_reward=-0.1, kl=1.25
+            loss=math.log(1 + math.exp(-0.3)),
+            accuracy=1,
+            margin=0.3,
+            chosen_reward=0.2,
+            rejected_reward=-0.1,
+            chosen_logp=-8,
+            kl=1.25,
         )
     )
     assert values["ipo"] == pytest.approx(
-        dict(loss=16.0, accuracy=1, margin=0.1, chosen_reward=0.05, rejected_reward=-0.05, kl=1.25)
+        dict(loss=16.0, accuracy=1, margin=0.1, chosen_reward=0.05, rejected_reward=-0.05, chosen_logp=-8, kl=1.25)
     )
     assert values["sigmoid_norm"] == pytest.approx(
-        dict(loss=math.log(1 + math.exp(-5)), accuracy=1, margin=5.0, chosen_reward=2.5, rejected_reward=-2.5, kl=1.25)
+        dict(
+            loss=math.log(1 + math.exp(-5)),
+            accuracy=1,
+            margin=5.0,
+            chosen_reward=2.5,
+            rejected_reward=-2.5,
+            chosen_logp=-8,
+            kl=1.25,
+        )
     )
     assert dpo.DpoOptions(loss="sigmoid_norm", beta=2.0).beta == 2.0
 
@@ -219,7 +233,7 @@ def test_ties_are_not_won():
 
 def test_a_run_starts_at_ln_2_without_wins_and_a_rate_of_zero_keeps_it_there(base, data, pairs, tmp_path):
     """And the reference was asked about the pairs that are used, and no others."""
-    log = run(base, data, tmp_path / "run", "--learning_rate=0", "--max_steps=3", "--eval_every=1", "--batch_rows=5")
+    log = run(base, data, tmp_path / "run", "--learning_rate=0", "--max_steps=3", "--eval_every=1", "--batch_size=5")
     known = load_training_state(tmp_path / "run")["reference"]["train"].isfinite().all(1)
     used = [i for step in range(3) for i in train.rows_of_step(step, pairs.count, 5, 233)]
     assert known.nonzero()[:, 0].tolist() == sorted(used)
@@ -233,7 +247,7 @@ def test_a_run_starts_at_ln_2_without_wins_and_a_rate_of_zero_keeps_it_there(bas
 
 def test_validation_by_hand_and_it_learns(base, data, reference, tmp_path):
     """The rejected answers say `not`: that is learned. The figures are those of transformers' model in float64."""
-    log = run(base, data, tmp_path / "run", "--eval_every=12", "--learning_rate=1e-2", "--eval_rows=9")
+    log = run(base, data, tmp_path / "run", "--eval_every=12", "--learning_rate=1e-2", "--eval_size=9")
     assert float(log[-1]["loss"]) < 0.5 and float(log[-1]["accuracy"]) > 0.7
     policy, options = float64(tmp_path / "run"), dpo.DpoOptions()
     val = dpo.select(TokenSet(data, "val", "preferences"), 64)
@@ -256,11 +270,11 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, pairs,
     """And the reference does not drift, even if the model that it was has been overwritten since."""
     start = shutil.copytree(base, tmp_path / "start")
     whole = run(base, data, tmp_path / "whole", "--max_steps=8")
-    update = Run.update
-    monkeypatch.setattr("nanodoge.run.Run.update", lambda self, *a: 1 / 0 if self.step == 6 else update(self, *a))
+    end_step = Run.end_step
+    monkeypatch.setattr("nanodoge.run.Run.end_step", lambda self, **a: 1 / 0 if self.step == 6 else end_step(self, **a))
     with pytest.raises(ZeroDivisionError):
         run(start, data, tmp_path / "cut", "--max_steps=8")
-    monkeypatch.setattr("nanodoge.run.Run.update", update)
+    monkeypatch.setattr("nanodoge.run.Run.end_step", end_step)
     make_checkpoint(start, seed=1)
     dpo.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
     assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
@@ -301,8 +315,8 @@ def test_before_the_first_step_an_example_shows_what_is_compared(base, data, tmp
     chosen, _, rest = rest.partition("+}\n\n{-")
     assert prompt.startswith("<|begin_of_text|>") and prompt.endswith("assistant<|end_header_id|>\n")
     assert chosen.endswith("<|end_of_text|>") and rest.partition("-}")[0].endswith(" not<|end_of_text|>")
-    count = short.left_out["longer than 58 tokens"]
-    assert count and f"left out: {count} training pairs longer than 58 tokens" in out
+    count = short.left_out["left out, longer than 58 tokens"]
+    assert count and f"{count} training pairs left out, longer than 58 tokens" in out
 
 
 def test_a_model_with_experts_in_bfloat16(data, tmp_path):
@@ -336,9 +350,9 @@ def test_a_model_with_experts_in_bfloat16(data, tmp_path):
     [
         (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"),
         (["--data=nowhere"], "nowhere"),
-        (["--sequence_length=2"], "0 and 0 fit"),
-        (["--micro_tokens=100"], "micro_tokens=100 is less than one pair"),
-        (["--batch_rows=0"], "batch_rows=0"),
+        (["--sequence_length=2"], "no training pairs left"),
+        (["--micro_batch_tokens=100"], "micro_batch_tokens=100 is less than one pair"),
+        (["--batch_size=0"], "batch_size=0"),
         (["--beta=-1"], "beta=-1"),
         (["--beta=nan"], "beta=nan"),
         (["--loss=hinge"], "'hinge' is not one of sigmoid, ipo, sigmoid_norm"),
@@ -364,6 +378,6 @@ def test_without_a_word_it_tunes_what_sft_py_left(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "out" / "stories-chat", max_position_embeddings=1024)  # its tokens are short
     real = prepare_data.prepare
     monkeypatch.setattr(prepare_data, "prepare", lambda options: real(dataclasses.replace(options, stories=40), True))
-    dpo.main(["--max_steps=1", "--device=cpu", "--batch_rows=4", "--eval_rows=4"])
+    dpo.main(["--max_steps=1", "--device=cpu", "--batch_size=4", "--eval_size=4"])
     log = read_log(tmp_path / "out" / "stories-preferences" / "log.csv")
     assert [row["step"] for row in log] == ["0", "1"] and all(row["val_accuracy"] != "" for row in log)

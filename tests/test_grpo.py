@@ -2,11 +2,9 @@
 what is rewarded and what is not; and a test for each way in which users of such stages were hurt: groups without a
 signal, one answer a group, answers that never end, a reference that drifts, other samples after a resume."""
 
-import contextlib
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,21 +18,21 @@ import sft
 from nanodoge.checkpoint import load_model
 from nanodoge.conversations import TokenSet
 from nanodoge.machine import Machine
-from nanodoge.policy import Policy
+from nanodoge.policy import Policy, write_answers
 from nanodoge.run import Run, read_log
 from nanodoge.tokenizer import Tokenizer
 
 QUESTIONS = [f"{text} {i}" for i, text in enumerate(texts(100, seed=5))]
 GRPO = [
     *TUNE,
-    "--batch_rows=4",
+    "--batch_size=4",
     "--generations=4",
     "--max_new_tokens=6",
-    "--rollout_rows=8",
+    "--slots=8",
     "--max_steps=4",
     "--eval_every=2",
     "--save_every=2",
-    "--eval_rows=12",
+    "--eval_size=12",
     "--warmup=0",
 ]
 
@@ -100,25 +98,15 @@ def test_the_loss_equals_an_example_worked_out_by_hand():
     start = torch.tensor([-0.5, -2.0, -2.0, -1.9, -2.0], dtype=torch.float64)
     lengths = torch.tensor([2, 1, 1, 1])
     per_token = torch.tensor(above.flatten()).repeat_interleave(lengths)
-    columns = dict(reward=rewards.flatten(), length=lengths.numpy().astype(float))
-    machine = SimpleNamespace(autocast=contextlib.nullcontext)
-
-    def share(rows, tokens):
-        """The micro-batch of these answers, whose tokens are these."""
-        batch = grpo.Batch(np.array(rows), None, None, None, per_token[tokens], old[tokens], start[tokens])
-        return grpo.make_loss(machine, lambda *_: (now[tokens], 0.0), object(), columns, 0.0, options)(batch)
-
     k3 = [0, math.exp(0.5) - 1.5, 0, math.exp(-1), math.e - 2]
-    expected = -(0.65 + 0.5 * math.exp(-0.5) - 0.4) / 5 + 0.5 * sum(k3) / 5
-    whole, shown = share([0, 1, 2, 3], slice(0, 5))
-    assert whole.item() == pytest.approx(expected, abs=1e-14)
-    assert shown["kl"].item() == pytest.approx(sum(k3) / 5, abs=1e-14)
-    assert shown["clipped"].item() == pytest.approx(2 / 5)  # tokens 1 and 3
-    assert shown["entropy"].item() == pytest.approx(8 / 5)
-    assert (shown["reward"], shown["length"]) == (0.75, 1.25)
-    parts = [share([0], slice(0, 2)), share([1, 2], slice(2, 4)), share([3], slice(4, 5))]  # micro-batches add up
-    assert sum(part[0] for part in parts).item() == pytest.approx(expected, abs=1e-14)
-    assert sum(part[1]["reward"] for part in parts) == pytest.approx(0.75)
+    expected = [-0.65, -0.5 * math.exp(-0.5), 0.4, 0, 0]
+    batch = grpo.Batch([0, 1, 2, 3], [], per_token, old, start)
+    losses, columns = grpo.token_losses(now, batch, options)
+    assert losses.tolist() == pytest.approx([a + 0.5 * b for a, b in zip(expected, k3, strict=True)], abs=1e-14)
+    assert columns["kl"].tolist() == pytest.approx(k3, abs=1e-14)
+    assert columns["clipped"].tolist() == [True, False, True, False, False]
+    assert columns["entropy"].tolist() == [1, 2, 1, 1, 3]
+    whole = losses.sum() / 5
     (gradient,) = torch.autograd.grad(whole, now)  # of k3: 1 - e^d; of a clipped token's objective: 0
     by_hand = [
         0,
@@ -186,24 +174,25 @@ def test_advantages(rewards, plain, scaled):
 def test_the_first_gradient_is_the_plain_policy_gradient(base, data):
     """By transformers' model in float64, one answer at a time, at a temperature: no padding, no pieces, no code of
     ours. So the place of every token, and what counts as an answer, are right too."""
-    tokenizer, problems = Tokenizer.load(data), grpo.Problems(TokenSet(data, "train", "problems"), 64, 6)
-    machine = Machine("cpu", "float32")
-    prompts, _ = problems.some(np.arange(9) // 3)
+    tokenizer = Tokenizer.load(data)
+    problems = grpo.select(TokenSet(data, "train", "problems"), 64, 6)
+    machine, model = Machine("cpu", "float32"), load_model(base)[0]
+    prompts, _ = grpo.read_problems(problems, np.arange(9) // 3)
     above, temperature = np.random.default_rng(0).normal(size=9), 0.7
-    model = load_model(base)[0]
-    options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature, micro_tokens=100)
-    written = grpo.write_answers(machine, model, tokenizer, prompts, options, key=1)
+    options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature, micro_batch_tokens=100)
+    written = write_answers(machine, model, tokenizer, prompts, 6, temperature=temperature, seed=1)
     tokens = sum(map(len, written))
     policy = Policy(model, tokenizer.vocab_size, temperature)
-    loss_of = grpo.make_loss(machine, policy, None, dict(length=np.array([len(w) for w in written])), 0.0, options)
     loss = entropy = 0.0
-    batches, _ = grpo.make_batches(machine, prompts, written, above, tokenizer, options)
+    batches = grpo.make_batches(machine, prompts, written, above, None, tokenizer.pad_id, options)
     assert len(batches) > 2 and sorted(i for batch in batches for i in batch.rows) == list(range(9))
     for batch in batches:
-        share, shown = loss_of(batch)
-        share.backward()
-        loss, entropy = loss + share.item(), entropy + shown["entropy"].item()
-        assert shown["clipped"] == 0
+        logp, _ = policy(*batch.inputs)
+        batch.old = logp.detach()
+        losses, columns = grpo.token_losses(logp, batch, options)
+        (losses.sum() / tokens).backward()
+        loss, entropy = loss + losses.sum().item() / tokens, entropy + columns["entropy"].sum().item() / tokens
+        assert not columns["clipped"].any() and "kl" not in columns
     other, total, surprise = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").double(), 0.0, 0.0
     for prompt, answer, advantage in zip(prompts, written, above, strict=True):
         ids = torch.tensor([[*prompt, *answer]])
@@ -258,7 +247,7 @@ RIGHT = {  # what is wanted: what is right, separated by |
     "nan": "nan",
 }
 WRONG = {
-    "42": "43|4 2|42 43|41\n42||-42|4,2|0x2a|٤٢|4_2|nan|inf|$|42%|forty-two|42 apples|#### 42 ####|42.0000000000000000000001",
+    "42": "43|4 2|42 43|41\n42||-42|4,2|0x2a|٤٢|4_2|nan|inf|$|42%|forty-two|42 apples|#### 42 ####|42.0000000000000001",
     "-42": "--42|-$-42|42",
     "100": "1,00",
     "1000": "10,00|1e3",
@@ -271,8 +260,8 @@ WRONG = {
 
 def test_what_is_right():
     for table, right in ((RIGHT, True), (WRONG, False)):
-        for wanted, texts in table.items():
-            for said in texts.split("|"):
+        for wanted, answers in table.items():
+            for said in answers.split("|"):
                 assert grpo.is_right(said, wanted) is right, (said, wanted)
     for said, wanted, right in (
         ("9" * 5000, "9" * 5000 + ".0", True),
@@ -290,13 +279,13 @@ def test_what_is_right():
 THOUGHT, SOLUTION = f"{THINK}\n1, 2\n{END_THINK}", f"{SOLVE}\n2\n{END_SOLVE}"
 
 
-def test_what_is_in_form():
+def test_what_is_in_format():
     t, s = THOUGHT, SOLUTION
     for text in (f"{t}\n\n{s}", f" {t}{s}\n"):
-        assert grpo.is_in_form(text), text
+        assert grpo.is_in_format(text), text
     for text in ("", "2", s, t, s + t, t + s + s, t + t + s, f"{t} so {s}", f"{t}{s} ok", f"well {t}{s}", t + s[:-1]):
-        assert not grpo.is_in_form(text), text
-    assert not grpo.is_in_form(t[:-20] + s + t[-20:])
+        assert not grpo.is_in_format(text), text
+    assert not grpo.is_in_format(t[:-20] + s + t[-20:])
 
 
 def test_an_answer_earns_the_weighted_sum_of_its_parts_and_only_if_it_ends(data):
@@ -357,8 +346,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     extra = ["--kl=0.05", "--updates_per_rollout=2", "--learning_rate=2e-2", "--divide_by_std=true"]
     start = shutil.copytree(base, tmp_path / "start")
     whole = run(start, data, tmp_path / "whole", *extra)
-    update = Run.update
-    monkeypatch.setattr("nanodoge.run.Run.update", lambda self, *a: 1 / 0 if self.step == 3 else update(self, *a))
+    end_step = Run.end_step
+    monkeypatch.setattr("nanodoge.run.Run.end_step", lambda self, **a: 1 / 0 if self.step == 3 else end_step(self, **a))
     with pytest.raises(ZeroDivisionError):
         run(start, data, tmp_path / "cut", *extra)
     monkeypatch.undo()
@@ -386,7 +375,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
 def test_two_processes_equal_one(base, data, tmp_path):
     """They draw the same answers, though each writes only some, of 3 pieces one writes two, and each keeps only half
     of the weights."""
-    extra = ["--rollout_rows=6", "--kl=0.1", "--eval_every=4", "--save_every=4"]
+    extra = ["--slots=6", "--kl=0.1", "--eval_every=4", "--save_every=4"]
     alone = run(base, data, tmp_path / "one", *extra)
     argv = [*GRPO, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", *extra, "--shard"]
     done = command(grpo.main, argv, processes=2)
@@ -400,25 +389,23 @@ def test_two_processes_equal_one(base, data, tmp_path):
     assert samples[0] == samples[1]
 
 
-def test_what_is_drawn_depends_on_seed_step_and_piece(base, data):
-    tokenizer, problems = Tokenizer.load(data), grpo.Problems(TokenSet(data, "train", "problems"), 64, 6)
+def test_what_is_drawn_depends_on_seed_and_step(base, data):
+    tokenizer, problems = Tokenizer.load(data), grpo.select(TokenSet(data, "train", "problems"), 64, 6)
     machine, model = Machine("cpu", "float32"), load_model(base)[0]
-    draw = lambda step=0, **options: grpo.rollout(
-        machine,
-        model,
-        tokenizer,
-        problems,
-        grpo.GrpoOptions(  # noqa: E731
-            **dict(batch_rows=2, generations=8, max_new_tokens=6, temperature=5.0, rollout_rows=8, seed=1) | options
-        ),
-        step,
-    )
-    prompts, written, above, columns = draw()
-    assert [p.tolist() for p in prompts] == [p.tolist() for p in (*[prompts[0]] * 8, *[prompts[8]] * 8)]
-    assert len({tuple(ids) for ids in written}) > 8  # the answers of a group are drawn one by one
-    assert above.shape == columns["reward"].shape == columns["no_signal"].shape == (16,)
-    assert draw()[1] == written != draw(seed=2)[1]
-    assert draw(step=1)[1] != written and draw(temperature=1.0)[1] != written
+
+    def draw(step=0, **changes):
+        options = dict(batch_size=2, generations=8, max_new_tokens=6, temperature=5.0, slots=8, seed=1) | changes
+        batches, columns, _ = grpo.rollout(machine, model, None, tokenizer, problems, grpo.GrpoOptions(**options), step)
+        rows = sorted(
+            (row, ids.tolist()) for batch in batches for row, ids in zip(batch.rows, batch.inputs[0], strict=True)
+        )
+        return [ids for _, ids in rows], columns
+
+    rows, columns = draw()
+    assert len({tuple(ids) for ids in rows}) > 8  # the answers of a group are drawn one by one
+    assert all(column.shape == (16,) for column in columns.values())
+    assert draw()[0] == draw(slots=3)[0] == rows != draw(seed=2)[0]
+    assert draw(step=1)[0] != rows and draw(temperature=1.0)[0] != rows
 
 
 def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
@@ -438,10 +425,10 @@ def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--generations=1"], "generations=1 must be at least 2"),
+        (["--generations=1"], "generations=1 must be a number from 2"),
         (["--temperature=0"], "temperature=0.0 must be"),
         (["--max_new_tokens=0"], "max_new_tokens=0"),
-        (["--rollout_rows=0"], "rollout_rows=0"),
+        (["--slots=0"], "slots=0"),
         (["--updates_per_rollout=0"], "updates_per_rollout=0"),
         (["--clip_low=1.5"], "clip_low=1.5"),
         (["--clip_high=-1"], "clip_high=-1"),
@@ -449,7 +436,7 @@ def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
         (["--reward_format=-1"], "reward_format=-1"),
         (["--reward_answer=0", "--reward_format=0"], "nothing is rewarded"),
         (["--eval_samples=-1"], "eval_samples=-1"),
-        (["--max_new_tokens=63"], "max_new_tokens=63 of .* problems, 0 and 0 leave that"),
+        (["--max_new_tokens=63"], "no training problems left .* with --max_new_tokens=63"),
         (["--data=nowhere"], "nowhere"),
         (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"),
         (["--resume"], "no run to go on with"),
