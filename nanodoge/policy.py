@@ -1,11 +1,11 @@
 """The model as a policy: it writes answers, and it gives the tokens of answers their log-probabilities."""
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
 from model import Doge
 from nanodoge.decode import Decoder
+from nanodoge.engine import Engine, Request
 from nanodoge.losses import token_logprobs
 from nanodoge.machine import Machine, unsharded
 from nanodoge.tokenizer import Tokenizer
@@ -48,29 +48,15 @@ def write_answers(
     The ranks share the work, `slots` answers at once on each, and all get the whole. Temperature 0 takes the likeliest
     token each time. Answer i draws with its own seed, seed + i, so it depends on neither slots nor ranks.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    pieces = [order[i : i + slots] for i in range(0, len(order), slots)]
-    mine = {}
+    stop_ids = [tokenizer.eos_id]
+    requests = [
+        Request(prompt, max_new_tokens, temperature, seed=seed + i, stop_ids=stop_ids)
+        for i, prompt in enumerate(prompts)
+    ]
     with unsharded(model), machine.autocast():
-        decoder = Decoder(model, machine.dtype)
-        for i in range(machine.rank, len(pieces), machine.world_size):
-            lengths = torch.tensor([len(prompts[j]) for j in pieces[i]])
-            tokens = torch.full((len(pieces[i]), int(lengths.max())), tokenizer.pad_id)
-            for row, j in enumerate(pieces[i]):
-                tokens[row, : lengths[row]] = torch.as_tensor(prompts[j])
-            new = model.generate(
-                tokens.to(machine.device),
-                max_new_tokens,
-                lengths=lengths.to(machine.device),
-                decoder=decoder,
-                temperature=temperature,
-                generator=torch.Generator(machine.device).manual_seed(seed + i),
-                stop_ids=[tokenizer.eos_id],
-                vocab_size=tokenizer.vocab_size,
-            )
-            for j, ids in zip(pieces[i], new.tolist(), strict=True):
-                mine[j] = ids[: ids.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in ids else ids
-    written = {}
-    for part in machine.gather(mine):
-        written.update(part)
-    return [written[i] for i in range(len(prompts))]
+        engine = Engine(model, Decoder(model, machine.dtype), slots, tokenizer.vocab_size)
+        mine = engine.generate(requests[machine.rank :: machine.world_size])
+    written = [[]] * len(prompts)
+    for rank, answers in enumerate(machine.gather(mine)):
+        written[rank :: machine.world_size] = answers
+    return written

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TUNE, VOLATILE, command, make_checkpoint, make_set, rows_of
+from helpers import (
+    TUNE,
+    assert_close_logs,
+    assert_refused,
+    assert_same_weights,
+    command,
+    gradients_seen,
+    make_checkpoint,
+    make_set,
+    rows_of,
+    steady,
+    stopped_after,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
@@ -16,7 +28,7 @@ import sft
 import train
 from nanodoge.checkpoint import load_config, load_model
 from nanodoge.conversations import TokenSet, pad
-from nanodoge.run import Run, read_log
+from nanodoge.run import read_log
 from nanodoge.tokenizer import Tokenizer
 
 
@@ -30,18 +42,14 @@ def data(tmp_path_factory, base):
     return make_set(tmp_path_factory.mktemp("data") / "chat", base)
 
 
+@pytest.fixture(scope="module")
+def rows(data):
+    return sft.select(TokenSet(data, "train", "chat"), 64)
+
+
 def run(base, data, out, *options):
     sft.main([*TUNE, "--eval_answers=0", f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options])
     return read_log(out / "log.csv")
-
-
-def steady(rows):
-    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
-
-
-def assert_same_weights(a, b):
-    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,36 +120,22 @@ def reference_step(base, rows, ids_of_step):
     return (total / count).item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [64, 100, 100_000])
-def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(
-    base, data, tmp_path, monkeypatch, micro_batch_tokens
-):
-    seen, clip = {}, torch.nn.utils.clip_grad_norm_
-
-    def spy(parameters, limit):
-        parameters = list(parameters)
-        seen.update(enumerate(p.grad.clone() for p in parameters))
-        return clip(parameters, limit)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    log = run(
-        base, data, tmp_path / "run", f"--micro_batch_tokens={micro_batch_tokens}", "--max_steps=1", "--grad_clip=0"
-    )
-    rows = sft.select(TokenSet(data, "train", "chat"), 64)
+@pytest.mark.parametrize("size", [64, 100, 100_000])
+def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(base, data, rows, tmp_path, size):
+    with gradients_seen() as seen:
+        log = run(base, data, tmp_path / "run", f"--micro_batch_tokens={size}", "--max_steps=1", "--grad_clip=0")
     loss, gradients = reference_step(base, rows, train.rows_of_step(0, rows.count, 8, 233))
     assert float(log[1]["loss"]) == pytest.approx(loss, rel=1e-5)
-    model, _ = load_model(base)
-    for i, (name, _) in enumerate(model.named_parameters()):
+    for (name, _), (_, found) in zip(load_model(base)[0].named_parameters(), seen[0], strict=True):
         wanted = gradients[f"model.{name}"]
-        assert (seen[i] - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-3), name
+        assert (found - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-3), name
     norm = torch.stack([g.norm() for name, g in gradients.items() if name != "lm_head.weight"]).norm()
     assert float(log[1]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_a_conversation_sees_no_other(base, data):
-    """The loss of a conversation is the same alone, in any company, and whatever fills the row."""
-    model, tokenizer = load_model(base)
-    rows = sft.select(TokenSet(data, "train", "chat"), 64)
+def test_a_conversation_sees_no_other(base, rows):
+    """The loss of a conversation is the same alone and with others, whatever the padding is."""
+    model, _ = load_model(base)
     order = np.argsort(rows.lengths)
     short, long, losses = rows.rows(order[0])[0], rows.rows(order[-1])[0], []
     for company, filling in (([short], 2), ([short, long], 2), ([short, long], 7)):
@@ -153,8 +147,8 @@ def test_a_conversation_sees_no_other(base, data):
 def test_it_learns_to_answer_and_to_stop(base, tmp_path):
     """And the loss says of what it is: it goes to zero, though what the users say stays as random as it was."""
     answer = dict(role="assistant", content="a red ball")
-    rows = [dict(messages=[*row["messages"][:-1], answer]) for row in rows_of("chat", 120)]
-    rows = [dict(messages=[answer if m["role"] == "assistant" else m for m in row["messages"]]) for row in rows]
+    rows = [[answer if m["role"] == "assistant" else m for m in row["messages"]] for row in rows_of("chat", 120)]
+    rows = [dict(messages=messages) for messages in rows]
     data = make_set(tmp_path / "set", base, rows=rows)
     log = run(base, data, tmp_path / "run", "--max_steps=40", "--learning_rate=2e-2", "--eval_answers=20")
     assert float(log[-1]["loss"]) < 0.01 and float(log[-1]["val_exact"]) == 1.0
@@ -216,8 +210,7 @@ def test_before_the_first_step_an_example_shows_what_is_learned(base, data, tmp_
         assert count and f"{count} training conversations {reason}" in out
 
 
-def test_epochs_make_the_steps(base, data, tmp_path):
-    rows = sft.select(TokenSet(data, "train", "chat"), 64)
+def test_epochs_make_the_steps(base, data, rows, tmp_path):
     log = run(base, data, tmp_path / "run", "--max_steps=0", "--epochs=1.5", "--eval_every=100")
     assert len(log) == 1 + -(-rows.count * 3 // 16)  # the first row is of the model as it came
     order = [i for step in range(len(log) - 1) for i in train.rows_of_step(step, rows.count, 8, 233)]
@@ -227,13 +220,10 @@ def test_epochs_make_the_steps(base, data, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [[], ["--optimizer=muon", "--freeze_embeddings=true"]], ids=["adamw", "muon"])
-def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_path, monkeypatch, extra):
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_path, extra):
     whole = run(base, data, tmp_path / "whole", *extra, "--eval_answers=4")
-    end_step = Run.end_step
-    monkeypatch.setattr("nanodoge.run.Run.end_step", lambda self, **a: 1 / 0 if self.step == 6 else end_step(self, **a))
-    with pytest.raises(ZeroDivisionError):
+    with stopped_after(6):
         run(base, data, tmp_path / "cut", *extra, "--eval_answers=4")
-    monkeypatch.undo()
     for _ in range(2):  # the same command line: to the end, and once more, with nothing left to do
         run(base, data, tmp_path / "cut", *extra, "--eval_answers=4", "--resume_or_start")
     assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
@@ -254,10 +244,8 @@ def test_several_processes_equal_one(base, data, tmp_path, count):
     argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'several'}", "--eval_answers=6"]
     done = command(sft.main, argv, processes=count)
     assert done.returncode == 0, done.stderr
-    for a, b in zip(alone, read_log(tmp_path / "several" / "log.csv"), strict=True):
-        for name in ("loss", "grad_norm", "val_loss", "val_exact"):
-            assert a[name] == b[name] == "" or float(a[name]) == pytest.approx(float(b[name]), abs=2e-5), name
-        assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
+    several = read_log(tmp_path / "several" / "log.csv")
+    assert_close_logs(alone, several, ("loss", "grad_norm", "val_loss", "val_exact"), 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -288,29 +276,25 @@ def test_the_checkpoint_goes_on_to_the_next_stage_and_to_transformers(base, data
 # Refusals
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"),
-        (["--data=nowhere"], "nowhere"),
-        (["--sequence_length=2"], "no training conversations left"),
-        (["--micro_batch_tokens=10"], "less than one sequence"),
-        (["--batch_size=0"], "batch_size=0"),
-        (["--epochs=0"], "epochs=0"),
-        (["--warmup=1"], "warmup=1"),
-        (["--eval_answers=-1"], "eval_answers=-1"),
-        (["--max_steps=-1"], "max_steps=-1"),
-        (["--hidden_size=9"], "no option 'hidden_size'"),
-        (["--resume"], "no run to go on with"),
-    ],
-)
-def test_bad_options_are_named(base, data, tmp_path, options, words):
-    with pytest.raises(ValueError, match=words) as error:
-        run(base, data, tmp_path / "run", *options)
-    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+BAD = """--init_from=nowhere | no checkpoint folder 'nowhere'
+--data=nowhere | nowhere
+--sequence_length=2 | no training conversations left
+--micro_batch_tokens=10 | less than one sequence
+--batch_size=0 | batch_size=0
+--epochs=0 | epochs=0
+--warmup=1 | warmup=1
+--eval_answers=-1 | eval_answers=-1
+--max_steps=-1 | max_steps=-1
+--hidden_size=9 | no option 'hidden_size'
+--resume | no run to go on with"""
 
 
-def test_data_of_another_tokenizer_template_or_kind_is_refused(base, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", BAD.splitlines())
+def test_bad_options_are_named(base, data, tmp_path, case):
+    assert_refused(lambda out, *options: run(base, data, out, *options), tmp_path / "run", case)
+
+
+def test_data_of_another_tokenizer_template_or_kind_is_refused(base, data, tmp_path):
     other = make_checkpoint(tmp_path / "other", vocab_size=300)
     with pytest.raises(ValueError, match="has another tokenizer than --data"):
         run(other, data, tmp_path / "run")
