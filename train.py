@@ -42,7 +42,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Doge, DogeConfig
-from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
+from nanodoge.checkpoint import (
+    checkpoint_file,
+    load_config,
+    load_model,
+    load_optimizer_state,
+    load_training_state,
+    locate,
+)
 from nanodoge.data import bits_per_byte, check_tokenizer, load_tokenizer, read_meta, token_bytes
 from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon
@@ -151,13 +158,23 @@ def rows_of_step(step: int, count: int, rows_per_step: int, seed: int) -> list[i
     return [shuffled(place % count, count, scramble(seed) + place // count) for place in places]
 
 
+def prepare_if_built_in(options: RunOptions, machine: Machine, kind: str = "text") -> None:
+    """Makes options.data if it is a built-in folder that is not there: for tuning with the tokenizer of its model."""
+    tokenizer = ""
+    if kind != "text":
+        folder = options.out_dir if options.resume else options.init_from
+        load_config(folder)  # if there is no checkpoint, this says so
+        tokenizer = str(checkpoint_file(locate(folder), "tokenizer.json"))
+    if machine.is_main:
+        from prepare_data import prepare_built_in
+
+        prepare_built_in(options.data, kind, tokenizer, machine.print)
+    machine.barrier()
+
+
 def open_data(options: TrainOptions, machine: Machine) -> tuple[Sequences, Sequences, Tokenizer]:
     """Training sequences, validation sequences, tokenizer. Built-in data is prepared if it is not there."""
-    if machine.is_main and not Path(options.data, "meta.json").is_file():
-        import prepare_data
-
-        prepare_data.prepare_built_in(options.data)
-    machine.barrier()
+    prepare_if_built_in(options, machine)
     train, val = (Sequences(options.data, split, options.sequence_length) for split in ("train", "val"))
     tokenizer = load_tokenizer(options.data)
     if len(val.tokens) < 2:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -117,6 +118,36 @@ def stopped_after(steps):
 
     with patch.object(Run, "steps", some):
         yield
+
+
+@contextlib.contextmanager
+def gradients_seen():
+    """Within it every clipping appends [(a parameter, its gradient), ...], copies, to the list that it gives."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        seen.append([(p.detach().clone(), p.grad.clone()) for p in parameters])
+        return clip(parameters, limit)
+
+    with patch.object(torch.nn.utils, "clip_grad_norm_", spy):
+        yield seen
+
+
+def assert_close_logs(a, b, names, tolerance):
+    """Asserts that rows of two log.csv agree: the columns `names` within the tolerance, tokens and lr exactly."""
+    for x, y in zip(a, b, strict=True):
+        for name in names:
+            assert x[name] == y[name] == "" or abs(float(x[name]) - float(y[name])) <= tolerance, name
+        assert x["tokens"] == y["tokens"] and x["lr"] == y["lr"]
+
+
+def assert_refused(run, folder, case):
+    """Asserts that run(folder, *options) ends in one line and leaves no folder. case: "options | a pattern of it"."""
+    options, pattern = case.split(" | ")
+    with pytest.raises(ValueError, match=pattern) as error:
+        run(folder, *options.split())
+    assert "\n" not in str(error.value) and not folder.exists()
 
 
 # Starting Python and torch takes seconds: processes are forked from one that has imported everything (not on Windows).
