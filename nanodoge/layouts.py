@@ -41,6 +41,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Doge, DogeConfig
+from nanodoge.options import one_line
 from nanodoge.tokenizer import PROGRAM_ERRORS, read_object
 
 # Names of the original repository -> the library's.
@@ -97,11 +98,6 @@ def download(name):
                          "`hf auth login`)") from None  # fmt: skip
     except (OSError, errors.HTTPError) as error:  # no network; the hub is down; the disk is full; cut off on the way
         raise ValueError(f"{nothing} it could not be fetched from {constants.ENDPOINT}: {one_line(error)}") from None
-
-
-def one_line(error):
-    """The first line of what an exception says, its type if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def checkpoint_file(folder, name):

@@ -1,120 +1,134 @@
-"""Options: one dataclass a stage, filled from its defaults, config files and the command line; errors in one line."""
+"""Options: one dataclass per stage, filled from its defaults, then config files, then the command line.
+
+A field of the dataclass is an option: its default, its type with the range it may have, and the comment on its line,
+which is its help text. A config file holds plain assignments, which are read as literals and never executed. An unknown
+name, a value of another type or out of range ends the program before it starts, in one line with exit status 2.
+"""
 
 import ast
 import dataclasses
 import difflib
 import inspect
 import keyword
+import math
 import os
 import re
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
-
-from nanodoge.layouts import one_line
+from typing import Annotated, Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 
 
-def run_command(main):
-    """Calls `main(argv)` and turns a user's mistake into one line on stderr and exit status 2.
-
-    The convention of the whole project: bad input raises ValueError with a line that names the option, the value and
-    what would be valid; a bug raises anything else. So a ValueError from one of our own files is a message and one
-    from inside a library is a bug that keeps its traceback. OSError (no such file, no permission, disk full) is always
-    about the user's machine, wherever it is raised.
-    """
-    try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # whoever read our output, `head` for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (ValueError, OSError) as error:
-        frame = error.__traceback__
-        while frame.tb_next:
-            frame = frame.tb_next
-        ours = Path(frame.tb_frame.f_code.co_filename).resolve().parent in (HERE, HERE / "nanodoge")
-        if isinstance(error, ValueError) and not ours:
-            raise
-        message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
-        print("error: " + "\\n".join(message.splitlines()), file=sys.stderr)  # names can hold ends of lines
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            print(f"error: out of memory: {one_line(error)[:200]}", file=sys.stderr)
-            sys.exit(2)
-        if not re.search("(gloo|socket).*(Connection (closed|reset) by peer|[Tt]imed out)", str(error), re.DOTALL):
-            raise
-        print("error: another process of this run has ended, or has not answered for --patience seconds; once its own "
-              "message is dealt with, --resume goes on from the last checkpoint", file=sys.stderr)  # fmt: skip
-        sys.stderr.flush()
-        os._exit(1)  # at once: to take a process group apart that has lost a member can take for ever
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+# ---- Ranges, as parts of a type: `steps: Count = 10`
 
 
-def is_out_of_memory(error):
-    """torch has an error for a full GPU, and for a full memory a RuntimeError like any other."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+class Range(NamedTuple):
+    """The finite numbers from `low` to `high`, both included unless they are said to be open."""
+
+    low: float
+    high: float = math.inf
+    low_is_open: bool = False
+    high_is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_is_open else value >= self.low
+        return above and value < math.inf and (value < self.high if self.high_is_open else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return (
+                f"from {self.low:,} up and below {self.high:,}"
+                if self.high_is_open
+                else f"from {self.low:,} to {self.high:,}"
+            )
+        return f"a number above {self.low:,}" if self.low_is_open else f"a number from {self.low:,} up"
 
 
-def parse_options(options_class, argv, positional=None, base=None):
-    """Builds `options_class` from its defaults, then `base` (a dict: the options of a run that is resumed), then
-    config files, then `--name=value`, later ones winning.
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, low_is_open=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1, high_is_open=True)]
+Share = Annotated[float, Range(0, 1)]
 
-    Bare words are config files; where `positional` names a list field (the SOURCES of prepare_data.py) they fill that
-    field and a config file is given as `--config=FILE`. `--name` alone sets a boolean. Raises ValueError for an
-    unknown name (with the nearest valid one), a wrong type, a missing file.
-    """
-    hints = typing.get_type_hints(options_class)
+
+def check_ranges(options: Any) -> None:
+    """Raises ValueError for a field outside the range in its type. A dataclass of options calls it when it is made."""
+    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
+        for allowed in getattr(hint, "__metadata__", ()):
+            if (value := getattr(options, name)) not in allowed:
+                raise ValueError(f"--{name}={value} must be {allowed}")
+
+
+# ---- Parsing
+
+
+def parse_options(
+    cls: type,
+    argv: list[str],
+    positional: str | None = None,
+    base: dict[str, Any] | None = None,
+    default_config: str | Path | None = None,
+) -> Any:
+    """`cls` made from its defaults, then `base` (the options of another run), then argv; see read_values."""
+    hints = typing.get_type_hints(cls)
     base = {name: convert(value, hints[name], f"{name} of that run") for name, value in (base or {}).items()}
-    return options_class(**base | read_values(options_class, argv, positional))
+    return cls(**base | read_values(cls, argv, positional, default_config))
 
 
-def read_values(options_class, argv, positional=None):
-    """What `argv` says, as {option: value}: the types are checked, the ranges are not. --help prints and exits."""
+def read_values(
+    cls: type, argv: list[str], positional: str | None = None, default_config: str | Path | None = None
+) -> dict[str, Any]:
+    """{option: value} of argv, of the right types; ranges are not checked. --help prints and exits.
+
+    Bare words are config files, and `default_config` is read if there are none. Where `positional` names a list field
+    (the SOURCES of prepare_data.py) words fill that field, and a config file is given as `--config=FILE`. The command
+    line wins over files. Raises ValueError for a mistake, naming the option and what is valid.
+    """
     if "--help" in argv or "-h" in argv:
-        print(help_text(options_class, positional))
+        print(help_text(cls, positional))
         sys.exit(0)
-    hints = typing.get_type_hints(options_class)
-    names = [field.name for field in dataclasses.fields(options_class)]
-    values, words = {}, []
-
-    def assign(name, value, where):
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    words, given = split_argv(cls, argv)
+    files = [] if positional else words
+    files += [given.pop("config")] if "config" in given and "config" not in names else []
+    files = files or [default_config] * bool(default_config)
+    found = [(name, value, f"{file}:{line}") for file in files for name, (value, line) in read_config(file).items()]
+    values = {}
+    for name, value, where in found + [(name, text, f"--{name}") for name, text in given.items()]:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             advice = f"did you mean {close[0]!r}?" if close else "--help lists the options"
             raise ValueError(f"{where}: there is no option {name!r}; {advice}")
         values[name] = convert(value, hints[name], where)
+    return values | ({positional: words} if positional and words else {})
 
-    def load(path):
-        for name, (value, line) in read_config(path).items():
-            assign(name, value, f"{path}:{line}")
 
-    for argument in argv:
+def split_argv(cls: type, argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The bare words of argv, and {option: text} of `--name=text`, `--name text`, and `--name` for a boolean."""
+    hints, words, given, arguments = typing.get_type_hints(cls), [], {}, iter(argv)
+    for argument in arguments:
         if not argument.startswith("--"):
-            words.append(argument) if positional else load(argument)
+            words.append(argument)
             continue
         name, equals, text = argument[2:].partition("=")
         name = name.replace("-", "_")
         name += "_" * keyword.iskeyword(name)  # --for is the field for_
-        if name == "config" and "config" not in names:
-            load(text)
-        elif not equals and name in names and hints[name] is not bool:
-            raise ValueError(f"--{name} needs a value: --{name}=...")
-        else:
-            assign(name, text if equals else "true", f"--{name}")
-    if words:
-        values[positional] = words
-    return values
+        if not equals:
+            takes_value = name == "config" or hints.get(name, bool) is not bool
+            text = next(arguments, "--") if takes_value else "true"
+            if text.startswith("--"):
+                raise ValueError(f"--{name} needs a value: --{name}=...")
+        given[name] = text
+    return words, given
 
 
-def read_config(path):
-    """Reads a config file into {name: (value, line number)}. Only `name = literal` is allowed, so a config can be
-    printed, compared and trusted: nothing in it runs."""
+def read_config(path: str | Path) -> dict[str, tuple[Any, int]]:
+    """{name: (value, line number)} of a config file, in which only `name = literal` is allowed: nothing in it runs."""
     if not Path(path).is_file():
         raise ValueError(f"there is no config file {str(path)!r} (options are written --name=value)")
     try:
@@ -134,9 +148,9 @@ def read_config(path):
     return values
 
 
-def convert(value, hint, where):
-    """Returns `value` (a literal from a config file, or text from the command line) as the type `hint`: int, float,
-    bool, str, list[str] or Literal[...]. A whole number is accepted for a float and never the reverse."""
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` (a literal of a config file, or text of the command line) as the type `hint`: int, float, bool, str,
+    list[str] or Literal[...]. A whole number is accepted for a float, never the reverse."""
     try:
         text = value if isinstance(value, str) else repr(value)
         if b"\0" in text.encode():
@@ -167,26 +181,99 @@ def convert(value, hint, where):
     raise ValueError(f"{where}: {text!r} is not of type {getattr(hint, '__name__', hint)}")
 
 
-def field_comments(options_class):
-    """{field name: the comment on its line}, read from the source of the class and its bases."""
+# ---- Help
+
+
+def field_comments(cls: type) -> dict[str, tuple[str, str]]:
+    """{field: (group, comment on its line)} from the source of `cls` and its bases. A line `# ---- Name` starts a
+    group; before one, the group is the first line of the class's docstring. The names in `cls.first` come first."""
     comments = {}
-    for cls in reversed(options_class.__mro__[:-1]):
-        for name, comment in re.findall(r"^ {4}(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE):
-            comments[name] = comment
+    for base in reversed(cls.__mro__[:-1]):
+        group = (base.__doc__ or "Options").splitlines()[0]
+        for title, name, comment in re.findall(
+            r"^ {4}(?:# -+ (.+)|(\w+):[^#\n]*#\s*(.+))$", inspect.getsource(base), re.M
+        ):
+            group = title or group
+            if name:
+                comments[name] = group, comment
     return comments
 
 
-def help_text(options_class, positional=None):
-    """The text of --help: the script's own opening lines, then each option with its default and comment."""
-    module = sys.modules[options_class.__module__]
+def help_text(cls: type, positional: str | None = None) -> str:
+    """The text of --help: usage, the options by group with default and comment, then the script's opening essay."""
+    module = sys.modules[cls.__module__]
     usage = f"{positional.upper()} ... [--config=FILE]" if positional else "[config/FILE.py ...]"
-    lines = [f"python {Path(module.__file__).name} {usage} [--name=value ...]", "", (module.__doc__ or "").strip(), ""]
-    comments, hints = field_comments(options_class), typing.get_type_hints(options_class)
-    for field in dataclasses.fields(options_class):
-        if field.name == positional:
-            continue
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
-        among = f" [{', '.join(map(str, choices))}]" if choices else ""
-        lines.append(f"  --{field.name.rstrip('_')}={default}".ljust(34) + f" {comments.get(field.name, '')}{among}")
-    return "\n".join(lines)
+    lines = [f"python {Path(module.__file__).name} {usage} [--name=value ...]"]
+    comments, hints = field_comments(cls), typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.name != positional}
+    first = getattr(cls, "first", "").split()
+    groups = {"The options people need first": first} if first else {}
+    for name in fields:
+        if name not in first:
+            groups.setdefault(comments[name][0], []).append(name)
+    for group, names in groups.items():
+        lines += ["", f"{group.rstrip('.')}:"]
+        for field in map(fields.get, names):
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            default = ",".join(default) if isinstance(default, list) else default
+            choices = (
+                typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
+            )
+            among = f" [{', '.join(map(str, choices))}]" if choices else ""
+            lines.append(f"  --{field.name.rstrip('_')}={default}".ljust(34) + f" {comments[field.name][1]}{among}")
+    return "\n".join([*lines, "", (module.__doc__ or "").strip()])
+
+
+# ---- The entry point of every script
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Calls `main(argv)` and turns a user's mistake into one line on stderr and exit status 2.
+
+    The convention of the whole project: bad input raises ValueError with a line that names the option, the value and
+    what is valid; a bug raises anything else. So a ValueError from one of our own files is a message, and one from
+    inside a library is a bug that keeps its traceback. OSError (no such file, no permission, disk full) is always about
+    the user's machine, wherever it is raised.
+    """
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:  # whoever reads our output, `head` for one, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (ValueError, OSError) as error:
+        frame = error.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        ours = Path(frame.tb_frame.f_code.co_filename).resolve().parent in (HERE, HERE / "nanodoge")
+        if isinstance(error, ValueError) and not ours:
+            raise
+        message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        print("error: " + "\\n".join(message.splitlines()), file=sys.stderr)  # file names can hold line ends
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            print(f"error: out of memory: {one_line(error)[:200]}", file=sys.stderr)
+            sys.exit(2)
+        if not re.search("(gloo|socket).*(Connection (closed|reset) by peer|[Tt]imed out)", str(error), re.DOTALL):
+            raise
+        advice = "once its own message is dealt with, --resume goes on from the last checkpoint"
+        print(
+            f"error: another process of this run has ended, or has not answered for --patience seconds; {advice}",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(1)  # at once: destroying a process group that has lost a member can hang
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True for a full GPU, for which torch has an error type, and for full host memory, a RuntimeError like others."""
+    is_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_type or "can't allocate memory" in str(error)
+
+
+def one_line(error: BaseException | str) -> str:
+    """The first line of what an exception says; its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

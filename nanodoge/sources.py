@@ -35,8 +35,7 @@ import requests
 from tqdm import tqdm
 
 from nanodoge import stories
-from nanodoge.layouts import one_line
-from nanodoge.options import convert
+from nanodoge.options import convert, one_line
 
 MAX_DOCUMENT = 1 << 24  # characters; a longer document is refused, for memory's sake (the Bible has 4.3 million)
 BLOBS = "https://softwareheritage.s3.amazonaws.com/content/"  # the public bucket of archived files, each one gzipped

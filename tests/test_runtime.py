@@ -9,7 +9,7 @@ import pickle
 import shutil
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 import torch
@@ -21,8 +21,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from model import Doge, DogeConfig
 from nanodoge import tokenizer
 from nanodoge.checkpoint import load_model, load_optimizer_state, load_training_state, save_checkpoint, settle
-from nanodoge.machine import Machine, product_seconds
-from nanodoge.options import field_comments, help_text, parse_options, read_config, run_command
+from nanodoge.machine import Machine
+from nanodoge.options import (
+    Count,
+    Positive,
+    Range,
+    check_ranges,
+    field_comments,
+    help_text,
+    parse_options,
+    read_config,
+    run_command,
+)
 from nanodoge.run import Log, read_log
 
 
@@ -84,7 +94,7 @@ def test_a_config_file_is_read_and_never_run(tmp_path, text, words):
 
 def test_help_lists_every_option_with_default_and_comment():
     text = help_text(Options)
-    for line in ("--steps=10", "how many", "--shape=round", "which [round, square]", "--parts=['a']"):
+    for line in ("--steps=10", "how many", "--shape=round", "which [round, square]", "--parts=a"):
         assert line in text
     with pytest.raises(SystemExit) as stop:
         parse("--help")
@@ -402,9 +412,33 @@ def test_an_unknown_gpu_has_no_mfu():
         assert machine.peak_flops() == flops
 
 
-def test_a_processor_says_what_bfloat16_costs_it(monkeypatch):
-    assert product_seconds(torch.float32) > 0
-    monkeypatch.setattr("nanodoge.machine.product_seconds", lambda dtype: 3.0 if dtype == torch.bfloat16 else 2.0)
-    expected = "bfloat16, asked for, its products take 1.5 times the time of float32's here"
-    assert Machine("cpu", "bfloat16").summary.endswith(expected)
-    assert "products" not in Machine("cpu").summary
+@dataclass
+class Ranges:
+    count: Count = 1  # of steps
+    # ---- Numbers of other kinds
+    rate: Positive = 1.0  # above 0
+    share: Annotated[float, Range(0, 1)] = 0.5  # both ends included
+    first: ClassVar = "rate"
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--count=0"], "--count=0 must be a number from 1 up"), (["--rate=0"], "--rate=0.0 must be a number above 0"),
+    (["--rate", "inf"], "--rate=inf must be a number above 0"), (["--share=nan"], "--share=nan must be from 0 to 1"),
+    (["--count", "--rate=2"], "--count needs a value"),
+])  # fmt: skip
+def test_a_range_is_part_of_the_type(argv, words):
+    with pytest.raises(ValueError, match=words):
+        parse_options(Ranges, argv)
+    assert parse_options(Ranges, ["--count", "3", "--share=1"]) == Ranges(3, 1.0, 1.0)
+
+
+def test_help_has_the_first_options_at_the_top_and_the_others_in_groups():
+    text = help_text(Ranges)
+    assert (
+        text.index("people need first:\n  --rate")
+        < text.index("--count")
+        < text.index("Numbers of other kinds:\n  --share")
+    )
