@@ -334,12 +334,13 @@ def start(options, machine, tokenizer):
         shape = ("is_moe", "num_experts", "num_experts_per_tok") if becomes_moe else ()
         for field in dataclasses.fields(DogeConfig):
             asked, has = getattr(options, field.name), getattr(model.config, field.name)
-            if field.name not in (*shape, "router_aux_loss_coef") and asked != has:
+            if field.name not in (*shape, "router_aux_loss_coef", "attention") and asked != has:
                 raise ValueError(f"--{field.name}={asked}: the model of --init_from={folder} has {has}")
         if becomes_moe:
             torch.manual_seed(options.seed)
             model = Doge.from_dense(model, options.num_experts, options.num_experts_per_tok)
         model.config.router_aux_loss_coef = options.router_aux_loss_coef
+    model.config.attention = options.attention
     return model.train().to(machine.device), state
 
 
@@ -477,7 +478,7 @@ def print_sample(model, tokenizer, machine, options):
 
 # What a resumed run may change: what it costs, where and how often it reports, and when it ends. The rest is the run.
 MAY_CHANGE = set("""resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens
-    save_every device dtype compile patience shard batch_size gradient_checkpointing sample_tokens""".split())
+    save_every device dtype attention compile patience shard batch_size gradient_checkpointing sample_tokens""".split())
 
 
 def read_options(argv):

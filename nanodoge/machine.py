@@ -138,6 +138,8 @@ def shard(model, options, machine, entry="forward"):
 
         for layer in (*model.layers, model):  # the model last: what is left, the embedding among it
             fully_shard(layer)
+        for layer in model.layers:
+            register_fsdp_forward_method(layer, "in_slices")
         if entry != "forward":
             register_fsdp_forward_method(model, entry)
 

@@ -15,8 +15,8 @@ from transformers import DogeForCausalLM
 
 import model as m
 from model import Doge, DogeConfig
-from nanodoge import engine, losses
-from nanodoge.attention import dynamic_mask_attention, key_scores, lifetimes, strongest
+from nanodoge import engine, losses, memory
+from nanodoge.attention import dynamic_mask_attention, eviction_steps, key_scores, rank_by_score
 from nanodoge.experts import RoutedExperts
 
 SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -180,7 +180,7 @@ def test_queries_that_continue_earlier_keys_equal_brute_force(monkeypatch, T, he
     ours, theirs = (torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    assert torch.equal(kept, strongest(s)[..., :window].sort(-1).values)
+    assert torch.equal(kept, rank_by_score(s)[..., :window].sort(-1).values)
 
 
 def scores_of_a_layer(length, A=None):
@@ -199,7 +199,7 @@ def test_lifetimes_equal_a_heap_of_the_kept_keys(kind, window):
     s = scores_of_a_layer(100, A=0.0 if kind == "A = 0" else None)
     s = s.sort(-1).values if kind == "rising" else s.sort(-1, descending=True).values if kind == "falling" else s
     s = (4 * s / s.amax()).round() if kind == "few values" else s
-    ends = lifetimes(strongest(s), window).flatten(0, 1).tolist()
+    ends = eviction_steps(rank_by_score(s), window).flatten(0, 1).tolist()
     for row, got in zip(s.flatten(0, 1).tolist(), ends, strict=True):
         heap, expected = [], [100] * 100
         for j, score in enumerate(row):
@@ -262,7 +262,7 @@ def test_beyond_the_window_only_attention_is_held_for_the_backward_pass(window, 
 def test_beyond_the_window_recomputed_or_compiled_changes_no_gradient(how, monkeypatch):
     model, tokens = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=9)))), torch.randint(0, 97, (2, 20))
     expected = torch.autograd.grad(model(tokens, tokens)[1], list(model.parameters()))
-    monkeypatch.setattr(m, "STRETCH", 8 if how == "stretches" else m.STRETCH)
+    monkeypatch.setattr(memory, "SLICE", 8 if how == "stretches" else 1024)
     model.gradient_checkpointing = how == "checkpoint"
     run = torch.compile(model, backend="eager") if how == "compile" else model
     for a, b in zip(torch.autograd.grad(run(tokens, tokens)[1], list(model.parameters())), expected, strict=True):
@@ -275,7 +275,7 @@ def test_a_row_in_stretches_is_the_row(is_moe, monkeypatch):
     batch = torch.randint(0, 97, (2, 20)), torch.tensor([20, 13])
     with torch.no_grad():
         expected, _ = model.hidden(*batch)
-        monkeypatch.setattr(m, "STRETCH", 8)
+        monkeypatch.setattr(memory, "SLICE", 8)
         torch.testing.assert_close(model.hidden(*batch)[0], expected)
     torch.testing.assert_close(model.hidden(*batch)[0], expected)
 
@@ -579,7 +579,7 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch):
                         torch.autograd.grad(3 * expected, (x, w), retain_graph=True), strict=True):  # fmt: skip
             torch.testing.assert_close(a, b)
         # Where waiting for the number of targets would cost, the rows without one go through it too.
-        whole = losses.LinearCrossEntropy.apply(x, w, targets, True) / (targets >= 0).sum()
+        whole = losses.LinearCrossEntropy.apply(x, w, targets, True, rows) / (targets >= 0).sum()
         frozen = losses.linear_cross_entropy(x, w.detach(), targets)
         for other in (whole, frozen):
             torch.testing.assert_close(other, expected)
