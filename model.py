@@ -17,9 +17,10 @@ remembering.  -> visible, attention_by_definition; in linear time, and in consta
 
 Cross Domain Mixture of Experts (CDMoE). Beside the usual MLP stand E tiny experts of one hidden unit each. A router
 scores sqrt(E) rows and sqrt(E) columns, expert (i, j) scores x_i + y_j, and a token uses its k best experts. Thousands
-of experts are searched at the price of two short lists.  -> routed_by_definition; without gathering: nanodoge/experts.py
+of experts are searched at the price of two short lists.  -> routed_by_definition; ungathered: nanodoge/experts.py
 
-The config field `attention` chooses: "definition" computes both as they are defined here, "fast" the same numbers fast.
+The config field `attention` chooses: "definition" computes both as they are defined here, "fast" the same numbers
+faster.
 
 Names of parameters and options are those of Hugging Face's Doge, so that its checkpoints load as they are; where that
 implementation departs from the architecture (its router mixes tokens) ours does not follow, see tests/test_model.py.

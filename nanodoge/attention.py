@@ -1,24 +1,18 @@
-"""Dynamic Mask Attention, fast and exact.
+"""Dynamic Mask Attention, fast and exact: what `attention_by_definition` of model.py defines, by three facts.
 
-`dynamic_mask_attention` computes what `attention_by_definition` of model.py defines: query i sees, of the keys up to
-i, the W (`window`) of largest score s_j; of equal scores the later key wins. Three facts make it fast.
+1. Within the window the mask costs nothing. The score s_j belongs to the key, not to the (query, key) pair, so it is
+   one more column of the dot product: q.k / sqrt(D) + s = [q, 1] . [k, s sqrt(D)] / sqrt(D). The fused causal kernel
+   computes that without ever building a (T, T) tensor.  -> fold, causal_attention
 
-1. Within the window the mask costs nothing. s_j belongs to the key, not to the (query, key) pair, so it is one more
-   column of the dot product, q.k / sqrt(D) + s = [q, 1] . [k, s sqrt(D)] / sqrt(D). The fused causal kernel computes
-   that without ever building a (T, T) tensor.
-   -> key_scores, fold, causal_attention
+2. A key, once dropped, never returns: its rank among the keys seen so far can only get worse. So a cache of W slots is
+   exact for a text of any length. A new key takes the slot of the weakest; no shape changes from token to token,
+   nothing is allocated, and the rows of a batch may stand at different positions.  -> Cache
 
-2. A key, once dropped, never returns. Its rank among the keys seen so far can only get worse. So a cache of W slots
-   is exact for a text of any length: a new key takes the slot of the weakest one. No shape changes from token to
-   token, nothing is allocated, and the rows of a batch may stand at different positions.
-   -> Cache
-
-3. Prefill and training are linear in the length. For the same reason a chunk of c queries can see the W keys alive
-   at its start and its own c, and no others: T (W + c) products instead of T T.
-   -> eviction_steps, iter_chunks, ChunkedAttention
+3. Prefill and training are linear in the length. For the same reason a chunk of c queries can see the W keys alive at
+   its start and its own c, no others: T (W + c) products instead of T T.  -> eviction_steps, iter_chunks
 
 Shapes: B batch, T query length, S key length, H attention heads, K key/value heads, G = H / K heads that share keys,
-D head size, W keep window, N slots of a cache; R = B K rows of keys. Nothing here knows a config or a token.
+        D head size, W keep window, N slots of a cache, R = B K rows of keys.
 """
 
 import math
@@ -60,10 +54,9 @@ def dynamic_mask_attention(q: Tensor, k: Tensor, v: Tensor, s: Tensor, window: i
 def key_scores(A: Tensor, dt: Tensor) -> Tensor:
     """exp(A softplus(dt)) (..., K) in fp32, the scores of keys, of A (K,) and dt (..., K).
 
-    exp overflows fp32 (and bf16) above 88.7, and a softmax over inf is nan. `fold` multiplies by sqrt(D) on top of it.
-    So the exponent stops at 80: e^80 = 5.5e34 leaves room for a factor of 6,000. A score that large draws all attention
-    to its key whatever its value; a stopped one has no gradient. (fp16 ends at 65,504, which an exponent of 8.7 reaches
-    for heads of 128; no stage trains in it, and `fold` clamps scores there at half of that.)
+    The exponent stops at 80. exp overflows fp32 and bf16 above 88.7, and a softmax over inf is nan; `fold` multiplies
+    by sqrt(D), for which e^80 = 5.5e34 leaves room. A score that large draws all attention to its key whatever its
+    value; a stopped one has no gradient. (fp16 ends at 65,504, so `fold` clamps there; no stage trains in it.)
     """
     return torch.exp((A.float() * F.softplus(dt.float())).clamp(max=LARGEST))
 
@@ -85,7 +78,7 @@ def fold_queries(q: Tensor) -> Tensor:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """torch's kernel: q (B, H, T, D + 8) and k (B, K, S, D + 8) folded, v (B, K, S, D) -> (B, H, T, D). mask (B, 1, T,
+    """(B, H, T, D), by torch's kernel: q (B, H, T, D + 8) and k (B, K, S, D + 8) folded, v (B, K, S, D). mask (B, 1, T,
     S) is added to the logits; without one T = S, and attention is causal."""
     D = v.shape[-1]
     v = torch.cat((v, v.new_zeros(8).expand(*v.shape[:-1], 8)), dim=-1)  # as wide as k, or the kernel is a slower one
@@ -128,16 +121,12 @@ class Cache:
         device, self.frequencies, self.window, self.chunk = frequencies.device, frequencies, window, None
         self.evicts = length > window
         shape = batch_size, num_heads, min(window, length) + 1
-        wide = *shape, len(frequencies)
-        self.layers = [
-            Slots(
-                k=torch.zeros(wide, device=device, dtype=dtype),
-                v=torch.zeros(wide, device=device, dtype=dtype),
-                s=torch.full(shape, NEVER, device=device),
-                position=torch.full(shape, -1, device=device),
-            )
-            for _ in range(num_layers)
-        ]
+
+        def empty():
+            k, v = (torch.zeros(*shape, len(frequencies), device=device, dtype=dtype) for _ in range(2))
+            return Slots(k, v, torch.full(shape, NEVER, device=device), torch.full(shape, -1, device=device))
+
+        self.layers = [empty() for _ in range(num_layers)]
         self.length = torch.zeros(batch_size, dtype=torch.long, device=device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
@@ -168,19 +157,15 @@ class Cache:
         slots.s[:, :, n:], slots.position[:, :, n:] = NEVER, -1
         return out
 
-    def append(self, layer: int, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Writes keys and values (B, K, T, D) with scores s (B, K, T) to the slots of their positions, and returns k,
-        v, s of all S positions so far and the positions (B, T) of the new ones: what attention by definition reads.
-        Only for a cache that never evicts."""
-        slots = self.layers[layer]
+    def append(self, layer: int, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        """For attention by definition, in a cache that never evicts: puts keys and values (B, K, T, D) with scores s
+        (B, K, T) into the slots of their positions -> k, v, s of all positions so far, and the new positions (B, T)."""
+        slots, row = self.layers[layer], torch.arange(len(k), device=k.device)[:, None]
         position = self.length[:, None] + torch.arange(k.shape[2], device=k.device)
         position = position.clamp(max=slots.s.shape[2] - 1)  # padding may reach beyond the text
-        index = position[:, None].expand(s.shape)
-        wide = index[..., None].expand(k.shape)
-        slots.k.scatter_(2, wide, k.to(slots.k.dtype)), slots.v.scatter_(2, wide, v.to(slots.v.dtype))
-        slots.s.scatter_(2, index, s), slots.position.scatter_(2, index, index)
-        end = int(position.max()) + 1
-        return slots.k[:, :, :end], slots.v[:, :, :end], slots.s[:, :, :end], position
+        for slot, new in zip(slots, (k, v, s, position[:, None].expand(s.shape)), strict=True):
+            slot[row, :, position] = new.transpose(1, 2).to(slot.dtype)
+        return *(x[:, :, : int(position.max()) + 1] for x in slots[:3]), position
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
@@ -265,24 +250,20 @@ def eviction_steps(order: Tensor, window: int) -> Tensor:
     return end.scatter_(-1, order[..., window:], torch.maximum(base, order[..., window:]))
 
 
-class Chunk(NamedTuple):
-    queries: slice  # c of the T queries
-    rows: Tensor  # (R, n): the keys they may see, as rows of the (R S, D) matrices of all keys
-    mask: Tensor  # (R, c, m), to be added to the logits of the last m of these keys
+def iter_chunks(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int, size: int):
+    """Cuts the T queries of ChunkedAttention, whose inputs these are, into chunks of `size`. Yields of each the c
+    queries as a slice, the keys they may see as rows (R, n) of k and v, and the inputs of attend_chunk.
 
-
-def iter_chunks(end: Tensor, first: int, window: int, size: int, dtype: torch.dtype):
-    """Yields a Chunk for every `size` queries from position `first` on, of R rows of keys with the ends `end` (R, S).
-
-    Its keys are the at most W that are alive at its start, and its own c. A new key evicts at most one, so at most c of
-    the old are dropped within the chunk: ordered by their ends, those are the last c, next to the new keys. Only
-    these m = 2 c columns need a mask.
+    The keys are the at most W that are alive at the chunk's start, and its own c. A new key evicts at most one, so at
+    most c of the old are dropped within the chunk: ordered by their ends, those are the last c, next to the new
+    keys. Only these m = 2 c columns need a mask.
     """
-    R, S = end.shape
-    alive = torch.arange(first, device=end.device).expand(R, first)
-    offset = torch.arange(0, R * S, S, device=end.device)[:, None]
-    for start in range(first, S, size):
-        new = torch.arange(start, min(start + size, S), device=end.device)
+    (_, G, T, _), (R, S), device = q.shape, end.shape, q.device
+    memory = q.new_empty(2 * G * min(size, T) * min(window + size, S) if device.type == "cpu" else 0)
+    alive = torch.arange(S - T, device=device).expand(R, S - T)
+    offset = torch.arange(0, R * S, S, device=device)[:, None]
+    for start in range(S - T, S, size):
+        new = torch.arange(start, min(start + size, S), device=device)
         query = (new - start)[:, None].float()  # counted from the start, so that float32 is exact
         alive = alive.gather(-1, end.gather(-1, alive).sort(dim=-1, descending=True).indices[:, :window])
         alive = torch.cat((alive, new.expand(R, -1)), dim=-1)
@@ -290,8 +271,9 @@ def iter_chunks(end: Tensor, first: int, window: int, size: int, dtype: torch.dt
         comes = (masked - start).clamp(min=0)[:, None].float()
         leaves = (end.gather(-1, masked) - start).clamp(max=len(new))[:, None].float()
         inside = torch.minimum(query + 1 - comes, leaves - query)  # above 0 while a key is visible
-        mask = F.threshold(inside, 0.0, -math.inf).clamp_(max=0.0)  # faster than comparisons
-        yield Chunk(slice(start - first, start - first + len(new)), alive + offset, mask.to(dtype))
+        mask = F.threshold(inside, 0.0, -math.inf).clamp_(max=0.0).to(q.dtype)  # faster than comparisons
+        queries, rows = slice(start - S + T, start - S + T + len(new)), alive + offset
+        yield queries, rows, (q[:, :, queries].flatten(1, 2), F.embedding(rows, k), F.embedding(rows, v), mask, memory)
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -349,7 +331,7 @@ class ChunkedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, end)
         ctx.window, ctx.size = window, size
         out = q.new_empty(*q.shape[:3], v.shape[1])
-        for queries, _, inputs in ChunkedAttention.inputs(q, k, v, end, window, size):
+        for queries, _, inputs in iter_chunks(q, k, v, end, window, size):
             out[:, :, queries] = attend_chunk(*inputs).view(out[:, :, queries].shape)
         return out
 
@@ -359,24 +341,12 @@ class ChunkedAttention(torch.autograd.Function):
         q, k, v, end = ctx.saved_tensors
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for queries, rows, inputs in ChunkedAttention.inputs(q, k, v, end, ctx.window, ctx.size):
+        for queries, rows, inputs in iter_chunks(q, k, v, end, ctx.window, ctx.size):
             dx, *parts = chunk_gradients(dout[:, :, queries].flatten(1, 2), *inputs)
             dq[:, :, queries] = dx.view(dq[:, :, queries].shape)
             for total, part in zip((dk, dv), parts, strict=True):
                 total.index_add_(0, rows.flatten(), part.flatten(0, 1).to(total.dtype))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
-
-    @staticmethod
-    def inputs(q, k, v, end, window, size):
-        """For each chunk: its queries as a slice, its keys as rows of k and v, the arguments of attend_chunk."""
-        _, G, T, _ = q.shape
-        memory = q.new_empty(2 * G * min(size, T) * min(window + size, end.shape[1]) if q.device.type == "cpu" else 0)
-        for queries, rows, mask in iter_chunks(end, end.shape[1] - T, window, size, q.dtype):
-            yield (
-                queries,
-                rows,
-                (q[:, :, queries].flatten(1, 2), F.embedding(rows, k), F.embedding(rows, v), mask, memory),
-            )
 
 
 @outside_graphs  # the number of chunks is no constant of a graph

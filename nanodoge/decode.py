@@ -1,8 +1,10 @@
 """Decoding: one token after another, as fast as the machine can read the weights.
 
-For one token the model reads every weight once and uses it for two operations. A CPU or GPU computes far faster than it
-reads memory, so at batch 1 decoding is, at best, memory bandwidth / bytes of weights. Two things keep a program from
-that limit, and this file is about both.
+    decoder = Decoder(model, torch.int8, compile=True)
+    logits = decoder(token, cache)                        # the prompt is read by the model itself
+
+For one token the model reads every weight once and uses it for two operations. So at batch 1 decoding is, at best,
+memory bandwidth / bytes of weights. Two things keep a program from that limit.
 
 Too many bytes. A weight takes 4 bytes in float32, 2 in bfloat16, 1 in int8. For int8, every row of a weight matrix is
 divided by a scale of its own, so that its largest entry becomes 127, and rounded; the scale multiplies the result
@@ -10,17 +12,11 @@ divided by a scale of its own, so that its largest entry becomes 127, and rounde
 
 Too many operations. The model of model.py runs 65 a layer, and for a small model each takes less time than Python and
 torch need to launch it. So here the projections of one input are one matrix, what is the same for every layer is
-computed once per token, and of several ways to write an operation the quickest to launch is taken (NOTES.md has what
-they cost); 41 are left. On request torch.compile turns several layers at a time into one C++ function. That needs a C++
-compiler, and half a minute or more for every length of cache, which are few (see room); torch keeps what it compiled on
-disk. One row times one matrix is then written as multiply and sum, a plain loop that the compiler vectorises, and which
-reads bfloat16 and int8 as easily as float32. Python checks every tensor that it hands to a compiled function at every
-call, so the weights of these layers are one tensor of each kind.
-
-    decoder = Decoder(model, torch.int8, compile=True)
-    logits = decoder(token, cache)
-
-The prompt is read by the model itself: many tokens at once use every weight many times, and need none of this.
+computed once per token, and of several ways to write an operation the quickest to launch is taken (costs: NOTES.md);
+41 are left. On request torch.compile turns several layers at a time into one C++ function. That needs a C++ compiler,
+and half a minute or more for every length of cache, which are few (see room); torch keeps what it compiled on disk. One
+row times one matrix is then a plain loop of multiply and sum, which reads bfloat16 and int8 as easily as float32.
+Python checks every tensor that it hands to a compiled function, so the weights of these layers are one tensor a kind.
 
 Shapes as in model.py: B batch, C hidden size, V vocabulary, H heads, K key/value heads, D head size.
 """
@@ -43,7 +39,7 @@ FEW_SLOTS = 512  # a compiled step reads so many slots by loops of its own; beyo
 
 
 class Weight(NamedTuple):
-    """A matrix, or n of them, from inputs to outputs. Read row by row, (in, out) is what a CPU's BLAS is fastest with."""
+    """A matrix, or n of them, from inputs to outputs. Of (in, out) a CPU's BLAS reads a row the fastest."""
 
     values: Tensor  # fp32 (in, out), bf16 (out, in) or int8 (out, in)
     scale: Tensor | None = None  # (out,) of int8: fp32 where compiled, else bf16 as torch's kernel takes it
@@ -96,14 +92,12 @@ def materialise(x: Tensor) -> Tensor:
 
 
 class Shape(NamedTuple):
-    """What a step needs of the config. eps and head_eps: those of `inverse_norm` for C and for D."""
-
     heads: int  # H
     key_heads: int  # K
     head_dim: int  # D
     qk_norm: bool
-    eps: Tensor
-    head_eps: Tensor
+    eps: Tensor  # of inverse_norm for C
+    head_eps: Tensor  # and for D
 
 
 class Layers(NamedTuple):

@@ -39,13 +39,13 @@ recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_sta
 
 
 def outside_graphs(function):
-    """`function`, which torch.compile calls as it is instead of tracing it. As a decorator, torch.compiler.disable would
-    import the compiler, a second, at every start."""
+    """`function`, which torch.compile calls as it is instead of tracing it. The decorator torch.compiler.disable would
+    import the compiler at every start, which takes a second."""
 
     @functools.wraps(function)
-    def call(*inputs):
+    def call(*inputs, **options):
         run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
-        return run(*inputs)
+        return run(*inputs, **options)
 
     return call
 
@@ -60,14 +60,13 @@ def run_block(block, x: Tensor, *inputs, last=None, recompute=False, whole=False
     small; a GPU wants large pieces. whole: no slices (experts balance their load over the whole row).
     """
     T, learning = x.shape[1], torch.is_grad_enabled()
-    if recompute and learning:
-        return checkpoint(block, x, *inputs, use_reentrant=False)
     beyond = learning and T > block.self_attn.window
-    if whole or x.device.type != "cpu" or (learning and not beyond):
-        size = T
-    elif size is None:
-        size = SLICE
-    if last is None and not beyond and T <= size:
+    cut = x.device.type == "cpu" and not whole and (beyond or not learning)
+    size = (size or SLICE) if cut else T
+    if learning and recompute:
+        sliced = functools.partial(block.in_slices, last=None, recompute=False, size=size)
+        return checkpoint(sliced if size < T else block, x, *inputs, use_reentrant=False)
+    if last is None and not beyond and size >= T:
         return block(x, *inputs)
     return block.in_slices(x, *inputs, last=last, recompute=beyond, size=size)
 
