@@ -52,10 +52,19 @@ from tqdm import tqdm
 
 from nanodoge.conversations import divide, open_sets, pad
 from nanodoge.losses import token_logprobs
-from nanodoge.machine import gathered, shard
+from nanodoge.machine import shard, unsharded
 from nanodoge.options import run_command
-from nanodoge.run import Run, TuneOptions, carry_out, count_steps, read_tune_options, start_tuning, try_out
-from train import cosine, make_optimizers, rows_of_step
+from nanodoge.run import Run
+from nanodoge.stage import (
+    TUNE_MAY_CHANGE,
+    TuneOptions,
+    count_steps,
+    profile_step,
+    read_run_options,
+    run_stage,
+    start_tuning,
+)
+from train import cosine, make_optimizers, optimizer_step, rows_of_step
 
 # Nats. A chosen answer that has gained less on the rejected one than this is in a tie with it: with the usual beta, one
 # would be preferred at 50.25 % and the other at 49.75 %. Rounding alone makes 3e-5 in float32 and 0.15 in bfloat16 (the
@@ -161,7 +170,7 @@ def answer_logp(policy, rows, filling, machine):
     """rows: ids and which of them are targets (see conversations.pad) -> the log-probabilities (rows,) fp32 of each
     row's targets, added up, and the load-balance value of the experts."""
     tokens, targets, _ = pad(rows, filling)
-    shape, (tokens, places, targets) = tokens.shape, machine.put(tokens, *with_targets(targets))
+    shape, (tokens, places, targets) = tokens.shape, machine.to_device(tokens, *with_targets(targets))
     with machine.autocast():
         logp, balance = policy(tokens, places, targets)
     each = torch.zeros(shape, device=machine.device).flatten().index_copy(0, places, logp)
@@ -197,7 +206,7 @@ def compare(logp, reference, sizes, options):
 def reference_logp(answers, pairs, which, machine, options):
     """The log-probabilities of both answers of the pairs `which`, by the model as it is -> (count, 2) fp32 on the CPU,
     NaN for the other pairs. All processes share the work and get the whole."""
-    groups = divide(pairs.lengths[which], options.micro_tokens)[machine.rank :: machine.world_size]
+    groups = divide(pairs.lengths[which], options.micro_batch_tokens)[machine.rank :: machine.world_size]
     found = torch.zeros(pairs.count, 2)
     hidden = None if machine.is_main else True  # None: shown on a terminal, and no litter in a file
     bar = tqdm(total=sum(map(len, groups)), unit="pair", desc="reference", disable=hidden, dynamic_ncols=True)
@@ -212,10 +221,10 @@ def reference_logp(answers, pairs, which, machine, options):
 
 
 def make_evaluate(machine, answers, pairs, reference, options):
-    """-> evaluate(): loss, accuracy, margin and the chosen answers' log-probability, means over the first eval_rows
+    """-> evaluate(): loss, accuracy, margin and the chosen answers' log-probability, means over the first eval_size
     pairs. All processes share the work."""
-    count = min(pairs.count, options.eval_rows)
-    groups = divide(pairs.lengths[:count], options.micro_tokens)[machine.rank :: machine.world_size]
+    count = min(pairs.count, options.eval_size)
+    groups = divide(pairs.lengths[:count], options.micro_batch_tokens)[machine.rank :: machine.world_size]
 
     @torch.no_grad()
     def evaluate():
@@ -232,41 +241,32 @@ def make_evaluate(machine, answers, pairs, reference, options):
 
 def facts(pairs, reference, group, machine):
     """What is known of these pairs beforehand: the reference's log-probabilities and the answers' tokens, (2, n)."""
-    return machine.put(reference[group].T, torch.from_numpy(pairs.answers[group].T))
+    return machine.to_device(reference[group].T, torch.from_numpy(pairs.answers[group].T))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-class Run(Run):
-    """A run whose checkpoints also hold the reference's log-probabilities: {split: (count, 2)}."""
-
-    reference = None
-
-    def state(self):
-        return super().state() | dict(reference=self.reference)
-
-
-def announce(options, machine, model, train_pairs, val_pairs, which, seconds, line):
+def describe(options, machine, model, train_pairs, val_pairs, which, seconds, line):
     """Prints, before the first step, what is going to happen, on what, and what it will cost. which: the pairs that the
     run will see; seconds: of one micro-batch; line: on how it is computed."""
-    steps, step = options.max_steps, rows_of_step(0, train_pairs.count, options.batch_rows, options.seed)
-    groups = divide(train_pairs.lengths[step], options.micro_tokens, machine.world_size)
+    steps, step = options.max_steps, rows_of_step(0, train_pairs.count, options.batch_size, options.seed)
+    groups = divide(train_pairs.lengths[step], options.micro_batch_tokens, machine.world_size)
     padded = sum(len(group) * int(train_pairs.lengths[step][group].max()) for group in groups)
     for split, pairs in (("training", train_pairs), ("validation", val_pairs)):
         if pairs.too_long or pairs.no_choice:
             machine.print(f"left out: {pairs.too_long:,} {split} pairs longer than {options.sequence_length} tokens, "
                           f"{pairs.no_choice:,} with equal or empty answers")  # fmt: skip
-    a_pair = seconds * len(groups) / machine.world_size / options.batch_rows
+    a_pair = seconds * len(groups) / machine.world_size / options.batch_size
     first = 0 if options.resume else a_pair / 3 * (len(which) + val_pairs.count)  # no backward pass
-    duration = first + a_pair * options.batch_rows * steps
+    duration = first + a_pair * options.batch_size * steps
     machine.print(
         f"model     {sum(p.numel() for p in model.parameters()):,} parameters, from {options.init_from}\n"
         f"data      {options.data}: {train_pairs.count:,} pairs, {train_pairs.rows.sum():,} tokens, "
-        f"{train_pairs.answers.sum():,} of them compared; {steps * options.batch_rows / train_pairs.count:.2f} epochs\n"
+        f"{train_pairs.answers.sum():,} of them compared; {steps * options.batch_size / train_pairs.count:.2f} epochs\n"
         f"loss      {options.loss}, beta {options.beta}\n"
-        f"step      {options.batch_rows} pairs in about {len(groups)} micro-batches on {machine.world_size} processes; "
+        f"step      {options.batch_size} pairs in about {len(groups)} micro-batches on {machine.world_size} processes; "
         f"{1 - train_pairs.rows[step].sum() / padded:.0%} of the first step is padding\n"
         f"device    {machine.summary}; {line}\n"
         f"cost      {steps:,} steps; about {duration // 3600:.0f} h {duration // 60 % 60 + 1:.0f} min at the most, "
@@ -282,12 +282,13 @@ def train(options, machine):
     if not (train_pairs.count and val_pairs.count):
         raise ValueError(f"--sequence_length={options.sequence_length}: of {len(train_set) // 2} training and "
                          f"{len(val_set) // 2} validation pairs, {train_pairs.count} and {val_pairs.count} fit")
-    if options.micro_tokens < 2 * options.sequence_length:
-        raise ValueError(f"--micro_tokens={options.micro_tokens} is less than one pair, two rows of "
+    if options.micro_batch_tokens < 2 * options.sequence_length:
+        raise ValueError(f"--micro_batch_tokens={options.micro_batch_tokens} is less than one pair, two rows of "
                          f"{options.sequence_length}")  # fmt: skip
     count_steps(options, train_pairs.count, machine)
-    shard(model, options, machine, "hidden")
-    optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
+    if options.shard:
+        shard(model, machine, "hidden")
+    optimizers = make_optimizers(model, options, machine)
     policy = Policy(model)
 
     def answers(pairs, group, network=policy):
@@ -296,49 +297,55 @@ def train(options, machine):
         logp, balance = answer_logp(network, rows, tokenizer.pad_id, machine)
         return logp.view(2, -1), balance
 
-    longest = np.argsort(-train_pairs.lengths, kind="stable")[: options.micro_tokens // train_pairs.lengths.max()]
-    tried = try_out(machine, policy, lambda network: answers(train_pairs, longest, network)[0].sum(),
+    longest = np.argsort(-train_pairs.lengths, kind="stable")[: options.micro_batch_tokens // train_pairs.lengths.max()]
+    tried = profile_step(machine, policy, lambda network: answers(train_pairs, longest, network)[0].sum(),
                             options)  # fmt: skip
     network, seconds, line = tried
     which = pairs_of_run(options, train_pairs.count)
-    announce(options, machine, model, train_pairs, val_pairs, which, seconds, line)
+    describe(options, machine, model, train_pairs, val_pairs, which, seconds, line)
     show_example(train_pairs, rows_of_step(0, train_pairs.count, 1, options.seed)[0], tokenizer, machine)
-    # of all validation pairs, since a resumed run may raise --eval_rows
+    # of all validation pairs, since a resumed run may raise --eval_size
     if options.resume:
         reference = kept_reference(options, state, train_pairs, val_pairs)
     else:
-        with gathered(model):
+        with unsharded(model):
             reference = dict(train=reference_logp(answers, train_pairs, which, machine, options),
                              val=reference_logp(answers, val_pairs, np.arange(val_pairs.count), machine, options))
     evaluate = make_evaluate(machine, answers, val_pairs, reference["val"], options)
     columns = "accuracy margin chosen_reward rejected_reward kl val_accuracy val_margin val_chosen_logp".split()
     run = Run(options, machine, model, network, tokenizer, optimizers, evaluate,
-              model.flops_per_token(train_pairs.rows.mean()), columns=columns)  # fmt: skip
-    run.reference = reference
+              model.flops_per_token(train_pairs.rows.mean()), columns=columns,
+              extra_state=dict(reference=reference), evaluate_first=True)  # fmt: skip
     if options.resume:
         run.restore(state)
 
     def loss_of(group):  # a micro-batch's share of the mean over the whole step
-        logp, balance = answers(train_pairs, group, run.network)
+        logp, balance = answers(train_pairs, group, network)
         values = compare(logp, *facts(train_pairs, reference["train"], group, machine), options)
-        shares = {name: value.sum() / options.batch_rows for name, value in values.items()}
-        balance = model.config.router_aux_loss_coef * balance * len(group) / options.batch_rows
+        shares = {name: value.sum() / options.batch_size for name, value in values.items()}
+        balance = model.config.router_aux_loss_coef * balance * len(group) / options.batch_size
         return shares.pop("loss") + balance, shares
 
     with run:
         for step in run.steps():
-            rows = np.array(rows_of_step(step, train_pairs.count, options.batch_rows, options.seed))
-            groups = divide(train_pairs.lengths[rows], options.micro_tokens, machine.world_size)
+            rows = np.array(rows_of_step(step, train_pairs.count, options.batch_size, options.seed))
+            groups = divide(train_pairs.lengths[rows], options.micro_batch_tokens, machine.world_size)
             lr = options.learning_rate * cosine(step, options.max_steps, int(options.warmup * options.max_steps))
-            run.update([rows[group] for group in groups[machine.rank :: machine.world_size]], loss_of,
-                       int(train_pairs.rows[rows].sum()), lr)  # fmt: skip
+            loss, columns = 0.0, {}
+            for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
+                share, values = loss_of(rows[group])
+                loss += run.backward(share)
+                columns = {name: columns.get(name, 0.0) + value for name, value in values.items()}
+            grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
+            tokens = int(train_pairs.rows[rows].sum())
+            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens, **columns)
     run.finish()
 
 
 def pairs_of_run(options, count):
     """The numbers of the pairs that the run will see: all of them after an epoch."""
-    steps = min(options.max_steps, math.ceil(count / options.batch_rows))
-    return np.unique([i for step in range(steps) for i in rows_of_step(step, count, options.batch_rows, options.seed)])
+    steps = min(options.max_steps, math.ceil(count / options.batch_size))
+    return np.unique([i for step in range(steps) for i in rows_of_step(step, count, options.batch_size, options.seed)])
 
 
 def kept_reference(options, state, train_pairs, val_pairs):
@@ -353,7 +360,7 @@ def kept_reference(options, state, train_pairs, val_pairs):
 
 
 def main(argv):
-    carry_out(train, read_tune_options(DpoOptions, argv, "dpo_tiny.py"))
+    run_stage(train, read_run_options(DpoOptions, argv, "dpo_tiny.py", TUNE_MAY_CHANGE))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from nanodoge.conversations import divide
 from nanodoge.decode import Decoder
 from nanodoge.machine import Machine
 from nanodoge.options import one_line, parse_options, run_command
-from train import Rows, bytes_of_tokens
+from train import Sequences, bytes_of_tokens
 
 DTYPES = ["float32", "bfloat16", "int8"]
 WORTH = 1.5  # times fewer tokens make up for reading a context apart from its answers (20M model, on a processor, where
@@ -555,7 +555,7 @@ def print_table(rows):
 
 def print_bits_per_byte(model, tokenizer, options):
     """A row for each dtype."""
-    rows = Rows(options.bpb, "val", model.config.max_position_embeddings)
+    rows = Sequences(options.bpb, "val", model.config.max_position_embeddings)
     meta = read_meta(options.bpb)
     if (meta["tokenizer_sha256"], meta["vocab_size"]) != (tokenizer.digest, tokenizer.vocab_size):
         raise ValueError(f"--bpb={options.bpb} was made with another tokenizer than {options.checkpoint[0]}'s")

@@ -54,11 +54,20 @@ from dpo import Policy, with_targets
 from nanodoge.checkpoint import clear, load_model, save_checkpoint
 from nanodoge.conversations import divide, final_answer, generate, open_sets, pad
 from nanodoge.decode import Decoder
-from nanodoge.machine import gathered, shard
+from nanodoge.machine import shard, unsharded
 from nanodoge.options import run_command
-from nanodoge.run import Run, TuneOptions, carry_out, count_steps, read_tune_options, start_tuning, try_out
+from nanodoge.run import Run
+from nanodoge.stage import (
+    TUNE_MAY_CHANGE,
+    TuneOptions,
+    count_steps,
+    profile_step,
+    read_run_options,
+    run_stage,
+    start_tuning,
+)
 from nanodoge.tokenizer import read_object
-from train import cosine, make_optimizers, rows_of_step, scramble
+from train import cosine, make_optimizers, optimizer_step, rows_of_step, scramble
 
 # Of the answers of a step: their mean reward; the shares that are right, and in form; their mean length in tokens; the
 # share of groups without a signal; the mean of -log p over the tokens as they were drawn, which estimates the entropy.
@@ -70,11 +79,11 @@ COLUMNS = "reward reward_answer reward_format length no_signal entropy clipped k
 class GrpoOptions(TuneOptions):
     init_from: str = "out/sums-chat"  # checkpoint folder of the model to tune
     data: str = "data/sums-problems"  # folder made by prepare_data.py --kind=problems
-    batch_rows: int = 16  # problems a step, over all processes
+    batch_size: int = 16  # problems a step, over all processes
     generations: int = 8  # answers a problem (G), which are compared with each other
     max_new_tokens: int = 256  # longest answer; what has not ended by then is not right
     temperature: float = 1.0  # of the drawing of answers, and of the probabilities that are learned
-    rollout_rows: int = 64  # answers a process writes at once: as many as its memory holds; decides what is drawn
+    slots: int = 64  # answers a process writes at once: as many as its memory holds; decides what is drawn
     updates_per_rollout: int = 1  # updates of the weights a step, all on the same answers
     clip_low: float = 0.2  # a token of a bad answer is left alone below 1 - this times its probability when drawn
     clip_high: float = 0.2  # one of a good answer above 1 + this times it
@@ -84,7 +93,7 @@ class GrpoOptions(TuneOptions):
     reward_format: float = 0.1  # for a thought and then a solution, each once between its tags
     reward_length: float = 0.0  # taken from an answer of max_new_tokens, from shorter ones in proportion
     learning_rate: float = 8e-5  # peak learning rate
-    eval_rows: int = 200  # validation problems, always the first ones
+    eval_size: int = 200  # validation problems, always the first ones
     eval_samples: int = 4  # of them, how many are kept in OUT_DIR/samples.jsonl with what the model writes
 
     def __post_init__(self):
@@ -92,7 +101,7 @@ class GrpoOptions(TuneOptions):
         if self.generations < 2:
             raise ValueError(f"--generations={self.generations} must be at least 2: an answer is judged by comparing "
                              "it with others to the same problem")  # fmt: skip
-        for name in ("max_new_tokens", "rollout_rows", "updates_per_rollout"):
+        for name in ("max_new_tokens", "slots", "updates_per_rollout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
         for name in ("clip_high", "kl", "reward_answer", "reward_format", "reward_length", "eval_samples"):
@@ -182,14 +191,14 @@ def advantages(rewards, divide_by_std):
 def write_answers(machine, model, tokenizer, prompts, options, key=None):
     """Lets the model answer prompts (lists of ids) -> a list of ids each, of which all processes have all.
 
-    They are written in pieces of rollout_rows, of like length, which the processes share. What is drawn in a piece
+    They are written in pieces of slots, of like length, which the processes share. What is drawn in a piece
     depends on its number and `key`, so it is the same however many processes there are. Without a key the likeliest
     token is taken each time.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    pieces = [order[i : i + options.rollout_rows] for i in range(0, len(order), options.rollout_rows)]
+    pieces = [order[i : i + options.slots] for i in range(0, len(order), options.slots)]
     mine = {}
-    with gathered(model), machine.autocast():
+    with unsharded(model), machine.autocast():
         decoder = Decoder(model, machine.dtype)
         for i in range(machine.rank, len(pieces), machine.world_size):
             sampling = dict(temperature=0.0)
@@ -197,7 +206,7 @@ def write_answers(machine, model, tokenizer, prompts, options, key=None):
                 generator = torch.Generator(machine.device).manual_seed(scramble(key + i))
                 sampling = dict(temperature=options.temperature, generator=generator)
             answers = generate(model, tokenizer, [prompts[j] for j in pieces[i]], options.max_new_tokens,
-                               options.rollout_rows, decoder=decoder, **sampling)  # fmt: skip
+                               options.slots, decoder=decoder, **sampling)  # fmt: skip
             mine.update(zip(pieces[i], answers, strict=True))
     written = {}
     for part in machine.gather(mine):
@@ -208,7 +217,7 @@ def write_answers(machine, model, tokenizer, prompts, options, key=None):
 def rollout(machine, model, tokenizer, problems, options, step):
     """The answers that step `step` learns from -> prompts and written (lists of ids, one for each answer), advantages
     (n,), and the log's columns {name: (n,)}. The answers to a problem stand together."""
-    chosen = rows_of_step(step, problems.count, options.batch_rows, options.seed)
+    chosen = rows_of_step(step, problems.count, options.batch_size, options.seed)
     prompts, wanted = problems.some(np.repeat(chosen, options.generations))
     written = write_answers(machine, model, tokenizer, prompts, options, scramble(scramble(options.seed) + step))
     columns = judge(written, wanted, tokenizer, options)
@@ -234,12 +243,12 @@ def make_batches(machine, prompts, written, above, tokenizer, options):
     """-> this process's micro-batches of a rollout, and how many tokens go into the model on all processes."""
     lengths = [len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, written, strict=True)]
     batches = []
-    for group in divide(lengths, options.micro_tokens, machine.world_size)[machine.rank :: machine.world_size]:
+    for group in divide(lengths, options.micro_batch_tokens, machine.world_size)[machine.rank :: machine.world_size]:
         pairs = [(np.concatenate((prompts[i], written[i])),
                   np.repeat((False, True), (len(prompts[i]), len(written[i])))) for i in group]  # fmt: skip
         tokens, targets, _ = pad(pairs, tokenizer.pad_id)
         per_token = torch.tensor(np.repeat(above[group], [len(written[i]) for i in group]), dtype=torch.float32)
-        batches.append(Batch(np.array(group), *machine.put(tokens, *with_targets(targets), per_token)))
+        batches.append(Batch(np.array(group), *machine.to_device(tokens, *with_targets(targets), per_token)))
     return batches, sum(lengths)
 
 
@@ -296,9 +305,9 @@ def make_loss(machine, policy, reference, columns, coefficient, options):
 
 
 def make_evaluate(machine, model, problems, tokenizer, options):
-    """-> evaluate(step): the first eval_rows problems answered with the likeliest token each time; val_accuracy is the
+    """-> evaluate(step): the first eval_size problems answered with the likeliest token each time; val_accuracy is the
     share of right answers, val_reward the mean reward. A few answers are kept to be looked at."""
-    prompts, wanted = problems.some(slice(options.eval_rows))
+    prompts, wanted = problems.some(slice(options.eval_size))
 
     def evaluate(step):
         written = write_answers(machine, model, tokenizer, prompts, options)
@@ -350,11 +359,11 @@ def load_reference(options, machine, model, tokenizer):
     return Policy(reference, tokenizer.vocab_size, options.temperature)
 
 
-def announce(options, machine, model, train, val, batches, seconds, which):
+def describe(options, machine, model, train, val, batches, seconds, which):
     """Prints, before the first step, what is going to happen, on what, and what it will cost. batches: micro-batches of
     the first step on this process; seconds: to write its answers, and to learn from one micro-batch."""
     duration = options.max_steps * (seconds[0] + seconds[1] * batches * options.updates_per_rollout)
-    answers = options.batch_rows * options.generations
+    answers = options.batch_size * options.generations
     for split, problems in (("training", train), ("validation", val)):
         if problems.left_out:
             machine.print(f"too long for {options.sequence_length} tokens with an answer of {options.max_new_tokens}: "
@@ -362,9 +371,9 @@ def announce(options, machine, model, train, val, batches, seconds, which):
     machine.print(
         f"model     {sum(p.numel() for p in model.parameters()):,} parameters, from {options.init_from}\n"
         f"data      {options.data}: {train.count:,} problems; "
-        f"{options.max_steps * options.batch_rows / train.count:.2f} epochs\n"
-        f"step      {options.generations} answers to each of {options.batch_rows} problems, written in "
-        f"{math.ceil(answers / options.rollout_rows)} pieces on {machine.world_size} processes, "
+        f"{options.max_steps * options.batch_size / train.count:.2f} epochs\n"
+        f"step      {options.generations} answers to each of {options.batch_size} problems, written in "
+        f"{math.ceil(answers / options.slots)} pieces on {machine.world_size} processes, "
         f"{batches} micro-batches a process\n"
         f"device    {machine.summary}; {which}\n"
         f"cost      {options.max_steps:,} steps; about {duration // 3600:.0f} h {duration // 60 % 60 + 1:.0f} min, and "
@@ -396,35 +405,42 @@ def train(options, machine):
     try:
         *answers, columns = rollout(machine, model, tokenizer, train_problems, options, 0)
     except (torch.OutOfMemoryError, MemoryError):
-        raise ValueError(f"out of memory: lower --rollout_rows={options.rollout_rows}") from None
+        raise ValueError(f"out of memory: lower --slots={options.slots}") from None
     writing = time.perf_counter() - begin
     batches, _ = make_batches(machine, *answers, tokenizer, options)
-    shard(model, options, machine, "hidden")
-    optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
-    tried = try_out(machine, policy, lambda network: make_loss(
+    if options.shard:
+        shard(model, machine, "hidden")
+    optimizers = make_optimizers(model, options, machine)
+    tried = profile_step(machine, policy, lambda network: make_loss(
         machine, network, reference, columns, balance, options)(batches[0])[0], options)  # fmt: skip
     network, learning, which = tried
-    announce(options, machine, model, train_problems, val_problems, len(batches), (writing, learning), which)
+    describe(options, machine, model, train_problems, val_problems, len(batches), (writing, learning), which)
 
     evaluate = make_evaluate(machine, model, val_problems, tokenizer, options)
     run = Run(options, machine, model, network, tokenizer, optimizers, lambda: evaluate(run.step),
-                      model.flops_per_token(train_problems.lengths.mean()), columns=COLUMNS)  # fmt: skip
+                      model.flops_per_token(train_problems.lengths.mean()), columns=COLUMNS,
+              evaluate_first=True)  # fmt: skip
     if options.resume:
         run.restore(state)
     with run:
         for step in run.steps():
             *answers, columns = rollout(machine, model, tokenizer, train_problems, options, step)
             batches, tokens = make_batches(machine, *answers, tokenizer, options)
-            loss_of = make_loss(machine, run.network, reference, columns, balance, options)
+            loss_of = make_loss(machine, network, reference, columns, balance, options)
             lr = options.learning_rate * cosine(step, options.max_steps, int(options.warmup * options.max_steps))
-            for _ in range(options.updates_per_rollout - 1):
-                run.move(batches, loss_of, lr)
-            run.update(batches, loss_of, tokens, lr)
+            for _ in range(options.updates_per_rollout):
+                loss, columns = 0.0, {}
+                for batch in run.micro_batches(batches):
+                    share, values = loss_of(batch)
+                    loss += run.backward(share)
+                    columns = {name: columns.get(name, 0.0) + value for name, value in values.items()}
+                grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
+            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens, **columns)
     run.finish()
 
 
 def main(argv):
-    carry_out(train, read_tune_options(GrpoOptions, argv, "grpo_tiny.py", may_change=["eval_samples"]))
+    run_stage(train, read_run_options(GrpoOptions, argv, "grpo_tiny.py", TUNE_MAY_CHANGE | {"eval_samples"}))
 
 
 if __name__ == "__main__":

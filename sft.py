@@ -41,8 +41,17 @@ import torch
 from nanodoge.conversations import divide, final_answer, generate, open_sets, pad
 from nanodoge.machine import shard
 from nanodoge.options import run_command
-from nanodoge.run import Run, TuneOptions, carry_out, count_steps, read_tune_options, start_tuning, try_out
-from train import cosine, make_optimizers, rows_of_step
+from nanodoge.run import Run
+from nanodoge.stage import (
+    TUNE_MAY_CHANGE,
+    TuneOptions,
+    count_steps,
+    profile_step,
+    read_run_options,
+    run_stage,
+    start_tuning,
+)
+from train import cosine, make_optimizers, optimizer_step, rows_of_step
 
 
 @dataclass
@@ -118,12 +127,12 @@ def show_example(rows, i, tokenizer, machine, labels=()):
 
 
 def make_evaluate(machine, model, loss_sum, rows, tokenizer, options):
-    """-> evaluate(): mean loss a target over the first eval_rows conversations; and the share of the first eval_answers
+    """-> evaluate(): mean loss a target over the first eval_size conversations; and the share of the first eval_answers
     whose last answer, written by taking the likeliest token each time, is right to the last word; of a classifier, the
     share of all whose label is. All processes share the work."""
-    count, asked = min(rows.count, options.eval_rows), min(rows.count, options.eval_answers)
+    count, asked = min(rows.count, options.eval_size), min(rows.count, options.eval_answers)
     asked = count if model.labels else asked
-    groups = divide(rows.lengths[:count], options.micro_tokens)[machine.rank :: machine.world_size]
+    groups = divide(rows.lengths[:count], options.micro_batch_tokens)[machine.rank :: machine.world_size]
 
     @torch.no_grad()
     def evaluate():
@@ -156,7 +165,7 @@ def count_right(model, rows, which, tokenizer, machine):
 def count_labels(model, rows, group, tokenizer, machine):
     """How many texts of a group the classifier gives their label."""
     tokens, targets, _ = pad([rows.row(i) for i in group], tokenizer.pad_id)
-    tokens, targets = machine.put(tokens, targets)
+    tokens, targets = machine.to_device(tokens, targets)
     with machine.autocast():
         found = model(tokens)[0].argmax(-1)
     return int((found == targets).sum())
@@ -166,11 +175,11 @@ def count_labels(model, rows, group, tokenizer, machine):
 # The run
 
 
-def announce(options, machine, model, train_rows, val_rows, seconds, which):
+def describe(options, machine, model, train_rows, val_rows, seconds, which):
     """Prints, before the first step, what is going to happen, on what, and what it will cost."""
     used, steps = int(train_rows.lengths.sum()), options.max_steps
-    step = rows_of_step(0, train_rows.count, options.batch_rows, options.seed)
-    groups = divide(train_rows.lengths[step], options.micro_tokens, machine.world_size)
+    step = rows_of_step(0, train_rows.count, options.batch_size, options.seed)
+    groups = divide(train_rows.lengths[step], options.micro_batch_tokens, machine.world_size)
     padded = sum(len(group) * int(train_rows.lengths[step][group].max()) for group in groups)
     duration = seconds * len(groups) / machine.world_size * steps
     for split, rows in (("training", train_rows), ("validation", val_rows)):
@@ -180,8 +189,8 @@ def announce(options, machine, model, train_rows, val_rows, seconds, which):
     machine.print(
         f"model     {sum(p.numel() for p in model.parameters()):,} parameters, from {options.init_from}\n"
         f"data      {options.data}: {train_rows.count:,} conversations, {used:,} tokens, {train_rows.targets.sum():,} "
-        f"of them learned; {steps * options.batch_rows / train_rows.count:.2f} epochs\n"
-        f"step      {options.batch_rows} conversations in about {len(groups)} micro-batches on {machine.world_size} "
+        f"of them learned; {steps * options.batch_size / train_rows.count:.2f} epochs\n"
+        f"step      {options.batch_size} conversations in about {len(groups)} micro-batches on {machine.world_size} "
         f"processes; {1 - train_rows.lengths[step].sum() / padded:.0%} of the first step is padding\n"
         f"device    {machine.summary}; {which}\n"
         f"cost      {steps:,} steps; about {duration // 3600:.0f} h {duration // 60 % 60 + 1:.0f} min at the most"
@@ -198,40 +207,44 @@ def train(options, machine):
         raise ValueError(f"--sequence_length={options.sequence_length}: of {len(train_set)} training and "
                          f"{len(val_set)} validation conversations, {train_rows.count} and {val_rows.count} fit")
     count_steps(options, train_rows.count, machine)
-    shard(model, options, machine)
-    optimizers = make_optimizers(model, options, fused=machine.device.type in ("cpu", "cuda"))
+    if options.shard:
+        shard(model, machine)
+    optimizers = make_optimizers(model, options, machine)
 
     def loss_sum(rows, group, network):
         """The cross-entropies of the targets of these rows, added up."""
         tokens, targets, _ = pad([rows.row(i) for i in group], tokenizer.pad_id)
         with machine.autocast():
-            mean = network(*machine.put(tokens, targets))[1]
+            mean = network(*machine.to_device(tokens, targets))[1]
         return mean * int(rows.targets[group].sum())
 
-    longest = np.argsort(-train_rows.lengths, kind="stable")[: options.micro_tokens // train_rows.lengths.max()]
-    tried = try_out(machine, model, lambda network: loss_sum(train_rows, longest, network), options)
+    longest = np.argsort(-train_rows.lengths, kind="stable")[: options.micro_batch_tokens // train_rows.lengths.max()]
+    tried = profile_step(machine, model, lambda network: loss_sum(train_rows, longest, network), options)
     network, seconds, which = tried
-    announce(options, machine, model, train_rows, val_rows, seconds, which)
+    describe(options, machine, model, train_rows, val_rows, seconds, which)
     show_example(train_rows, rows_of_step(0, train_rows.count, 1, options.seed)[0], tokenizer, machine, model.labels)
     evaluate = make_evaluate(machine, model, loss_sum, val_rows, tokenizer, options)
     run = Run(options, machine, model, network, tokenizer, optimizers, evaluate,
-                      model.flops_per_token(train_rows.lengths.mean()), columns=["val_exact"])  # fmt: skip
+              model.flops_per_token(train_rows.lengths.mean()), columns=["val_exact"],
+              evaluate_first=True)  # fmt: skip
     if options.resume:
         run.restore(state)
     with run:
         for step in run.steps():
-            rows = np.array(rows_of_step(step, train_rows.count, options.batch_rows, options.seed))
-            groups = divide(train_rows.lengths[rows], options.micro_tokens, machine.world_size)
+            rows = np.array(rows_of_step(step, train_rows.count, options.batch_size, options.seed))
+            groups = divide(train_rows.lengths[rows], options.micro_batch_tokens, machine.world_size)
             targets = int(train_rows.targets[rows].sum())  # of the whole step, on all processes
             lr = options.learning_rate * cosine(step, options.max_steps, int(options.warmup * options.max_steps))
-            run.update([rows[group] for group in groups[machine.rank :: machine.world_size]],
-                       lambda group, all=targets: loss_sum(train_rows, group, run.network) / all,
-                       int(train_rows.lengths[rows].sum()), lr)  # fmt: skip
+            loss = 0.0
+            for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
+                loss += run.backward(loss_sum(train_rows, rows[group], network) / targets)
+            grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
+            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(train_rows.lengths[rows].sum()))
     run.finish()
 
 
 def main(argv):
-    carry_out(train, read_tune_options(SftOptions, argv, "sft_tiny.py", may_change=["eval_answers"]))
+    run_stage(train, read_run_options(SftOptions, argv, "sft_tiny.py", TUNE_MAY_CHANGE | {"eval_answers"}))
 
 
 if __name__ == "__main__":

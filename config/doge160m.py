@@ -18,7 +18,7 @@ keep_window_size = 2048  # as long as the context: in training every earlier tok
 
 # batch: 768 rows of 2,048 = 1.5M tokens a step
 batch_tokens = 1572864
-batch_size = 8  # rows a GPU computes at once; must divide 768 / number of GPUs
+micro_batch_size = 8  # rows a GPU computes at once; must divide 768 / number of GPUs
 
 # schedule: 10 % up, 80 % flat, 10 % down
 max_steps = 24000

@@ -18,7 +18,7 @@ moe_warmup_steps = 2400  # the new parameters first; then all
 
 # the rest as in config/doge160m.py, whose shape is that of the checkpoint
 batch_tokens = 1572864
-batch_size = 4  # the experts' activations take memory too
+micro_batch_size = 4  # the experts' activations take memory too
 max_steps = 24000
 learning_rate = 4e-3
 warmup_steps = 0

@@ -18,7 +18,7 @@ moe_warmup_steps = 800  # the new parameters first; then all
 
 # the rest as in config/doge20m.py, whose shape is that of the checkpoint
 batch_tokens = 524288
-batch_size = 8  # the experts' activations take memory too
+micro_batch_size = 8  # the experts' activations take memory too
 max_steps = 8000
 learning_rate = 8e-3
 warmup_steps = 0

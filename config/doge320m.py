@@ -18,7 +18,7 @@ keep_window_size = 2048  # as long as the context: in training every earlier tok
 
 # batch: 1024 rows of 2,048 = 2M tokens a step
 batch_tokens = 2097152
-batch_size = 8  # rows a GPU computes at once; must divide 1024 / number of GPUs
+micro_batch_size = 8  # rows a GPU computes at once; must divide 1024 / number of GPUs
 
 # schedule: 10 % up, 80 % flat, 10 % down
 max_steps = 32000

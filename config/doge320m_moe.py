@@ -19,7 +19,7 @@ moe_warmup_steps = 3200  # the new parameters first; then all
 
 # the rest as in config/doge320m.py, whose shape is that of the checkpoint
 batch_tokens = 2097152
-batch_size = 4  # the experts' activations take memory too
+micro_batch_size = 4  # the experts' activations take memory too
 max_steps = 32000
 learning_rate = 2e-3
 warmup_steps = 0

@@ -18,7 +18,7 @@ keep_window_size = 2048  # as long as the context: in training every earlier tok
 
 # batch: 512 rows of 2,048 = 1M tokens a step
 batch_tokens = 1048576
-batch_size = 16  # rows a GPU computes at once; must divide 512 / number of GPUs
+micro_batch_size = 16  # rows a GPU computes at once; must divide 512 / number of GPUs
 
 # schedule: 10 % up, 80 % flat, 10 % down
 max_steps = 16000

@@ -18,7 +18,7 @@ moe_warmup_steps = 1600  # the new parameters first; then all
 
 # the rest as in config/doge60m.py, whose shape is that of the checkpoint
 batch_tokens = 1048576
-batch_size = 8  # the experts' activations take memory too
+micro_batch_size = 8  # the experts' activations take memory too
 max_steps = 16000
 learning_rate = 6e-3
 warmup_steps = 0

@@ -12,8 +12,8 @@ out_dir = "out/dpo_doge320m"
 
 loss = "sigmoid"  # with its beta of 0.1
 epochs = 2.0
-batch_rows = 128  # pairs
-micro_tokens = 16384  # what a GPU computes at once
+batch_size = 128  # pairs
+micro_batch_tokens = 16384  # what a GPU computes at once
 sequence_length = 1024
 
 learning_rate = 2e-5  # a hundredth of pretraining's

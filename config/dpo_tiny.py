@@ -3,8 +3,8 @@
 init_from = "out/stories-chat"  # what `python sft.py` leaves
 data = "data/stories-preferences"  # made on the spot: python prepare_data.py --kind=preferences stories --tokenizer=...
 
-batch_rows = 32  # pairs
-micro_tokens = 2048  # what a processor's cache likes
+batch_size = 32  # pairs
+micro_batch_tokens = 2048  # what a processor's cache likes
 max_steps = 100
 learning_rate = 3e-4
 freeze_embeddings = True  # as in sft_tiny.py

@@ -13,12 +13,12 @@ data = "data/gsm8k-problems"
 out_dir = "out/grpo_doge320m"
 
 epochs = 4.0
-batch_rows = 128  # problems
+batch_size = 128  # problems
 generations = 8  # answers to each
 sequence_length = 1536
 max_new_tokens = 1024
-rollout_rows = 64  # what a GPU writes at once: 1,024 answers are sixteen pieces
-micro_tokens = 16384  # what a GPU learns from at once
+slots = 64  # what a GPU writes at once: 1,024 answers are sixteen pieces
+micro_batch_tokens = 16384  # what a GPU learns from at once
 
 learning_rate = 2e-5  # a hundredth of pretraining's
 warmup = 0.1

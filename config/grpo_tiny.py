@@ -4,11 +4,11 @@ often right than guessing, and stops guessing: its answers become longer, and ri
 init_from = "out/sums-chat"  # what `python sft.py config/sft_reason_tiny.py` leaves
 data = "data/sums-problems"  # made on the spot: python prepare_data.py --kind=problems sums --tokenizer=out/sums-chat
 
-batch_rows = 16  # problems
+batch_size = 16  # problems
 generations = 8  # answers to each
 max_new_tokens = 96  # the longest right answer has 77
-rollout_rows = 64
-micro_tokens = 2048  # what a processor's cache likes
+slots = 64
+micro_batch_tokens = 2048  # what a processor's cache likes
 
 max_steps = 20
 learning_rate = 2e-4

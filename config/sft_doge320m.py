@@ -9,8 +9,8 @@ data = "data/smoltalk"
 out_dir = "out/sft_doge320m"
 
 epochs = 2.0
-batch_rows = 256  # conversations; with some 1,000 tokens in each, the published 0.25M tokens a step
-micro_tokens = 16384  # what a GPU computes at once
+batch_size = 256  # conversations; with some 1,000 tokens in each, the published 0.25M tokens a step
+micro_batch_tokens = 16384  # what a GPU computes at once
 sequence_length = 2048
 
 learning_rate = 2e-4  # a tenth of pretraining's

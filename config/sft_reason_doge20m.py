@@ -12,8 +12,8 @@ data = "data/OpenThoughts-114k-chat"
 out_dir = "out/reason_doge20m"
 
 epochs = 2.0
-batch_rows = 128
-micro_tokens = 32768
+batch_size = 128
+micro_batch_tokens = 32768
 sequence_length = 4096
 
 learning_rate = 8e-4

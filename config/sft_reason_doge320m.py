@@ -12,8 +12,8 @@ data = "data/OpenThoughts-114k-chat"
 out_dir = "out/reason_doge320m"
 
 epochs = 2.0
-batch_rows = 128
-micro_tokens = 16384
+batch_size = 128
+micro_batch_tokens = 16384
 sequence_length = 4096
 
 learning_rate = 2e-4

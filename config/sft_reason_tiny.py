@@ -4,8 +4,8 @@ hasty guess. So it mostly guesses, though it has learned to count. That counting
 init_from = "out/stories-chat"  # what `python sft.py` leaves
 data = "data/sums-chat"  # made on the spot: python prepare_data.py --kind=chat sums --tokenizer=out/stories-chat
 
-batch_rows = 32
-micro_tokens = 2048
+batch_size = 32
+micro_batch_tokens = 2048
 max_steps = 350
 learning_rate = 6e-3
 optimizer = "muon"

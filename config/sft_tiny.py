@@ -3,8 +3,8 @@
 init_from = "out/stories"  # what `python train.py` leaves
 data = "data/stories-chat"  # made on the spot: python prepare_data.py --kind=chat stories --tokenizer=out/stories
 
-batch_rows = 32
-micro_tokens = 2048  # what a processor's cache likes
+batch_size = 32
+micro_batch_tokens = 2048  # what a processor's cache likes
 max_steps = 750
 learning_rate = 2e-3
 optimizer = "muon"

@@ -12,7 +12,7 @@ num_key_value_heads = 1
 max_position_embeddings = 256  # a story and a bit
 
 # batch: small, since a run of minutes is short of steps; not smaller, since Muon's work is the same at any size
-batch_size = 8
+micro_batch_size = 8
 batch_tokens = 4096  # 16 rows of 256
 
 # schedule: the peak that suits Muon here; the decay takes the last third, where much of the gain is

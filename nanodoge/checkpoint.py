@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from model import Doge
 from nanodoge.layouts import checkpoint_file, hf_name, locate, read_json, read_pickle, read_weights
 from nanodoge.layouts import inspect as inspect_checkpoint
-from nanodoge.machine import collect, part_like
+from nanodoge.machine import full_state_dict, shard_like
 from nanodoge.options import one_line
 from nanodoge.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def hugging_face_config(model, tokenizer):
 
 def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=None):
     """Writes model.safetensors, config.json, tokenizer.json and, if given, training_state.pt into `folder`. fields: of
-    config.json, in place of what it would say. weights: what model.state_dict() says, of a sharded model (collect).
+    config.json, in place of what it would say. weights: model.state_dict(), in full.
 
     The files must change together. They are written to folder/.saving, flushed to the disk, and the rename of that
     to .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a
@@ -190,7 +190,7 @@ def load_run(folder):
 def optimizer_state(optimizers, names):
     """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (a MoE
     twin) can take it over. names = {parameter: its name}."""
-    return {names[p]: collect(state) for optimizer in optimizers for p, state in optimizer.state.items()}
+    return {names[p]: full_state_dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
 def load_optimizer_state(optimizers, names, state):
@@ -211,4 +211,4 @@ def load_optimizer_state(optimizers, names, state):
                                          f"{list(shape)}: they are not of one run")  # fmt: skip
                     # a step counter stays on the host, but for fused kernels, which read it themselves
                     v = v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
-                    optimizer.state[p][k] = part_like(v, p) if v.dim() else v
+                    optimizer.state[p][k] = shard_like(v, p) if v.dim() else v

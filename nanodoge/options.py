@@ -66,52 +66,65 @@ def check_ranges(options: Any) -> None:
 # ---- Parsing
 
 
-def parse_options(cls: type, argv: list[str], positional: str | None = None, base: dict | None = None) -> Any:
-    """`cls` made from its defaults, then `base` (the options of a resumed run), then argv, later values winning.
-
-    Bare words are config files; where `positional` names a list field (the SOURCES of prepare_data.py) they fill that
-    field, and a config file is given as `--config=FILE`. Values follow as `--name=value` or `--name value`; `--name`
-    alone sets a boolean. Raises ValueError for a mistake, naming the option and what is valid.
-    """
+def parse_options(
+    cls: type,
+    argv: list[str],
+    positional: str | None = None,
+    base: dict[str, Any] | None = None,
+    default_config: str | Path | None = None,
+) -> Any:
+    """`cls` made from its defaults, then `base` (the options of another run), then argv; see read_values."""
     hints = typing.get_type_hints(cls)
     base = {name: convert(value, hints[name], f"{name} of that run") for name, value in (base or {}).items()}
-    return cls(**base | read_values(cls, argv, positional))
+    return cls(**base | read_values(cls, argv, positional, default_config))
 
 
-def read_values(cls: type, argv: list[str], positional: str | None = None) -> dict[str, Any]:
-    """{option: value} of what argv says, of the right types; ranges are not checked. --help prints and exits."""
+def read_values(
+    cls: type, argv: list[str], positional: str | None = None, default_config: str | Path | None = None
+) -> dict[str, Any]:
+    """{option: value} of argv, of the right types; ranges are not checked. --help prints and exits.
+
+    Bare words are config files, and `default_config` is read if there are none. Where `positional` names a list field
+    (the SOURCES of prepare_data.py) words fill that field, and a config file is given as `--config=FILE`. The command
+    line wins over files. Raises ValueError for a mistake, naming the option and what is valid.
+    """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, positional))
         sys.exit(0)
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
-    values, words, arguments = {}, [], iter(argv)
-
-    def assign(name: str, value: Any, where: str) -> None:
+    words, given = split_argv(cls, argv)
+    files = [] if positional else words
+    files += [given.pop("config")] if "config" in given and "config" not in names else []
+    files = files or [default_config] * bool(default_config)
+    found = [(name, value, f"{file}:{line}") for file in files for name, (value, line) in read_config(file).items()]
+    values = {}
+    for name, value, where in found + [(name, text, f"--{name}") for name, text in given.items()]:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             advice = f"did you mean {close[0]!r}?" if close else "--help lists the options"
             raise ValueError(f"{where}: there is no option {name!r}; {advice}")
         values[name] = convert(value, hints[name], where)
+    return values | ({positional: words} if positional and words else {})
 
-    def load(path: str) -> None:
-        for name, (value, line) in read_config(path).items():
-            assign(name, value, f"{path}:{line}")
 
+def split_argv(cls: type, argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The bare words of argv, and {option: text} of `--name=text`, `--name text`, and `--name` for a boolean."""
+    hints, words, given, arguments = typing.get_type_hints(cls), [], {}, iter(argv)
     for argument in arguments:
         if not argument.startswith("--"):
-            words.append(argument) if positional else load(argument)
+            words.append(argument)
             continue
         name, equals, text = argument[2:].partition("=")
         name = name.replace("-", "_")
         name += "_" * keyword.iskeyword(name)  # --for is the field for_
-        is_option = name in names or name == "config"
-        if is_option and not equals:
-            text = "true" if hints.get(name) is bool else next(arguments, None)
-            if text is None or text.startswith("--"):
+        if not equals:
+            takes_value = name == "config" or hints.get(name, bool) is not bool
+            text = next(arguments, "--") if takes_value else "true"
+            if text.startswith("--"):
                 raise ValueError(f"--{name} needs a value: --{name}=...")
-        load(text) if name == "config" and "config" not in names else assign(name, text, f"--{name}")
-    return values | ({positional: words} if words else {})
+        given[name] = text
+    return words, given
 
 
 def read_config(path: str | Path) -> dict[str, tuple[Any, int]]:

@@ -435,11 +435,11 @@ def two_hosts(argv, root):
 
 
 LONG = ["--max_steps=40", "--decay_steps=8", "--save_every=2", "--eval_every=4"]
-MUON = ["--optimizer=muon", "--batch_size=1"]
+MUON = ["--optimizer=muon", "--micro_batch_size=1"]
 MOE = ["--is_moe", "--num_experts=16", "--num_experts_per_tok=2", *MUON]
 # Answers that now and then end by chance, and shorter ones are better: even a random model has something to learn.
-WRITE = ["--batch_rows=4", "--generations=4", "--max_new_tokens=24", "--rollout_rows=8", "--max_steps=12",
-         "--eval_rows=8", "--reward_length=1", "--kl=0.1", "--updates_per_rollout=2"]  # fmt: skip
+WRITE = ["--batch_size=4", "--generations=4", "--max_new_tokens=24", "--slots=8", "--max_steps=12",
+         "--eval_size=8", "--reward_length=1", "--kl=0.1", "--updates_per_rollout=2"]  # fmt: skip
 
 
 def parts(root, options):
@@ -471,7 +471,7 @@ def parts(root, options):
         "dpo": lambda: tune(dpo, "preferences", kills=a_fifth),
         "grpo": lambda: tune(grpo, "problems", *WRITE, kills=a_fifth),
         "train_2_processes": train_killed("two", world_size=2, kills=a_fifth),
-        "train_4_processes": train_killed("four", "--batch_size=1", world_size=4, kills=max(1, options.kills // 10)),
+        "train_4_processes": train_killed("four", "--micro_batch_size=1", world_size=4, kills=-(-options.kills // 10)),
         "train_2_shards": train_killed("shards", "--shard", *MUON, world_size=2, kills=a_fifth),
         "train_2_shards_compiled": lambda: compiled("shards_compiled", "--shard", *MUON, world_size=2),
         "train_sigterm": train_killed("term", "--save_every=1", number=signal.SIGTERM),
@@ -479,7 +479,7 @@ def parts(root, options):
         "read_only_disk": lambda: disk(pretrain, root / "read_only", "read-only"),
     }
     for world_size in (2, 4):
-        argv = [*pretrain, f"--batch_size={4 // world_size}"]
+        argv = [*pretrain, f"--micro_batch_size={4 // world_size}"]
         rows[f"{world_size}_processes_as_1"] = functools.partial(as_one, argv, root / f"as_{world_size}", world_size)
         argv = [*argv, "--shard"]
         rows[f"{world_size}_shards_as_1"] = functools.partial(as_one, argv, root / f"shards_{world_size}", world_size)

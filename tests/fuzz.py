@@ -351,14 +351,14 @@ def split(good):
 TRAIN = [*TINY, "--hidden_size=16", "--intermediate_size=16", "--num_hidden_layers=1", "--batch_tokens=32",
          "--data=data", "--max_steps=2", "--warmup_steps=0", "--decay_steps=0", "--save_every=1",
          "--eval_every=1"]  # fmt: skip
-TUNED = [*TUNE, "--init_from=model", "--max_steps=1", "--sequence_length=96", "--batch_rows=4", "--save_every=1",
-         "--eval_every=1", "--eval_rows=2"]  # fmt: skip
+TUNED = [*TUNE, "--init_from=model", "--max_steps=1", "--sequence_length=96", "--batch_size=4", "--save_every=1",
+         "--eval_every=1", "--eval_size=2"]  # fmt: skip
 STAGES = {
     "train": [*TRAIN, "--out_dir=new"],
     "sft": [*TUNED, "--data=chat", "--out_dir=new", "--eval_answers=1"],
     "sft_labels": [*TUNED, "--kind=labels", "--data=labels", "--out_dir=new"],
     "dpo": [*TUNED, "--data=preferences", "--out_dir=new"],
-    "grpo": [*TUNED, "--data=problems", "--out_dir=new", "--max_new_tokens=3", "--generations=2", "--batch_rows=2"],
+    "grpo": [*TUNED, "--data=problems", "--out_dir=new", "--max_new_tokens=3", "--generations=2", "--batch_size=2"],
     "sample": ["model", "--max_new_tokens=3"],
     "evaluate": ["model", "--bpb=data", "--tokens=40"],
     "convert": ["model", "converted"],
@@ -371,8 +371,7 @@ CLASSES = dict(train=train.TrainOptions, sft=sft.SftOptions, sft_labels=sft.SftO
                grpo=grpo.GrpoOptions, sample=sample.SampleOptions, evaluate=evaluate.EvaluateOptions,
                convert=convert.ConvertOptions, prepare_data=prepare_data.PrepareOptions)  # fmt: skip
 # They ask for work or for a network: not given large numbers, or left alone.
-BUSY = {"batch_rows", "batch_tokens", "generations", "updates_per_rollout", "num_samples", "max_new_tokens", "stories",
-        "batch_size",
+BUSY = {"batch_size", "batch_tokens", "generations", "updates_per_rollout", "num_samples", "max_new_tokens", "stories",
         "sources", "chat", "prompt", "file", "compile", "tasks", "suite", "include_path",
         "cache"}  # fmt: skip
 KINDS = {"sft": "chat", "sft_labels": "labels", "dpo": "preferences", "grpo": "problems"}

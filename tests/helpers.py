@@ -21,9 +21,10 @@ from nanodoge.checkpoint import save_checkpoint
 from nanodoge.options import run_command
 
 TINY = ["--hidden_size=32", "--intermediate_size=48", "--num_hidden_layers=2", "--num_attention_heads=2",
-        "--max_position_embeddings=16", "--batch_size=2", "--batch_tokens=64", "--max_steps=12", "--warmup_steps=2",
-        "--decay_steps=4", "--learning_rate=3e-3", "--log_every=1", "--eval_every=4", "--save_every=4",
-        "--eval_tokens=100", "--sample_tokens=0", "--device=cpu", "--optimizer=adamw", "--copy_steps=0"]  # fmt: skip
+        "--max_position_embeddings=16", "--micro_batch_size=2", "--batch_tokens=64", "--max_steps=12",
+        "--warmup_steps=2", "--decay_steps=4", "--learning_rate=3e-3", "--log_every=1", "--eval_every=4",
+        "--save_every=4", "--eval_tokens=100", "--sample_tokens=0", "--device=cpu", "--optimizer=adamw",
+        "--copy_steps=0"]  # fmt: skip
 VOLATILE = ("seconds", "tokens_per_second", "memory")  # columns of log.csv that differ between equal runs
 
 
@@ -47,7 +48,7 @@ def make_data(folder, vocab_size=300, count=60, seed=0):
     return folder
 
 
-TUNE = ["--batch_rows=8", "--micro_tokens=256", "--max_steps=12", "--learning_rate=3e-3", "--log_every=1",
+TUNE = ["--batch_size=8", "--micro_batch_tokens=256", "--max_steps=12", "--learning_rate=3e-3", "--log_every=1",
         "--eval_every=4", "--save_every=4", "--device=cpu", "--sequence_length=64", "--optimizer=adamw",
         "--freeze_embeddings=false"]  # fmt: skip
 

@@ -90,7 +90,7 @@ class Away(Machine):
 
 
 EXPERTS = ["--is_moe=true", "--num_experts=16", "--num_experts_per_tok=2", "--router_aux_loss_coef=0.1"]
-GRPO = ["--batch_rows=2", "--generations=2", "--max_new_tokens=5", "--eval_rows=2"]
+GRPO = ["--batch_size=2", "--generations=2", "--max_new_tokens=5", "--eval_size=2"]
 
 
 @pytest.mark.parametrize("stage, kind, options", [
@@ -117,14 +117,14 @@ def test_a_stage_equals_the_processors_and_waits_only_to_log(stage, kind, option
     stage.main([*arguments, f"--out_dir={tmp_path / 'here'}"])
     waited = {}
     with Toy() as toy, without_inference_mode(monkeypatch, (Doge, "stream"), (Decoder, "__call__")):
-        update = Run.update
+        end_step = Run.end_step
 
-        def watched(run, *rest, **names):
+        def watched(run, **names):
             waited[run.step] = len(toy.waits)
-            update(run, *rest, **names)
+            end_step(run, **names)
 
-        monkeypatch.setattr("nanodoge.run.Run.update", watched)
-        monkeypatch.setattr("nanodoge.machine.Machine", Away)
+        monkeypatch.setattr("nanodoge.run.Run.end_step", watched)
+        monkeypatch.setattr("nanodoge.stage.Machine", Away)
         stage.main([*arguments, f"--out_dir={tmp_path / 'there'}"])
 
     here, there = (read_log(tmp_path / out / "log.csv") for out in ("here", "there"))
@@ -144,13 +144,13 @@ def test_samples_and_scores_equal_the_processors(tmp_path, monkeypatch, capsys):
 
     def outputs(model):
         sample.main([str(checkpoint), "--device=cpu", *words])
-        rows, sizes = train.Rows(data, "val", 16), torch.ones(model.config.vocab_size)
+        rows, sizes = train.Sequences(data, "val", 16), torch.ones(model.config.vocab_size)
         bits = evaluate.bits_per_byte(model, Decoder(model, torch.int8), rows, sizes, evaluate.EvaluateOptions(["."]))
         return capsys.readouterr().out, [bits[0], *(score for score, _ in evaluate.log_likelihoods(model, pairs))]
 
     text, numbers = outputs(model)
     unlocked = (Doge, "stream"), (Decoder, "__call__"), (evaluate, "nats"), (evaluate, "log_likelihoods")
     with Toy(), without_inference_mode(monkeypatch, *unlocked):
-        monkeypatch.setattr("nanodoge.machine.Machine", Away)
+        monkeypatch.setattr("sample.Machine", Away)
         same_text, same_numbers = outputs(model.to(NAME))
     assert text == same_text and numbers == pytest.approx(same_numbers, rel=1e-5)

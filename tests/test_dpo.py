@@ -146,9 +146,9 @@ def formula(options, policy, reference, sizes):
     return (mean[0] - mean[1] - 1 / (2 * options.beta)) ** 2
 
 
-@pytest.mark.parametrize("loss, micro_tokens", [("sigmoid", 128), ("sigmoid_norm", 256), ("ipo", 10_000)])
+@pytest.mark.parametrize("loss, micro_batch_tokens", [("sigmoid", 128), ("sigmoid_norm", 256), ("ipo", 10_000)])
 def test_loss_and_gradient_of_a_later_step_equal_float64(base, data, pairs, reference, tmp_path, monkeypatch, loss,
-                                                         micro_tokens):  # fmt: skip
+                                                         micro_batch_tokens):  # fmt: skip
     """Of the second step, when the model is no longer its reference; and with a batch that no micro-batch divides."""
     seen, clip = [], torch.nn.utils.clip_grad_norm_
 
@@ -158,8 +158,8 @@ def test_loss_and_gradient_of_a_later_step_equal_float64(base, data, pairs, refe
         return clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    log = run(base, data, tmp_path / "run", f"--loss={loss}", f"--micro_tokens={micro_tokens}", "--max_steps=2",
-              "--grad_clip=0", "--batch_rows=7")  # fmt: skip
+    log = run(base, data, tmp_path / "run", f"--loss={loss}", f"--micro_batch_tokens={micro_batch_tokens}",
+              "--max_steps=2", "--grad_clip=0", "--batch_size=7")  # fmt: skip
     model, tokenizer = load_model(base)
     with torch.no_grad():
         for p, (value, _) in zip(model.parameters(), seen[1], strict=True):
@@ -203,7 +203,7 @@ def test_ties_are_not_won():
 
 def test_a_run_starts_at_ln_2_without_wins_and_a_rate_of_zero_keeps_it_there(base, data, pairs, tmp_path):
     """And the reference was asked about the pairs that are used, and no others."""
-    log = run(base, data, tmp_path / "run", "--learning_rate=0", "--max_steps=3", "--eval_every=1", "--batch_rows=5")
+    log = run(base, data, tmp_path / "run", "--learning_rate=0", "--max_steps=3", "--eval_every=1", "--batch_size=5")
     known = load_training_state(tmp_path / "run")["reference"]["train"].isfinite().all(1)
     used = [i for step in range(3) for i in train.rows_of_step(step, pairs.count, 5, 233)]
     assert known.nonzero()[:, 0].tolist() == sorted(used)
@@ -217,7 +217,7 @@ def test_a_run_starts_at_ln_2_without_wins_and_a_rate_of_zero_keeps_it_there(bas
 
 def test_validation_by_hand_and_it_learns(base, data, reference, tmp_path):
     """The rejected answers say `not`: that is learned. The figures are those of transformers' model in float64."""
-    log = run(base, data, tmp_path / "run", "--eval_every=12", "--learning_rate=1e-2", "--eval_rows=9")
+    log = run(base, data, tmp_path / "run", "--eval_every=12", "--learning_rate=1e-2", "--eval_size=9")
     assert float(log[-1]["loss"]) < 0.5 and float(log[-1]["accuracy"]) > 0.7
     policy, options = float64(tmp_path / "run"), dpo.DpoOptions()
     val = dpo.Pairs(TokenSet(data, "val", "preferences"), 64)
@@ -240,11 +240,11 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, pairs,
     """And the reference does not drift, even if the model that it was has been overwritten since."""
     start = shutil.copytree(base, tmp_path / "start")
     whole = run(base, data, tmp_path / "whole", "--max_steps=8")
-    update = Run.update
-    monkeypatch.setattr("nanodoge.run.Run.update", lambda self, *a: 1 / 0 if self.step == 6 else update(self, *a))
+    end_step = Run.end_step
+    monkeypatch.setattr("nanodoge.run.Run.end_step", lambda self, **a: 1 / 0 if self.step == 6 else end_step(self, **a))
     with pytest.raises(ZeroDivisionError):
         run(start, data, tmp_path / "cut", "--max_steps=8")
-    monkeypatch.setattr("nanodoge.run.Run.update", update)
+    monkeypatch.setattr("nanodoge.run.Run.end_step", end_step)
     make_checkpoint(start, seed=1)
     dpo.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
     assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
@@ -303,8 +303,9 @@ def test_a_model_with_experts_in_bfloat16(data, tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"), (["--data=nowhere"], "nowhere"),
-    (["--sequence_length=2"], "0 and 0 fit"), (["--micro_tokens=100"], "micro_tokens=100 is less than one pair"),
-    (["--batch_rows=0"], "batch_rows=0"), (["--beta=-1"], "beta=-1"), (["--beta=nan"], "beta=nan"),
+    (["--sequence_length=2"], "0 and 0 fit"),
+    (["--micro_batch_tokens=100"], "micro_batch_tokens=100 is less than one pair"),
+    (["--batch_size=0"], "batch_size=0"), (["--beta=-1"], "beta=-1"), (["--beta=nan"], "beta=nan"),
     (["--loss=hinge"], "'hinge' is not one of sigmoid, ipo, sigmoid_norm"), (["--resume"], "no run to go on with"),
     (["--eval_answers=3"], "no option 'eval_answers'"),
 ])  # fmt: skip
@@ -326,6 +327,6 @@ def test_without_a_word_it_tunes_what_sft_py_left(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "out" / "stories-chat", max_position_embeddings=1024)  # its tokens are short
     real = prepare_data.prepare
     monkeypatch.setattr(prepare_data, "prepare", lambda options: real(dataclasses.replace(options, stories=40), True))
-    dpo.main(["--max_steps=1", "--device=cpu", "--batch_rows=4", "--eval_rows=4"])
+    dpo.main(["--max_steps=1", "--device=cpu", "--batch_size=4", "--eval_size=4"])
     log = read_log(tmp_path / "out" / "stories-preferences" / "log.csv")
     assert [row["step"] for row in log] == ["0", "1"] and all(row["val_accuracy"] != "" for row in log)

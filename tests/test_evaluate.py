@@ -43,7 +43,7 @@ def test_bits_per_byte_equal_those_that_training_logged(trained, capsys):
 
 def test_a_ragged_last_row_is_counted_once(trained):
     model, tokenizer = load_model(trained / "out")
-    rows = train.Rows(trained / "data", "val", 16)
+    rows = train.Sequences(trained / "data", "val", 16)
     options = evaluate.EvaluateOptions(tokens=10**9, batch_size=3)
     sizes, decoder = train.bytes_of_tokens(tokenizer), evaluate.Decoder(model)
     loss, _, seen = evaluate.bits_per_byte(model, decoder, rows, sizes, options)

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+import train
 from nanodoge.layouts import locate
 from nanodoge.options import convert
-from nanodoge.run import is_resumed
 
 if sys.platform != "linux":
     pytest.skip("fuzz.py needs Linux's signals and limits", allow_module_level=True)
@@ -47,7 +47,7 @@ def test_the_checks_see_what_they_are_for(root):
     assert fuzz.attempt(chatter, [], "")[0].startswith("not one line")
     assert fuzz.attempt(lambda argv: {}["x"], [], "")[0].startswith("KeyError")
     assert fuzz.attempt(lambda argv: locate("\0").stat(), [], "")[0].startswith("ValueError")
-    assert fuzz.attempt(lambda argv: is_resumed({"resume": 1, "overwrite": 1}, ""), [], "")[0] == "refused"
+    assert fuzz.attempt(train.read_options, ["--resume", "--overwrite"], "")[0] == "refused"
     assert fuzz.attempt(lambda argv: None, [], "it is cut off")[0] == "read in silence, though it is cut off"
     assert fuzz.attempt(lambda argv: bytearray(1 << 60), [], "")[0].startswith("out of memory")
     (root / "beside" / "more").write_text("")

@@ -25,8 +25,8 @@ from nanodoge.run import Run, read_log
 from nanodoge.tokenizer import Tokenizer
 
 QUESTIONS = [f"{text} {i}" for i, text in enumerate(texts(100, seed=5))]
-GRPO = [*TUNE, "--batch_rows=4", "--generations=4", "--max_new_tokens=6", "--rollout_rows=8", "--max_steps=4",
-        "--eval_every=2", "--save_every=2", "--eval_rows=12", "--warmup=0"]  # fmt: skip
+GRPO = [*TUNE, "--batch_size=4", "--generations=4", "--max_new_tokens=6", "--slots=8", "--max_steps=4",
+        "--eval_every=2", "--save_every=2", "--eval_size=12", "--warmup=0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data):
     prompts, _ = problems.some(np.arange(9) // 3)
     above, temperature = np.random.default_rng(0).normal(size=9), 0.7
     model = load_model(base)[0]
-    options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature, micro_tokens=100)
+    options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature, micro_batch_tokens=100)
     written = grpo.write_answers(machine, model, tokenizer, prompts, options, key=1)
     tokens = sum(map(len, written))
     policy = Policy(model, tokenizer.vocab_size, temperature)
@@ -286,8 +286,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     extra = ["--kl=0.05", "--updates_per_rollout=2", "--learning_rate=2e-2", "--divide_by_std=true"]
     start = shutil.copytree(base, tmp_path / "start")
     whole = run(start, data, tmp_path / "whole", *extra)
-    update = Run.update
-    monkeypatch.setattr("nanodoge.run.Run.update", lambda self, *a: 1 / 0 if self.step == 3 else update(self, *a))
+    end_step = Run.end_step
+    monkeypatch.setattr("nanodoge.run.Run.end_step", lambda self, **a: 1 / 0 if self.step == 3 else end_step(self, **a))
     with pytest.raises(ZeroDivisionError):
         run(start, data, tmp_path / "cut", *extra)
     monkeypatch.undo()
@@ -314,7 +314,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
 def test_two_processes_equal_one(base, data, tmp_path):
     """They draw the same answers, though each writes only some, of 3 pieces one writes two, and each keeps only half
     of the weights."""
-    extra = ["--rollout_rows=6", "--kl=0.1", "--eval_every=4", "--save_every=4"]
+    extra = ["--slots=6", "--kl=0.1", "--eval_every=4", "--save_every=4"]
     alone = run(base, data, tmp_path / "one", *extra)
     argv = [*GRPO, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", *extra, "--shard"]
     done = command(grpo.main, argv, processes=2)
@@ -332,7 +332,7 @@ def test_what_is_drawn_depends_on_seed_step_and_piece(base, data):
     tokenizer, problems = Tokenizer.load(data), grpo.Problems(TokenSet(data, "train", "problems"), 64, 6)
     machine, model = Machine("cpu", "float32"), load_model(base)[0]
     draw = lambda step=0, **options: grpo.rollout(machine, model, tokenizer, problems, grpo.GrpoOptions(  # noqa: E731
-        **dict(batch_rows=2, generations=8, max_new_tokens=6, temperature=5.0, rollout_rows=8, seed=1) | options), step)
+        **dict(batch_size=2, generations=8, max_new_tokens=6, temperature=5.0, slots=8, seed=1) | options), step)
     prompts, written, above, columns = draw()
     assert [p.tolist() for p in prompts] == [p.tolist() for p in (*[prompts[0]] * 8, *[prompts[8]] * 8)]
     assert len({tuple(ids) for ids in written}) > 8  # the answers of a group are drawn one by one
@@ -356,7 +356,7 @@ def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     (["--generations=1"], "generations=1 must be at least 2"), (["--temperature=0"], "temperature=0.0 must be"),
-    (["--max_new_tokens=0"], "max_new_tokens=0"), (["--rollout_rows=0"], "rollout_rows=0"),
+    (["--max_new_tokens=0"], "max_new_tokens=0"), (["--slots=0"], "slots=0"),
     (["--updates_per_rollout=0"], "updates_per_rollout=0"), (["--clip_low=1.5"], "clip_low=1.5"),
     (["--clip_high=-1"], "clip_high=-1"), (["--kl=nan"], "kl=nan"), (["--reward_format=-1"], "reward_format=-1"),
     (["--reward_answer=0", "--reward_format=0"], "nothing is rewarded"), (["--eval_samples=-1"], "eval_samples=-1"),

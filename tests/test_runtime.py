@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from model import Doge, DogeConfig
 from nanodoge import tokenizer
 from nanodoge.checkpoint import load_model, load_optimizer_state, load_training_state, save_checkpoint, settle
-from nanodoge.machine import Machine, product_seconds
+from nanodoge.machine import Machine
 from nanodoge.options import (
     Count,
     Positive,
@@ -410,14 +410,6 @@ def test_an_unknown_gpu_has_no_mfu():
     for name, flops in known.items():
         machine.device, machine.name, machine.dtype = torch.device("cuda"), name, torch.bfloat16
         assert machine.peak_flops() == flops
-
-
-def test_a_processor_says_what_bfloat16_costs_it(monkeypatch):
-    assert product_seconds(torch.float32) > 0
-    monkeypatch.setattr("nanodoge.machine.product_seconds", lambda dtype: 3.0 if dtype == torch.bfloat16 else 2.0)
-    expected = "bfloat16, asked for, its products take 1.5 times the time of float32's here"
-    assert Machine("cpu", "bfloat16").summary.endswith(expected)
-    assert "products" not in Machine("cpu").summary
 
 
 @dataclass

@@ -125,8 +125,9 @@ def reference_step(base, rows, ids_of_step):
     return (total / count).item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("micro_tokens", [64, 100, 100_000])
-def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(base, data, tmp_path, monkeypatch, micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [64, 100, 100_000])
+def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(
+        base, data, tmp_path, monkeypatch, micro_batch_tokens):  # fmt: skip
     seen, clip = {}, torch.nn.utils.clip_grad_norm_
 
     def spy(parameters, limit):
@@ -135,7 +136,8 @@ def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(base, data, 
         return clip(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    log = run(base, data, tmp_path / "run", f"--micro_tokens={micro_tokens}", "--max_steps=1", "--grad_clip=0")
+    log = run(base, data, tmp_path / "run", f"--micro_batch_tokens={micro_batch_tokens}", "--max_steps=1",
+              "--grad_clip=0")  # fmt: skip
     rows = sft.Conversations(TokenSet(data, "train", "chat"), 64)
     loss, gradients = reference_step(base, rows, train.rows_of_step(0, rows.count, 8, 233))
     assert float(log[1]["loss"]) == pytest.approx(loss, rel=1e-5)
@@ -238,8 +240,8 @@ def test_epochs_make_the_steps(base, data, tmp_path):
 @pytest.mark.parametrize("extra", [[], ["--optimizer=muon", "--freeze_embeddings=true"]], ids=["adamw", "muon"])
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_path, monkeypatch, extra):
     whole = run(base, data, tmp_path / "whole", *extra, "--eval_answers=4")
-    update = Run.update
-    monkeypatch.setattr("nanodoge.run.Run.update", lambda self, *a: 1 / 0 if self.step == 6 else update(self, *a))
+    end_step = Run.end_step
+    monkeypatch.setattr("nanodoge.run.Run.end_step", lambda self, **a: 1 / 0 if self.step == 6 else end_step(self, **a))
     with pytest.raises(ZeroDivisionError):
         run(base, data, tmp_path / "cut", *extra, "--eval_answers=4")
     monkeypatch.undo()
@@ -297,7 +299,8 @@ def test_the_checkpoint_goes_on_to_the_next_stage_and_to_transformers(base, data
 @pytest.mark.parametrize("options, words", [
     (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"), (["--data=nowhere"], "nowhere"),
     (["--sequence_length=2"], "0 and 0 fit"),
-    (["--micro_tokens=10"], "less than one row"), (["--batch_rows=0"], "batch_rows=0"), (["--epochs=0"], "epochs=0"),
+    (["--micro_batch_tokens=10"], "less than one sequence"),
+    (["--batch_size=0"], "batch_size=0"), (["--epochs=0"], "epochs=0"),
     (["--warmup=1"], "warmup=1"), (["--eval_answers=-1"], "eval_answers=-1"), (["--max_steps=-1"], "max_steps=-1"),
     (["--hidden_size=9"], "no option 'hidden_size'"), (["--resume"], "no run to go on with"),
 ])  # fmt: skip

@@ -24,8 +24,10 @@ from transformers import get_wsd_schedule
 import train
 from model import Doge, DogeConfig
 from nanodoge.checkpoint import load_model, load_training_state, save_checkpoint
+from nanodoge.machine import Machine
 from nanodoge.options import HERE, parse_options
-from nanodoge.run import Run, TuneOptions, read_log
+from nanodoge.run import Run, read_log
+from nanodoge.stage import TuneOptions
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +116,12 @@ def test_copies_are_rare_tokens_that_stood_before():
     targets = torch.tensor([[7, 5, 9, 7, 8], [1, 2, 3, 4, 2], [8, -100, -100, -100, -100]])
     common = torch.zeros(10, dtype=torch.bool).numpy()
     common[[1, 7]] = True
-    found = train.copies(tokens, targets, common)
+    found = train.only_copies(tokens, targets, common)
     assert found.tolist() == [[-100, 5, -100, -100, -100], [-100, -100, -100, -100, 2], [8, -100, -100, -100, -100]]
     # Brute force, on random rows.
     row = torch.randint(0, 30, (4, 65), generator=torch.Generator().manual_seed(0))
     common = np.arange(30) < 5
-    found = train.copies(row[:, :-1], row[:, 1:], common)
+    found = train.only_copies(row[:, :-1], row[:, 1:], common)
     for b, t in np.ndindex(4, 64):
         target = row[b, t + 1].item()
         is_copy = target in row[b, : t + 1].tolist() and target >= 5
@@ -137,14 +139,14 @@ def test_copy_steps_fade():
 def test_copy_steps_count_every_copy_alike(data, tmp_path, monkeypatch):
     """The loss of a step is the mean over its copies, however they fall into micro-batches."""
     monkeypatch.setattr(train, "COMMON", 1 / 20)
-    whole = run(data, tmp_path / "a", "--copy_steps=2", "--batch_size=4")
-    parts = run(data, tmp_path / "b", "--copy_steps=2", "--batch_size=1")
+    whole = run(data, tmp_path / "a", "--copy_steps=2", "--micro_batch_size=4")
+    parts = run(data, tmp_path / "b", "--copy_steps=2", "--micro_batch_size=1")
     losses = [[float(row["loss"]) for row in rows] for rows in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     monkeypatch.setattr(train, "COMMON", 0)
     none = run(data, tmp_path / "none", "--copy_steps=2", "--max_steps=6")  # steps without a single target
     assert float(none[0]["loss"]) == 0 and float(none[5]["loss"]) > 1
-    plain = run(data, tmp_path / "c", "--batch_size=4")
+    plain = run(data, tmp_path / "c", "--micro_batch_size=4")
     assert abs(float(plain[0]["loss"]) - losses[0][0]) > 1e-3
 
 
@@ -170,7 +172,7 @@ def test_rows_of_steps_are_epochs_without_replacement():
 
 
 def test_a_row_overlaps_its_neighbour_by_the_one_token_that_is_only_a_target(data):
-    rows = train.Rows(data, "train", 16)
+    rows = train.Sequences(data, "train", 16)
     raw = np.fromfile(data / "train.bin", dtype="<u2").astype(int)
     tokens, targets = rows.batch([0, 3])
     assert tokens[1].tolist() == raw[48:64].tolist() and targets[1].tolist() == raw[49:65].tolist()
@@ -217,7 +219,7 @@ def test_groups_of_the_optimizer():
                             num_experts_per_tok=2, tie_word_embeddings=False))  # fmt: skip
     names = {p: name for name, p in model.named_parameters()}
     for kind in ("adamw", "muon"):
-        optimizers = train.make_optimizers(model, train.TrainOptions(optimizer=kind), fused=False)
+        optimizers = train.make_optimizers(model, train.TrainOptions(optimizer=kind), Machine("cpu"))
         groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
         assert sorted(names[p] for _, group in groups for p in group["params"]) == sorted(names.values())
         for optimizer, group in groups:
@@ -281,7 +283,7 @@ def test_a_run_killed_between_its_checkpoint_and_its_row_loses_no_row(data, tmp_
 
 
 def test_accumulation_does_not_change_the_step(data, tmp_path):
-    big, small = run(data, tmp_path / "big", "--batch_size=4"), run(data, tmp_path / "small", "--batch_size=1")
+    big, small = (run(data, tmp_path / f"{size}", f"--micro_batch_size={size}") for size in (4, 1))
     for a, b in zip(big, small, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
 
@@ -333,8 +335,10 @@ def test_init_from_the_stable_phase_goes_on_at_the_stable_rate(data, tmp_path):
     stable = tmp_path / "first" / "stable"
     assert load_training_state(stable)["step"] == 8  # the last step before the decay
     other = make_data(tmp_path / "other", seed=7)
-    rows = run_from_config(other, tmp_path / "second", f"--init_from={stable}")
+    rows = run_from_config(other, tmp_path / "second", f"--init_from={stable}", "--warmup_steps=0")
     assert {float(row["lr"]) for row in rows[:8]} == {3e-3}  # no warm-up
+    with_warmup = run_from_config(other, tmp_path / "third", f"--init_from={stable}", "--max_steps=7")
+    assert [float(row["lr"]) for row in with_warmup[:3]] == [1.5e-3, 3e-3, 3e-3]  # as TINY asks
     assert float(rows[0]["loss"]) < float(first[4]["loss"])  # and no fresh start
     optimizer = load_training_state(tmp_path / "second")["optimizer"]
     assert optimizer["norm.weight"]["step"].item() == 20  # Adam went on counting: 8 + 12
@@ -374,8 +378,8 @@ def test_gradient_checkpointing_and_long_rows_change_nothing_else(data, tmp_path
 @pytest.mark.parametrize("options, words", [
     (["--sequence_length=100000"], "sequence_length=100000 is longer than the data"),
     (["--batch_tokens=100"], "batch_tokens=100 is not a multiple"),
-    (["--batch_size=3"], "not a multiple"),
-    (["--batch_size=0"], "batch_size=0"),
+    (["--micro_batch_size=3"], "not a multiple"),
+    (["--micro_batch_size=0"], "micro_batch_size=0"),
     (["--max_steps=0"], "max_steps=0"),
     (["--warmup_steps=50"], "do not fit into --max_steps"),
     (["--learning_rate=nan"], "learning_rate=nan"),
@@ -475,19 +479,19 @@ def test_a_run_that_replaces_another_is_never_mixed_with_it(data, tmp_path, monk
 
 def test_a_poisoned_weight_is_never_saved(data, tmp_path, monkeypatch):
     """Not even one that no loss depends on: the embedding of an id that the data has not."""
-    update, options = Run.update, ["--vocab_size=320", "--tie_word_embeddings=false"]
+    end_step, options = Run.end_step, ["--vocab_size=320", "--tie_word_embeddings=false"]
 
-    def poisoned(self, *rest, at=5, **keywords):
+    def poisoned(self, at=5, **keywords):
         if self.step == at:
             self.model.embed_tokens.weight.data[319, 0] = math.nan
-        update(self, *rest, **keywords)
+        end_step(self, **keywords)
 
-    monkeypatch.setattr("nanodoge.run.Run.update", poisoned)
+    monkeypatch.setattr("nanodoge.run.Run.end_step", poisoned)
     with pytest.raises(ValueError, match="weights nan at step 8: stopped; .* holds the last good checkpoint"):
         run(data, tmp_path / "run", *options)
     assert load_training_state(tmp_path / "run")["step"] == 4
     assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
-    monkeypatch.setattr("nanodoge.run.Run.update", lambda *rest, **keywords: poisoned(*rest, at=1, **keywords))
+    monkeypatch.setattr("nanodoge.run.Run.end_step", lambda self, **keywords: poisoned(self, at=1, **keywords))
     with pytest.raises(ValueError, match="at step 4: stopped; nothing was saved yet"):
         run(data, tmp_path / "new", *options)
 
@@ -495,7 +499,7 @@ def test_a_poisoned_weight_is_never_saved(data, tmp_path, monkeypatch):
 def test_the_best_model_is_kept_if_asked(data, tmp_path, monkeypatch):
     """Though the run was killed after it, and knows of it from its log alone."""
     losses, count = {4: 3.0, 8: 1.0, 12: 2.0}, iter((4, 8, 12))
-    monkeypatch.setattr(train, "make_evaluate", lambda *rest: lambda: dict(val_loss=losses[next(count)], val_bpb=0.0))
+    monkeypatch.setattr(train, "evaluate", lambda *rest: dict(val_loss=losses[next(count)], val_bpb=0.0))
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train, "rows_of_step", crash_at(9, train.rows_of_step))
         run(data, tmp_path / "run", "--keep_best")
@@ -529,13 +533,8 @@ def test_the_command_line_ends_a_mistake_with_one_line_and_status_2(data, tmp_pa
 
 def test_an_interrupted_evaluation_costs_no_checkpoint(data, tmp_path, monkeypatch):
     """Out of memory while validating, the peers' lost nights: the checkpoint of that step is on the disk by then."""
-    real = train.make_evaluate
-
-    def failing(machine, forward, *rest):
-        evaluate, count = real(machine, forward, *rest), iter(range(9))
-        return lambda: evaluate() if next(count) == 0 else 1 / 0
-
-    monkeypatch.setattr(train, "make_evaluate", failing)
+    evaluate, count = train.evaluate, iter(range(9))
+    monkeypatch.setattr(train, "evaluate", lambda *rest: evaluate(*rest) if next(count) == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(data, tmp_path / "run")
     assert load_training_state(tmp_path / "run")["step"] == 8
@@ -562,7 +561,7 @@ def test_every_recipe_is_valid(path):
         shape = parse_options(train.TrainOptions, [str(path).replace("_moe", ""), str(path)])
     else:
         shape = options
-        assert options.batch_tokens % (options.batch_size * options.sequence_length) == 0
+        assert options.batch_tokens % (options.micro_batch_size * options.sequence_length) == 0
     if size:
         fields = {f.name: getattr(shape, f.name) for f in dataclasses.fields(DogeConfig)}
         with torch.device("meta"):
@@ -592,7 +591,7 @@ def test_out_of_memory_is_known_before_the_first_step(data, tmp_path, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(Doge, "forward", full)
-    with pytest.raises(ValueError, match="batch_size=2: out of memory"):
+    with pytest.raises(ValueError, match="micro_batch_size=2: out of memory"):
         run(data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -614,7 +613,7 @@ def test_init_from_goes_on_with_the_recipe_of_its_checkpoint(data, tmp_path):
 def test_a_resumed_run_may_become_longer(data, tmp_path):
     """By --max_steps; the config file it was started with, given again, does not change what the run is."""
     run(data, tmp_path / "run")
-    train.main([str(train.TINY), f"--out_dir={tmp_path / 'run'}", "--resume"])
+    train.main([str(HERE / "config" / "tiny.py"), f"--out_dir={tmp_path / 'run'}", "--resume"])
     assert len(read_log(tmp_path / "run" / "log.csv")) == 12
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_steps=14"])
     assert len(read_log(tmp_path / "run" / "log.csv")) == 14
@@ -643,7 +642,7 @@ def test_rows_beyond_four_billion_bytes(data, tmp_path):
     with open(tmp_path / "train.bin", "wb") as file:
         file.seek(2 * count - 10)
         file.write(np.arange(1, 6, dtype="<u2").tobytes())
-    rows = train.Rows(tmp_path, "train", 4)
+    rows = train.Sequences(tmp_path, "train", 4)
     tokens, targets = rows.batch([rows.count - 1])
     assert rows.count == 2**30 + 1 and tokens.tolist() == [[1, 2, 3, 4]] and targets.tolist() == [[2, 3, 4, 5]]
 

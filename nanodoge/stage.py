@@ -1,0 +1,293 @@
+"""How a training stage starts: its options, the model it tunes, one profiled step, what is printed before step 1."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from model import Doge
+from nanodoge.checkpoint import load_model, load_run
+from nanodoge.layouts import checkpoint_file
+from nanodoge.machine import Machine
+from nanodoge.options import (
+    HERE,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Range,
+    Whole,
+    check_ranges,
+    is_out_of_memory,
+    one_line,
+    parse_options,
+    read_values,
+    split_argv,
+)
+from nanodoge.tokenizer import Tokenizer
+
+# ---- Options
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """Every training stage."""
+
+    data: str = ""  # folder made by prepare_data.py
+    init_from: str = ""  # checkpoint folder, or name on the hub, to start from
+    out_dir: str = ""  # where checkpoints, log.csv and loss.png go; empty = out/ and the name of the data
+    overwrite: bool = False  # replace the run that out_dir holds
+    resume: bool = False  # continue the run in out_dir as if it had never stopped
+    resume_or_start: bool = False  # resume if out_dir holds a run, else start one: for jobs that restart themselves
+    max_steps: Count = 8000  # optimizer steps in all
+    learning_rate: NonNegative = 8e-3  # peak learning rate
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the hidden matrices, the rest stays with adamw
+    beta1: Fraction = 0.9  # Adam: decay of the mean of the gradient
+    beta2: Fraction = 0.95  # Adam: decay of the mean of its square
+    weight_decay: NonNegative = 0.01  # of the matrices; A, the residual scales and the norms are not decayed
+    grad_clip: NonNegative = 1.0  # largest gradient norm; 0 = no clipping
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 233  # of initial weights and data order (the original recipes' seed)
+    log_every: Count = 10  # steps between rows of log.csv
+    eval_every: Count = 100  # steps between validations
+    save_every: Count = 100  # steps between checkpoints
+    keep_best: bool = False  # also keep the model of the lowest val_loss, in OUT_DIR/best
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU, without --shard
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
+    shard: bool = False  # divide weights, gradients and moments over the ranks: for a model too large for one GPU
+    patience: Annotated[int, Range(1, 10**6)] = 600  # seconds to wait for a rank that does not answer
+
+    def __post_init__(self):
+        check_ranges(self)
+        self.data = Path(self.data).as_posix()  # ./data/x is data/x
+        self.out_dir = Path(self.out_dir or default_out_dir(self.data)).as_posix()
+        if self.init_from and not self.resume:
+            source = Path(self.init_from).resolve()
+            if Path(self.out_dir).resolve() in [source, *source.parents]:
+                advice = "give the new run another folder"
+                raise ValueError(f"--out_dir={self.out_dir} holds --init_from={self.init_from}: {advice}")
+
+
+@dataclasses.dataclass
+class TuneOptions(RunOptions):
+    """Tuning. The model's shape, tokenizer and chat template are the checkpoint's."""
+
+    init_from: str = "out/stories"  # checkpoint folder of the model to tune
+    data: str = ""  # folder made by prepare_data.py
+    epochs: Positive = 2.0  # passes over the data
+    max_steps: Whole = 0  # optimizer steps in all; 0 = as many as the epochs take
+    batch_size: Count = 128  # conversations, pairs or problems per step, over all ranks and micro-batches
+    micro_batch_tokens: Count = 16384  # tokens that a rank computes at once, with padding: as many as its memory holds
+    sequence_length: Whole = 0  # longest sequence in tokens (T); 0 = the model's max_position_embeddings
+    learning_rate: NonNegative = 8e-4  # peak learning rate
+    warmup: Fraction = 0.1  # share of the steps in which the rate rises; then half a cosine down to a tenth of it
+    freeze_embeddings: bool = False  # so that words which the data has not are not unlearned
+    eval_size: Count = 1000  # conversations, pairs or problems of a validation, always the first ones
+
+
+# What a resumed tuning run may change: its cost, and where and how often it reports. The rest makes it another run.
+TUNE_MAY_CHANGE = set(
+    """resume out_dir overwrite keep_best log_every eval_every eval_size save_every device dtype
+    compile patience shard micro_batch_tokens gradient_checkpointing""".split()
+)
+
+# Options under the names that older training states have.
+RENAMED = {"batch_size": "micro_batch_size", "batch_rows": "batch_size", "micro_tokens": "micro_batch_tokens"}
+RENAMED |= {"eval_rows": "eval_size", "rollout_rows": "slots"}
+
+
+def default_out_dir(data: str) -> str:
+    return f"out/{Path(data).name}"
+
+
+def read_run_options(
+    cls: type,
+    argv: list[str],
+    default_config: str,
+    may_change: set[str],
+    inherited: Callable[[str], dict[str, Any]] | None = None,
+) -> Any:
+    """The options of a run: the class's defaults, then `default_config` (in config/) if argv names no config file, then
+    argv. With --resume they are those of the run in out_dir, of which argv may change `may_change`.
+
+    --resume_or_start resumes if there is a run: torchrun --max-restarts and job queues repeat the same command line.
+    inherited(--init_from): options that a new run takes over from a checkpoint, in place of `default_config`.
+    """
+    config = HERE / "config" / default_config
+    asked = read_values(cls, argv, default_config=config)
+    out = Path(asked.get("out_dir") or default_out_dir(asked.get("data") or cls.data)).as_posix()
+    for name in ("resume", "resume_or_start"):
+        if asked.get(name) and asked.get("overwrite"):
+            raise ValueError(f"--overwrite replaces the run in --out_dir={out}, --{name} goes on with it: choose one")
+    holds = [
+        name
+        for name in ("training_state.pt", "model.safetensors", "config.json")
+        if checkpoint_file(out, name).is_file()
+    ]
+    if asked.get("resume") or (asked.get("resume_or_start") and "training_state.pt" in holds):
+        return resumed_options(cls, argv, out, may_change)
+    base = inherited(asked["init_from"]) if inherited and asked.get("init_from") else {}
+    options = parse_options(cls, argv, base=base, default_config=None if base else config)
+    if holds and not options.overwrite:
+        advice = "--resume goes on with it, --overwrite replaces it, or choose another folder"
+        raise ValueError(f"--out_dir={out} holds a run already: {advice}")
+    return options
+
+
+def resumed_options(cls: type, argv: list[str], out: str, may_change: set[str]) -> Any:
+    """The options of the run in the folder `out`, with the changes that argv names as --name=value; a config file only
+    tells where the run is. Raises ValueError for a change that would make it another run."""
+    state = load_run(out)
+    if state is None:
+        raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
+    saved, names = saved_options(cls, state), {field.name for field in dataclasses.fields(cls)}
+    if other := saved.keys() - names:
+        raise ValueError(
+            f"--resume: the run in {out} is of another stage: it has the options {' '.join(sorted(other))}"
+        )
+    _, given = split_argv(cls, argv)
+    given.pop("config", None)
+    base = saved | dict(out_dir=out, resume=True)
+    options = parse_options(cls, [f"--{name}={text}" for name, text in given.items()], base=base)
+    for name, before in saved.items():
+        if name not in may_change and (value := getattr(options, name)) != before:
+            advice = "a resumed run cannot change it (--init_from starts a new run from its weights)"
+            raise ValueError(f"--{name}={value}: the run in {out} has {before}; {advice}")
+    return options
+
+
+def saved_options(cls: type, state: dict) -> dict[str, Any]:
+    """The options in a training state, by the names that they have in `cls`."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name if name in names else RENAMED.get(name, str(name)): value for name, value in state["options"].items()}
+
+
+# ---- Start
+
+
+def run_stage(stage: Callable[[Any, Machine], None], options: RunOptions) -> None:
+    """Calls stage(options, machine) on the machine that the options ask for."""
+    machine = Machine(options.device, options.dtype, options.patience)
+    try:
+        stage(options, machine)
+    finally:
+        machine.close()
+
+
+def start_tuning(
+    options: TuneOptions, machine: Machine, tokenizer: Tokenizer, labels: tuple[str, ...] | None = None
+) -> tuple[Doge, dict | None]:
+    """The model to tune, on the device, and the training state of a resumed run (else None).
+
+    Resolves sequence_length; sequences longer than the model's context make it a model of that context. tokenizer: the
+    data's; labels: its, for a classifier. Raises ValueError if the checkpoint has another tokenizer or chat template.
+    """
+    folder = options.out_dir if options.resume else options.init_from
+    model, own = load_model(folder, labels=labels)
+    if own.digest != tokenizer.digest or own.chat_template != tokenizer.chat_template:
+        what = "tokenizer" if own.digest != tokenizer.digest else "chat template"
+        advice = f"prepare the data with --tokenizer={folder}"
+        raise ValueError(f"{folder} has another {what} than --data={options.data}: {advice}")
+    options.sequence_length = options.sequence_length or model.config.max_position_embeddings
+    model.config.max_position_embeddings = max(options.sequence_length, model.config.max_position_embeddings)
+    if (limit := options.micro_batch_tokens) < options.sequence_length:
+        raise ValueError(f"--micro_batch_tokens={limit} is less than one sequence of {options.sequence_length}")
+    model.gradient_checkpointing = options.gradient_checkpointing
+    model.embed_tokens.requires_grad_(not options.freeze_embeddings)
+    return model.train().to(machine.device), load_run(folder) if options.resume else None
+
+
+def count_steps(options: TuneOptions, count: int, machine: Machine) -> None:
+    """Resolves max_steps for `count` conversations, pairs or problems of training data."""
+    if count < 1 or options.batch_size < machine.world_size:
+        least = f"there are {count} to train on and {machine.world_size} processes, each of which needs one"
+        raise ValueError(f"--batch_size={options.batch_size}: {least}")
+    options.max_steps = options.max_steps or math.ceil(options.epochs * count / options.batch_size)
+
+
+def profile_step(
+    machine: Machine,
+    model: nn.Module,
+    loss_of: Callable[[nn.Module], Tensor],
+    options: RunOptions,
+    size_option: str = "micro_batch_tokens",
+) -> tuple[nn.Module, float, str]:
+    """(network, seconds, compile_note): one micro-batch, loss_of(network), forward and backward, before the run.
+
+    The network is the model, compiled where that is asked for and works, and in DDP if there are several ranks. Raises
+    ValueError naming `size_option` when memory does not suffice: better now than at the first validation.
+    """
+
+    def timed(network: nn.Module) -> float:
+        for _ in range(2):  # the first pass also compiles and warms up
+            start = time.perf_counter()
+            loss_of(network).backward()
+            machine.sum([0.0])  # waits for the device and the other ranks
+            seconds = time.perf_counter() - start
+        network.zero_grad(set_to_none=True)
+        return seconds
+
+    network, compile_note = model, "eager (--compile=on tries torch.compile)"
+    try:
+        if options.compile == "on" or (
+            options.compile == "auto" and machine.device.type == "cuda" and not options.shard
+        ):
+            try:
+                network = torch.compile(model)
+                seconds, compile_note = timed(network), "torch.compile"
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # of dynamo and inductor; a missing C++ compiler is one
+                network, compile_note = model, f"eager, since torch.compile failed here: {one_line(error)[:150]}"
+        if network is model:
+            seconds = timed(model)
+        if machine.world_size > 1 and not options.shard:
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            # DDP adds up gradients in an order that follows the first backward pass. With one at every start it is the
+            # same in all steps that count, also after a --resume.
+            loss_of(network).backward()
+            network.zero_grad(set_to_none=True)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "out of memory; lower it, or --gradient_checkpointing=true"
+        raise ValueError(f"--{size_option}={getattr(options, size_option)}: {advice}") from None
+    return network, seconds, compile_note
+
+
+def announce(
+    options: RunOptions, machine: Machine, model: Doge, lines: dict[str, str], seconds: float, compile_note: str
+) -> None:
+    """Prints, before the first step, what is going to happen, on what, and at what cost: the options that differ from
+    their defaults, the model, the stage's own `lines`, the device, and how long all steps will take at most."""
+    changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    source = f", from {options.init_from}" if options.init_from else ""
+    common = {
+        "options": " ".join(f"{name}={getattr(options, name)}" for name in changed),
+        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters{source}",
+        "device": f"{machine.summary}; {compile_note}",
+        "cost": f"{options.max_steps:,} steps, at most about {duration(seconds)}",
+    }
+    for label in dict.fromkeys(("options", "model", *lines, "device", "cost")):
+        text = "; ".join(part[label] for part in (common, lines) if label in part)
+        machine.print(f"{label:<9} {text}")
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min or 3 h 20 min."""
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if minutes < 2
+        else f"{minutes} min"
+        if minutes < 120
+        else f"{minutes // 60} h {minutes % 60} min"
+    )
