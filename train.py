@@ -434,8 +434,8 @@ def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: T
 
 # What a resumed run may change: its cost, where and how often it reports, and when it ends. The rest makes it another.
 MAY_CHANGE = set(
-    """resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens
-    save_every device dtype attention compile patience shard micro_batch_size gradient_checkpointing sample_tokens""".split()
+    """resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens save_every device
+    dtype attention compile patience shard micro_batch_size gradient_checkpointing sample_tokens""".split()
 )
 
 
