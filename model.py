@@ -19,11 +19,9 @@ Cross Domain Mixture of Experts (CDMoE). Beside the usual MLP stand E tiny exper
 scores sqrt(E) rows and sqrt(E) columns, expert (i, j) scores x_i + y_j, and a token uses its k best experts. Thousands
 of experts are searched at the price of two short lists.  -> routed_by_definition; ungathered: nanodoge/experts.py
 
-The config field `attention` chooses: "definition" computes both as they are defined here, "fast" the same numbers
-faster.
-
-Names of parameters and options are those of Hugging Face's Doge, so that its checkpoints load as they are; where that
-implementation departs from the architecture (its router mixes tokens) ours does not follow, see tests/test_model.py.
+With the config field `attention` = "definition" both are computed as they are defined here; "fast" gives the same
+numbers. Names of parameters and options are those of Hugging Face's Doge, so that its checkpoints load as they are;
+where that implementation departs from the architecture (its router mixes tokens) ours does not follow.
 Papers: Wonderful Matrices (arXiv 2412.11834), Trainable Dynamic Mask Sparse Attention (arXiv 2508.02124).
 
 Shapes: B batch, T query length, S key length, H attention heads, K key/value heads, D head size, C hidden size,
@@ -107,12 +105,11 @@ class DogeConfig:
     def rope_base(self, length: int) -> float:
         """The base of the rotary wavelengths in a text that may reach `length` tokens.
 
-        Positions beyond the trained ones would bring angles that the model has never seen. Dynamic NTK scaling, with
-        which the family is published, raises the base with the length, so that the slowest dimensions turn no further
-        than in training and the fastest, which tell neighbours apart, hardly change. Up to max_position_embeddings
-        nothing changes. All keys of a text need the same base, or their distances mean nothing: a forward pass takes it
-        from the length of its rows, generation, once, from the length that prompt and completion may reach.
-        (transformers takes it anew at every token, and leaves the keys in its cache as they were rotated before.)
+        Positions beyond max_position_embeddings would bring angles that the model has never seen. Dynamic NTK scaling,
+        with which the family is published, raises the base with the length, so that the slowest dimensions turn no
+        further than in training and the fastest, which tell neighbours apart, hardly change. All keys of a text need
+        the same base: a forward pass takes it from the length of its rows, generation, once, from the length that
+        prompt and completion may reach. (transformers changes it at every token, but not for the keys in its cache.)
         """
         if not self.rope_factor or length <= self.max_position_embeddings:
             return self.rope_theta
@@ -120,8 +117,7 @@ class DogeConfig:
         return self.rope_theta * stretch ** (self.head_dim / (self.head_dim - 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# RMSNorm and rotary embedding
+# ---- RMSNorm and rotary embedding
 
 
 class RMSNorm(nn.Module):
@@ -137,8 +133,8 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(head_dim: int, theta: float, device=None) -> Tensor:
-    """(D,) fp32: the angle per position of each dimension, theta^(-2d/D) for d < D/2, the same again for the second
-    half; negative in the first half, which gives its sines the sign that `rotate` needs."""
+    """(D,) fp32: each dimension's angle per position, theta^(-2d/D) for d < D/2, and the same for the second half;
+    negative in the first half, which gives its sines the sign that `rotate` needs."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     return torch.cat((-frequencies, frequencies))
 
@@ -156,8 +152,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dynamic Mask Attention, by definition
+# ---- Dynamic Mask Attention, by definition
 
 
 def visible(s: Tensor, window: int) -> Tensor:
@@ -232,8 +227,7 @@ class DynamicMaskAttention(nn.Module):
         return self.o_proj(found.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Feed-forward
+# ---- Feed-forward
 
 
 class MLP(nn.Module):
@@ -266,7 +260,7 @@ class CDMoE(MLP):
         self.register_buffer("pairs", torch.tensor(pairs, device="cpu").T.contiguous(), persistent=False)
 
     def forward(self, x: Tensor):
-        """x (B, T, C) -> (B, T, C) and the load-balance value of this batch (see load_balance)."""
+        """x (B, T, C) -> (B, T, C) and the load-balance value of this batch: 0 where no gradient is wanted."""
         shared, _ = super().forward(x)
         routed, balance = self.routed_by_definition(x) if self.config.attention == "definition" else self.routed(x)
         return shared + routed, balance
@@ -284,8 +278,7 @@ class CDMoE(MLP):
         return routed, load_balance(experts, logits) if torch.is_grad_enabled() else 0.0
 
     def routed(self, x: Tensor):
-        """The same numbers without gathering (B, T, k, C) vectors. The load-balance value is there for its gradient: it
-        is 0 where none is wanted."""
+        """The same numbers without gathering (B, T, k, C) vectors."""
         weights, experts, logits = self.route(x)
         routed = routed_experts(x, self.down_embed.weight, self.up_embed.weight, weights, experts)
         return routed, load_balance(experts, logits) if torch.is_grad_enabled() else 0.0
@@ -318,8 +311,7 @@ def load_balance(experts: Tensor, logits: Tensor) -> Tensor:
     return mean.numel() * (received / len(slots) * mean).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
+# ---- The model
 
 
 class Block(nn.Module):
@@ -342,13 +334,10 @@ class Block(nn.Module):
 
 
 class Doge(nn.Module):
-    """The model. `logits, loss = model(tokens, targets)`, `model.generate(tokens, ...)`.
+    """The model. `logits, loss = model(tokens, targets)`, `model.generate(tokens, ...)`. With `labels` (names) it is a
+    classifier: its output is one of these, and the one at the last token of a text is the label of the text."""
 
-    With `labels` (names) it is a classifier: its output is not one of the tokens but one of these. What it says at the
-    last token of a text is about the text.
-    """
-
-    def __init__(self, config, labels=()):
+    def __init__(self, config: DogeConfig, labels=()):
         super().__init__()
         self.config, self.labels = config, tuple(labels)
         self.gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
@@ -364,11 +353,11 @@ class Doge(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
     @classmethod
-    def from_dense(cls, dense, num_experts, num_experts_per_tok):
+    def from_dense(cls, dense: "Doge", num_experts: int, num_experts_per_tok: int) -> "Doge":
         """A MoE model that computes bit for bit what `dense` does: the same weights, and experts whose output vectors
         (up_embed) are zero. They learn from the first step on; the router and down_embed from the second."""
         if dense.config.is_moe:
-            raise ValueError("from_dense needs a dense model, and this one has experts already")
+            raise ValueError("from_dense needs a dense model, but this one has experts already")
         shape = dict(is_moe=True, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         model = cls(dataclasses.replace(dense.config, **shape)).to(dense.embed_tokens.weight)
         weights = model.state_dict() | dense.state_dict()
@@ -377,26 +366,26 @@ class Doge(nn.Module):
         return model
 
     @property
-    def output_weight(self):
-        """(V, C), or (labels, C) of a classifier"""
+    def output_weight(self) -> Tensor:
+        """(V, C), or (labels, C) of a classifier."""
         if self.labels:
             return self.score.weight
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def new_cache(self, batch_size, max_length, dtype=None, room=None):
-        """An empty Cache for texts of at most `max_length` tokens. With `room` it has the shape of one for longer
-        texts; the rotary embedding follows max_length (see DogeConfig.rope_base)."""
+    def new_cache(self, batch_size: int, max_length: int, dtype=None, room: int | None = None) -> Cache:
+        """An empty Cache for texts of at most `max_length` tokens, from which the rotary embedding follows (see
+        DogeConfig.rope_base). room: the length for which it has slots, if that is longer."""
         config, weight, room = self.config, self.embed_tokens.weight, room or max_length
         window = config.keep_window_size if config.attention == "fast" else room  # the definition keeps all keys
         frequencies = rotary_frequencies(config.head_dim, config.rope_base(max_length), weight.device)
         shape = config.num_hidden_layers, batch_size, config.num_key_value_heads, window, room
         return Cache(*shape, frequencies, dtype or weight.dtype)
 
-    def hidden(self, tokens, lengths=None, cache=None, last=None):
+    def hidden(self, tokens: Tensor, lengths=None, cache: Cache | None = None, last=None):
         """tokens (B, T) int64 -> the final state (B, T, C) and the mean load-balance value of the layers. Rows shorter
         than T are padded on the right, and `lengths` (B,) tells how long they are. With a cache the tokens continue
-        what it holds, each row at its own position, and are added to it. With `last` (B,) the final state is only that
-        of these places, (B, 1, C), which have to be where the rows end; the last block is then spared most work."""
+        what it holds, each row at its own position, and are added to it. With `last` (B,) the final state is that of
+        these positions only, (B, 1, C), which must be where the rows end: the last block then skips most work."""
         B, T = tokens.shape
         steps = torch.arange(T, device=tokens.device)
         padding = None if lengths is None else steps >= lengths[:, None]  # (B, T)
@@ -405,29 +394,29 @@ class Doge(nn.Module):
             frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_base(T), tokens.device)
         rotary = rotary_table(positions, frequencies if cache is None else cache.frequencies)
         x, balance = self.embed_tokens(tokens), 0.0
-        for block in self.layers:
+        options = dict(recompute=self.gradient_checkpointing, whole=self.config.is_moe)
+        for block in self.layers:  # x, value = block(x, rotary, padding, cache), in less memory
             ends = last if block is self.layers[-1] else None
-            run = dict(last=ends, recompute=self.gradient_checkpointing, whole=self.config.is_moe)
-            x, value = memory.run_block(block, x, rotary, padding, cache, **run)
+            x, value = memory.run_block(block, x, rotary, padding, cache, last=ends, **options)
             balance = balance + value / len(self.layers)
         if cache is not None:
             cache.length += T if lengths is None else lengths
         return self.norm(x), balance
 
-    def forward(self, tokens, targets=None):
+    def forward(self, tokens: Tensor, targets: Tensor | None = None):
         """tokens (B, T) int64 -> (logits (B, T, V), None); with targets (B, T), -100 = ignored, (None, mean loss in
-        nats a target), 0 when there is no target. The loss never holds all logits, which is why there are none."""
+        nats per target), 0 when there is none. The loss never holds all logits, which is why none are returned."""
         x, balance = self.hidden(tokens)
         if targets is None:
             return F.linear(x, self.output_weight), None
         loss = linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten())
-        if torch.is_grad_enabled():  # the balance is there for its gradient; a validation loss is that of the text
+        if torch.is_grad_enabled():  # the balance is for its gradient; a validation loss is that of the text alone
             loss = loss + self.config.router_aux_loss_coef * balance
         return None, loss
 
-    def flops_per_token(self, length):
-        """Floating-point operations to train on one token of a row of `length`: 6 a weight that is used (2 forward, 4
-        backward; PaLM, arXiv 2204.02311, appendix B) and 12 C a visible key and layer, on average half the row."""
+    def flops_per_token(self, length: float) -> float:
+        """Floating-point operations to train on one token of a row of `length`: 6 per weight used (2 forward, 4
+        backward; PaLM, arXiv 2204.02311, appendix B) and 12 C per visible key and layer, on average half the row."""
         config = self.config
         unused = config.num_experts - config.num_experts_per_tok if config.is_moe else 0
         weights = sum(p.numel() for p in self.parameters()) - 2 * unused * config.hidden_size * len(self.layers)

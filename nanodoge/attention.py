@@ -47,8 +47,7 @@ def dynamic_mask_attention(q: Tensor, k: Tensor, v: Tensor, s: Tensor, window: i
     return out, kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The score folded into the keys
+# ---- 1. The score folded into the keys
 
 
 def key_scores(A: Tensor, dt: Tensor) -> Tensor:
@@ -92,8 +91,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     return fused_attention(fold_queries(q), fold(k, s), v)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The constant-size cache
+# ---- 2. The constant-size cache
 
 
 class Slots(NamedTuple):
@@ -213,8 +211,7 @@ def attend_cache(slots: Slots, q: Tensor) -> Tensor:
     return torch.bmm(logits.softmax(-1).to(v.dtype), v).view(B, H, 1, D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Chunks of live keys
+# ---- 3. Chunks of live keys
 
 
 def rank_by_score(s: Tensor) -> Tensor:
