@@ -18,8 +18,8 @@ are nearly always or nearly never solved (Dr. GRPO, Liu et al. 2025, arXiv 2503.
 
 How far? The loss of a token is -min(r A, clip(r) A). A is the advantage of its answer, r the ratio of its probability
 to what it was when drawn, and clip keeps r within 1 - clip_low .. 1 + clip_high (PPO, Schulman et al. 2017, arXiv
-1707.06347). In the first update r = 1: the gradient is the plain policy gradient, -A grad log p. In later updates on the
-same answers, a token that has moved so far in the direction of its advantage has no gradient. A clip_high above
+1707.06347). In the first update r = 1: the gradient is the plain policy gradient, -A grad log p. In later updates on
+the same answers, a token that has moved so far in the direction of its advantage has no gradient. A clip_high above
 clip_low lets rare tokens grow (DAPO, Yu et al. 2025, arXiv 2503.14476). With one update nothing is clipped.
 
 The weight of a token? The loss is the sum over all tokens of all answers of a step, divided by their number, as in

@@ -174,7 +174,7 @@ def parse_source(spec: str) -> Source:
     if os.path.exists(place):
         kind, inputs = "file", [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in list_files(place)]
     elif place in ("stories", "sums"):
-        world = [path.read_bytes() for path in (Path(stories.__file__), stories.WORLD)]  # its text is a function of both
+        world = [path.read_bytes() for path in (Path(stories.__file__), stories.WORLD)]  # text and code
         inputs = [hashlib.sha256(b"".join(world)).hexdigest()]
     elif place == "stdlib":
         inputs = [platform.python_version()]

@@ -13,8 +13,8 @@ from helpers import make_checkpoint, make_set, rows_of
 
 import prepare_data
 from nanodoge import stories
-from nanodoge.data import read_meta
 from nanodoge.conversations import TokenSet, answer_spans, bucket_by_length, document, final_answer, pad
+from nanodoge.data import read_meta
 from nanodoge.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -143,7 +143,7 @@ def test_default_data_and_stdlib(tmp_path, monkeypatch, vocabulary):
     assert out == Path("data/stories") and sorted(read_back(out, "train") + read_back(out, "val")) == sorted(texts)
     parts = reading.stdlib_parts()
     topics = list(reading.read_stdlib(parts[0], 0))
-    assert len(topics) > 70 and any(text.startswith("The \"if\" statement") for text in topics)
+    assert len(topics) > 70 and any(text.startswith('The "if" statement') for text in topics)
     assert any(path.endswith(f"json{os.sep}decoder.py") for path in parts)
     assert not any(f"{os.sep}test{os.sep}" in path or "site-packages" in path for path in parts)
     assert 6e6 < sum(map(os.path.getsize, parts)) < 20e6

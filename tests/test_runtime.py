@@ -105,8 +105,10 @@ def test_every_option_of_every_stage_has_a_comment(stage):
 
 
 def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys):
-    for mistake, words in ((lambda argv: read_config("absent.py"), "there is no config file 'absent.py'"),
-                           (lambda argv: open("/absent/file"), "/absent/file: No such file or directory")):
+    for mistake, words in (
+        (lambda argv: read_config("absent.py"), "there is no config file 'absent.py'"),
+        (lambda argv: open("/absent/file"), "/absent/file: No such file or directory"),
+    ):
         with pytest.raises(SystemExit) as stop:
             run_command(mistake)
         said = capsys.readouterr().err
