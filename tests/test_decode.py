@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import distinct_tokens, greedy
+from test_model import greedy
 
 from model import Doge, DogeConfig
 from nanodoge import decode
@@ -32,6 +32,10 @@ def make_model(**changes):
     return model.eval()
 
 
+def distinct(count, length):
+    return torch.stack([torch.randperm(97)[:length] for _ in range(count)])
+
+
 @torch.inference_mode()
 def logits_of(model, tokens, prompt, decoder):
     """The logits after every token from the prompt on, (B, T - prompt, V)."""
@@ -49,9 +53,7 @@ def test_one_token_at_a_time_equals_one_full_pass(monkeypatch, compile, changes)
     needs_compiler(compile)
     monkeypatch.setattr(decode, "LAYERS_AT_A_TIME", 1)  # the head comes with the last
     model = make_model(num_hidden_layers=1 if compile else 2, **changes)
-    tokens = distinct_tokens(
-        1 if changes == MOE else 2, 40, 97
-    )  # one row, compiled, reads the cache by loops of its own
+    tokens = distinct(1 if changes == MOE else 2, 40)  # one row, compiled, reads the cache by loops of its own
     with torch.no_grad():
         expected = model(tokens)[0][:, 5:]
     decoder = Decoder(model, compile=compile)
@@ -63,7 +65,7 @@ def test_one_token_at_a_time_equals_one_full_pass(monkeypatch, compile, changes)
 
 @pytest.mark.parametrize("changes", [{}, MOE])
 def test_a_bfloat16_model_is_decoded_as_it_is(changes):
-    model, tokens = make_model(**changes).bfloat16(), distinct_tokens(2, 20, 97)
+    model, tokens = make_model(**changes).bfloat16(), distinct(2, 20)
     with torch.no_grad():
         expected = model(tokens)[0][:, 5:].float()
     got = logits_of(model, tokens, 5, Decoder(model, torch.bfloat16))
@@ -88,7 +90,7 @@ def test_fewer_bits_are_rounded_weights_and_nothing_else(dtype, compile, rows, m
     for name, p in rounded.named_parameters():
         if name.endswith("proj.weight") and "dt_proj" not in name:
             p.data = rounding(p)
-    tokens, head = distinct_tokens(rows, 20, 97), rounding(model.output_weight)
+    tokens, head = distinct(rows, 20), rounding(model.output_weight)
     with torch.no_grad():
         expected = F.linear(rounded.hidden(tokens)[0], head)[:, 5:]
         cache = model.new_cache(rows, 20)
@@ -118,7 +120,7 @@ def test_int8_rows_keep_their_largest_entry_and_an_empty_row_stays_zero():
 
 
 def test_the_decoder_writes_the_model_s_text_in_rows_of_different_length():
-    model, tokens, lengths = make_model(), distinct_tokens(3, 20, 97), torch.tensor([20, 4, 11])
+    model, tokens, lengths = make_model(), distinct(3, 20), torch.tensor([20, 4, 11])
     assert torch.equal(greedy(model, tokens, 30, lengths), greedy(model, tokens, 30, lengths, decoder=Decoder(model)))
 
 

@@ -481,7 +481,7 @@ def test_a_later_token_changes_no_earlier_logit_nor_do_other_rows(kind, monkeypa
         changed = tokens.clone()
         changed[0, place] = (changed[0, place] + 1) % 97
         after = model(changed)[0]
-        torch.testing.assert_close(after[0, :place], before[0, :place], atol=1e-6, rtol=0)
+        torch.testing.assert_close(after[0, :place], before[0, :place], atol=1e-5, rtol=0)
         assert (after[0, place] - before[0, place]).abs().max() > 1e-3
 
 
