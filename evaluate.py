@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from nanodoge.attention import NEVER
 from nanodoge.checkpoint import load_model, read_meta
-from nanodoge.conversations import bucket_by_length
+from nanodoge.examples import bucket_by_length
 from nanodoge.decode import Decoder
 from nanodoge.machine import Machine
 from nanodoge.options import one_line, parse_options, run_command

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 import grpo
 import sft
 from nanodoge.checkpoint import load_model
-from nanodoge.conversations import TokenSet
+from nanodoge.examples import TokenSet
 from nanodoge.machine import Machine
 from nanodoge.policy import Policy, write_answers
 from nanodoge.run import read_log
@@ -62,6 +62,11 @@ def base(tmp_path_factory):
 def data(tmp_path_factory, base):
     rows = [dict(question=text, answer="#### 7.0") for text in QUESTIONS]
     return make_set(tmp_path_factory.mktemp("data") / "problems", base, "problems", rows=rows)
+
+
+def selected(data, **options):
+    options = grpo.GrpoOptions(**dict(sequence_length=64, max_new_tokens=6) | options)
+    return grpo.select(TokenSet(data, "train", "problems", Tokenizer.load(data)), options), options
 
 
 def run(base, data, out, *options):
@@ -170,17 +175,15 @@ def test_advantages(rewards, plain, scaled):
 def test_the_first_gradient_is_the_plain_policy_gradient(base, data):
     """By transformers' model in float64, one answer at a time, at a temperature: no padding, no pieces, no code of
     ours. So the place of every token, and what counts as an answer, are right too."""
-    tokenizer = Tokenizer.load(data)
-    problems = grpo.select(TokenSet(data, "train", "problems"), 64, 6)
-    machine, model = Machine("cpu", "float32"), load_model(base)[0]
-    prompts, _ = grpo.read_problems(problems, np.arange(9) // 3)
     above, temperature = np.random.default_rng(0).normal(size=9), 0.7
-    options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature, micro_batch_tokens=100)
+    problems, options = selected(data, temperature=temperature, micro_batch_tokens=100)
+    machine, (model, tokenizer) = Machine("cpu", "float32"), load_model(base)
+    prompts, _ = grpo.read_problems(problems, np.arange(9) // 3)
     written = write_answers(machine, model, tokenizer, prompts, 6, temperature=temperature, seed=1)
     tokens = sum(map(len, written))
     policy = Policy(model, tokenizer.vocab_size, temperature)
     loss = entropy = 0.0
-    batches = grpo.make_batches(machine, prompts, written, above, None, tokenizer.pad_id, options)
+    batches = grpo.make_batches(machine, prompts, written, above, tokenizer.pad_id, options)
     assert len(batches) > 2 and sorted(i for batch in batches for i in batch.rows) == list(range(9))
     for batch in batches:
         logp, _ = policy(*batch.inputs)
@@ -372,12 +375,11 @@ def test_two_processes_equal_one(base, data, tmp_path):
 
 
 def test_what_is_drawn_depends_on_seed_and_step(base, data):
-    tokenizer, problems = Tokenizer.load(data), grpo.select(TokenSet(data, "train", "problems"), 64, 6)
     machine, model = Machine("cpu", "float32"), load_model(base)[0]
 
     def draw(step=0, **changes):
-        options = dict(batch_size=2, generations=8, max_new_tokens=6, temperature=5.0, slots=8, seed=1) | changes
-        batches, columns, _ = grpo.rollout(machine, model, None, tokenizer, problems, grpo.GrpoOptions(**options), step)
+        options = dict(batch_size=2, generations=8, temperature=5.0, slots=8, seed=1) | changes
+        batches, columns, _ = grpo.rollout(machine, model, *selected(data, **options), step)
         rows = sorted(
             (row, ids.tolist()) for batch in batches for row, ids in zip(batch.rows, batch.inputs[0], strict=True)
         )
