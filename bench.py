@@ -40,10 +40,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prepare_data
-from model import CDMoE, Doge, DogeConfig, sample
+from model import CDMoE, Doge, DogeConfig
 from nanodoge import measure, sources, stories
 from nanodoge.attention import dynamic_mask_attention
 from nanodoge.decode import Decoder
+from nanodoge.engine import draw
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, Count, NonNegative, Whole, check_ranges, parse_options, read_config, run_command
 from nanodoge.tokenizer import train_bpe
@@ -178,6 +179,14 @@ def read_prompt(model: Doge, tokens: Tensor, cache: Any) -> Tensor:
     return F.linear(x[:, -1], model.output_weight)
 
 
+def choose(logits: Tensor, temperature: float) -> Tensor:
+    """Tokens (B,): the likeliest at temperature 0, else drawn."""
+    if not temperature:
+        return logits.max(dim=-1).indices
+    points = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+    return draw((logits / temperature).softmax(-1), points)[:, 0]
+
+
 def decode(case: Case) -> Task:
     """The prompt and the new tokens; behind a text of case.length the new ones alone."""
     (model, prompt), new, temperature = make_model(case), case.options.new_tokens, case.options.temperature
@@ -198,8 +207,8 @@ def decode(case: Case) -> Task:
     def ours():
         logits, cache = kept or begin()
         for _ in range(new if kept else new - 1):
-            logits = decoder(sample(logits, temperature), cache)
-        return sample(logits, temperature)
+            logits = decoder(choose(logits, temperature), cache)
+        return choose(logits, temperature)
 
     def peers():
         formats = {name: name for name in ("float32", "bfloat16")} if case.dtype == "int8" else {"": case.dtype}

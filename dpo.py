@@ -53,7 +53,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanodoge import stage
-from nanodoge.conversations import Examples, TokenSet, check_not_empty, fit_answers, open_sets
+from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets, select_both
 from nanodoge.machine import Machine, shard, unsharded
 from nanodoge.options import NonNegative, run_command
 from nanodoge.policy import Policy, with_positions
@@ -85,18 +85,18 @@ class DpoOptions(stage.TuneOptions):
         self.beta = self.beta or BETA[self.loss]
 
 
-def select(token_set: TokenSet, length: int) -> Examples:
-    """The pairs that can be compared: both rows fit into `length` tokens, and the answers differ and are not empty."""
+def select(token_set: TokenSet, options: DpoOptions) -> Examples:
+    """The pairs that can be compared: both rows fit into sequence_length tokens, the answers differ, none is empty."""
     sizes, targets, _ = (x.reshape(-1, 2) for x in fit_answers(token_set, len(token_set.ids)))
     first, differ = 2 * np.arange(len(sizes)), (targets >= 2).all(1)  # an answer is at least one token and EOS
     pairs = Examples("pairs", token_set, first, sizes, targets, {})
     for i in np.flatnonzero(differ & (targets[:, 0] == targets[:, 1])):
         (chosen, mask), (rejected, other) = pairs.rows(i)
         differ[i] = not np.array_equal(chosen[mask], rejected[other])
-    fit = sizes.max(1) <= length
+    fit = sizes.max(1) <= options.sequence_length
     kept = np.flatnonzero(differ & fit)
     left_out = {
-        f"left out, longer than {length} tokens": int((differ & ~fit).sum()),
+        f"left out, longer than {options.sequence_length} tokens": int((differ & ~fit).sum()),
         "left out, with equal or empty answers": int((~differ).sum()),
     }
     return Examples("pairs", token_set, first[kept], sizes[kept], targets[kept], left_out)
@@ -106,12 +106,10 @@ def select(token_set: TokenSet, length: int) -> Examples:
 # Log-probabilities, and the loss
 
 
-def answer_logp(
-    network: nn.Module, pairs: Examples, group: Sequence[int], pad_id: int, machine: Machine
-) -> tuple[Tensor, Tensor]:
+def answer_logp(network: nn.Module, pairs: Examples, group: Sequence[int], machine: Machine) -> tuple[Tensor, Tensor]:
     """The log-probabilities (2, n) fp32 of the chosen and the rejected answers of the n pairs `group`, each summed over
     its tokens; and the load-balance value of the experts."""
-    tokens, targets = pairs.batch(group, pad_id)  # (2n, T)
+    tokens, targets = pairs.batch(group)  # (2n, T)
     shape, (tokens, positions, targets) = tokens.shape, machine.to_device(tokens, *with_positions(targets))
     with machine.autocast():
         logp, balance = network(tokens, positions, targets)  # (N,)
@@ -153,16 +151,10 @@ def compare(logp: Tensor, reference: Tensor, sizes: Tensor, options: DpoOptions)
 
 
 def compare_group(
-    network: nn.Module,
-    pairs: Examples,
-    reference: Tensor,
-    group: np.ndarray,
-    pad_id: int,
-    machine: Machine,
-    options: DpoOptions,
+    network: nn.Module, pairs: Examples, reference: Tensor, group: np.ndarray, machine: Machine, options: DpoOptions
 ) -> tuple[dict[str, Tensor], Tensor]:
     """`compare` for the pairs `group`, and the load-balance value. reference (count, 2): its log-probabilities."""
-    logp, balance = answer_logp(network, pairs, group, pad_id, machine)
+    logp, balance = answer_logp(network, pairs, group, machine)
     known = machine.to_device(reference[group].T, torch.from_numpy(pairs.targets[group].T))
     return compare(logp, *known, options), balance
 
@@ -172,16 +164,14 @@ def compare_group(
 
 
 @torch.no_grad()
-def reference_logp(
-    policy: Policy, pairs: Examples, which: np.ndarray, pad_id: int, machine: Machine, options: DpoOptions
-) -> Tensor:
+def reference_logp(policy: Policy, pairs: Examples, which: np.ndarray, machine: Machine, options: DpoOptions) -> Tensor:
     """The log-probabilities (count, 2) fp32, on the CPU, of both answers of the pairs `which` by the model as it is,
     and NaN for the other pairs. The ranks share the work, and all get the whole."""
     groups = pairs.micro_batches(which, options.micro_batch_tokens)[machine.rank :: machine.world_size]
     found = torch.zeros(pairs.count, 2)
     hidden = None if machine.is_main else True  # None: shown on a terminal only
     for group in tqdm(groups, unit="batch", desc="reference", disable=hidden, dynamic_ncols=True):
-        found[group] = answer_logp(policy, pairs, group, pad_id, machine)[0].T.cpu()
+        found[group] = answer_logp(policy, pairs, group, machine)[0].T.cpu()
     [total] = machine.sum([found])
     known = torch.full_like(found, math.nan)
     known[which] = torch.tensor(total, dtype=torch.float32).view(-1, 2)[which]
@@ -201,12 +191,12 @@ def kept_reference(state: dict, sets: dict[str, Examples], options: DpoOptions) 
 
 @torch.no_grad()
 def evaluate(
-    machine: Machine, policy: Policy, val: Examples, reference: Tensor, pad_id: int, options: DpoOptions
+    machine: Machine, policy: Policy, val: Examples, reference: Tensor, options: DpoOptions
 ) -> dict[str, float]:
     """{log column: value}: means over the first eval_size pairs. The ranks share the work."""
     count, sums = min(val.count, options.eval_size), dict.fromkeys(VALIDATED, 0.0)
     for group in val.micro_batches(range(count), options.micro_batch_tokens)[machine.rank :: machine.world_size]:
-        values, _ = compare_group(policy, val, reference, group, pad_id, machine, options)
+        values, _ = compare_group(policy, val, reference, group, machine, options)
         sums = {name: total + values[name].sum().cpu().double() for name, total in sums.items()}
     return {f"val_{name}": value / count for name, value in zip(sums, machine.sum(sums.values()), strict=True)}
 
@@ -220,25 +210,23 @@ def train(options: DpoOptions, machine: Machine) -> None:
     prepare_if_built_in(options, machine, "preferences")
     *sets, tokenizer = open_sets(options.data, "preferences")
     model, state = stage.start_tuning(options, machine, tokenizer)
-    data, val = (select(token_set, options.sequence_length) for token_set in sets)
-    check_not_empty(data, val, options)
+    data, val = select_both(select, *sets, options)
     if options.micro_batch_tokens < (pair := 2 * options.sequence_length):
         raise ValueError(f"--micro_batch_tokens={options.micro_batch_tokens} is less than one pair, {pair} tokens")
     stage.count_steps(options, data.count, machine)
     if options.shard:
         shard(model, machine, "hidden")
-    optimizers, policy, pad_id = make_optimizers(model, options, machine), Policy(model), tokenizer.pad_id
+    optimizers, policy = make_optimizers(model, options, machine), Policy(model)
     longest = data.longest(options.micro_batch_tokens)
     network, seconds, note = stage.profile_step(
-        machine, policy, lambda network: answer_logp(network, data, longest, pad_id, machine)[0].sum(), options
+        machine, policy, lambda network: answer_logp(network, data, longest, machine)[0].sum(), options
     )
     first = rows_of_step(0, data.count, options.batch_size, options.seed)
     groups = data.micro_batches(first, options.micro_batch_tokens, machine.world_size)
     seconds *= len(groups) / machine.world_size * options.max_steps
-    lines = data.describe(val, groups, options) | dict(loss=f"{options.loss}, beta {options.beta}")
+    lines = describe(data, val, groups, options) | dict(loss=f"{options.loss}, beta {options.beta}")
     stage.announce(options, machine, model, lines, seconds, note)
-    example = data.show(first[0], tokenizer)
-    machine.print(f"an example, with what is compared marked, the chosen answer first:\n\n{example}\n")
+    machine.print(f"an example, with what is compared marked, the chosen answer first:\n\n{data.show(first[0])}\n")
 
     if options.resume:
         reference = kept_reference(state, dict(train=data, val=val), options)
@@ -246,9 +234,9 @@ def train(options: DpoOptions, machine: Machine) -> None:
         steps = range(min(options.max_steps, math.ceil(data.count / options.batch_size)))  # after an epoch, all pairs
         used = np.unique([rows_of_step(step, data.count, options.batch_size, options.seed) for step in steps])
         with unsharded(model):  # of all validation pairs, since a resumed run may raise --eval_size
-            known = reference_logp(policy, val, np.arange(val.count), pad_id, machine, options)
-            reference = dict(train=reference_logp(policy, data, used, pad_id, machine, options), val=known)
-    validate = partial(evaluate, machine, policy, val, reference["val"], pad_id, options)
+            known = reference_logp(policy, val, np.arange(val.count), machine, options)
+            reference = dict(train=reference_logp(policy, data, used, machine, options), val=known)
+    validate = partial(evaluate, machine, policy, val, reference["val"], options)
     columns = [*COLUMNS, *(f"val_{name}" for name in VALIDATED)]
     settings = dict(columns=columns, extra_state=dict(reference=reference), evaluate_first=True)
     flops = model.flops_per_token(data.sizes.mean())
@@ -263,7 +251,7 @@ def train(options: DpoOptions, machine: Machine) -> None:
             groups = data.micro_batches(rows, options.micro_batch_tokens, machine.world_size)  # of all ranks
             loss, columns = 0.0, dict.fromkeys(COLUMNS, 0.0)
             for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
-                values, balance = compare_group(network, data, reference["train"], group, pad_id, machine, options)
+                values, balance = compare_group(network, data, reference["train"], group, machine, options)
                 balance = model.config.router_aux_loss_coef * balance * len(group) / options.batch_size
                 loss += run.backward(values["loss"].sum() / options.batch_size + balance)
                 columns = {name: total + values[name].sum() / options.batch_size for name, total in columns.items()}

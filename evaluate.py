@@ -40,10 +40,10 @@ from tqdm import tqdm
 from model import Doge
 from nanodoge.attention import Cache
 from nanodoge.checkpoint import load_model
-from nanodoge.conversations import divide
 from nanodoge.data import bits_per_byte, check_tokenizer, token_bytes
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
+from nanodoge.examples import bucket_by_length
 from nanodoge.machine import Machine
 from nanodoge.options import Count, Range, Whole, check_ranges, one_line, parse_options, run_command
 from nanodoge.tokenizer import Tokenizer
@@ -130,7 +130,7 @@ def log_likelihoods(model: Doge, pairs: list[tuple], micro_batch_tokens: int = 2
         groups[tuple(context)].append(i)
     groups = list(groups.values())
     sizes = [len(group) * max(len(pairs[i][0]) + len(pairs[i][1]) for i in group) for group in groups]
-    for batch in tqdm(divide(sizes, micro_batch_tokens), unit="batch", leave=False, disable=None):
+    for batch in tqdm(bucket_by_length(sizes, micro_batch_tokens), unit="batch", leave=False, disable=None):
         order, contexts = [i for j in batch for i in groups[j]], [pairs[groups[j][0]][0] for j in batch]
         rows = [row for row, j in enumerate(batch) for _ in groups[j]]
         scores |= zip(order, score_answers(model, contexts, rows, [pairs[i][1] for i in order]), strict=True)

@@ -54,7 +54,8 @@ from torch import Tensor
 from model import Doge
 from nanodoge import stage
 from nanodoge.checkpoint import clear, load_model, save_checkpoint
-from nanodoge.conversations import Examples, TokenSet, bucket_by_length, check_not_empty, final_answer, open_sets, pad
+from nanodoge.conversations import final_answer
+from nanodoge.examples import Examples, TokenSet, bucket_by_length, describe, open_sets, pad, select_both
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, run_command
 from nanodoge.policy import Policy, with_positions, write_answers
@@ -101,11 +102,11 @@ class GrpoOptions(stage.TuneOptions):
             raise ValueError("--reward_answer, --reward_format and --reward_length are all 0: nothing is rewarded")
 
 
-def select(token_set: TokenSet, length: int, max_new_tokens: int) -> Examples:
-    """The problems whose prompt leaves room for an answer of max_new_tokens in `length` tokens."""
-    sizes = np.diff(token_set.offsets)
-    kept = np.flatnonzero(sizes <= length - max_new_tokens)
-    left_out = {f"left out, longer than {length} tokens with --max_new_tokens={max_new_tokens}": len(sizes) - len(kept)}
+def select(token_set: TokenSet, options: GrpoOptions) -> Examples:
+    """The problems whose prompt leaves room for an answer of max_new_tokens in sequence_length tokens."""
+    sizes, length, room = np.diff(token_set.offsets), options.sequence_length, options.max_new_tokens
+    kept = np.flatnonzero(sizes <= length - room)
+    left_out = {f"left out, longer than {length} tokens with --max_new_tokens={room}": len(sizes) - len(kept)}
     return Examples("problems", token_set, kept, sizes[kept, None] - 1, np.zeros((len(kept), 1), np.int64), left_out)
 
 
@@ -185,13 +186,7 @@ class Batch:
 
 
 def make_batches(
-    machine: Machine,
-    prompts: list[list[int]],
-    written: list[list[int]],
-    above: np.ndarray,
-    reference: Policy | None,
-    pad_id: int,
-    options: GrpoOptions,
+    machine: Machine, prompts: list, written: list, above: np.ndarray, pad_id: int, options: GrpoOptions
 ) -> list[Batch]:
     """This rank's micro-batches of n prompts with their answers and advantages (n,)."""
     rows = [(np.array(p + a), np.arange(len(p) + len(a)) >= len(p)) for p, a in zip(prompts, written, strict=True)]
@@ -202,23 +197,15 @@ def make_batches(
         per_token = torch.tensor(np.repeat(above[group], [len(written[i]) for i in group]), dtype=torch.float32)
         *inputs, per_token = machine.to_device(tokens, *with_positions(targets), per_token)
         batches.append(Batch(group, inputs, per_token))
-        if reference:
-            with torch.no_grad(), machine.autocast():
-                batches[-1].start = reference(*inputs)[0]
     return batches
 
 
 def rollout(
-    machine: Machine,
-    model: Doge,
-    reference: Policy | None,
-    tokenizer: Tokenizer,
-    problems: Examples,
-    options: GrpoOptions,
-    step: int,
+    machine: Machine, model: Doge, problems: Examples, options: GrpoOptions, step: int
 ) -> tuple[list[Batch], dict[str, np.ndarray], int]:
     """What step `step` learns from: this rank's micro-batches; the columns of the log, {name: (n,)} of all n answers;
     and the tokens that the model reads, on all ranks. The answers are the same however many ranks there are."""
+    tokenizer = problems.set.tokenizer
     which = np.repeat(rows_of_step(step, problems.count, options.batch_size, options.seed), options.generations)
     prompts, wanted = read_problems(problems, which)
     seed, drawing = scramble(scramble(options.seed) + step), (options.slots, options.temperature)
@@ -226,7 +213,7 @@ def rollout(
     columns = judge(written, wanted, tokenizer, options)
     above = advantages(columns["reward"].reshape(-1, options.generations), options.divide_by_std)
     columns["no_signal"] = np.repeat((above == 0).all(axis=1), options.generations).astype(float)
-    batches = make_batches(machine, prompts, written, above.flatten(), reference, tokenizer.pad_id, options)
+    batches = make_batches(machine, prompts, written, above.flatten(), tokenizer.pad_id, options)
     return batches, columns, sum(len(p) + len(a) - 1 for p, a in zip(prompts, written, strict=True))
 
 
@@ -263,11 +250,10 @@ def token_losses(logp: Tensor, batch: Batch, options: GrpoOptions) -> tuple[Tens
 # Validation
 
 
-def evaluate(
-    machine: Machine, model: Doge, problems: Examples, tokenizer: Tokenizer, options: GrpoOptions, step: int
-) -> dict[str, float]:
+def evaluate(machine: Machine, model: Doge, problems: Examples, options: GrpoOptions, step: int) -> dict[str, float]:
     """{log column: value}: the first eval_size problems, answered with the likeliest token each time. val_accuracy is
     the share of right answers, val_reward the mean reward. A few answers are kept in samples.jsonl."""
+    tokenizer = problems.set.tokenizer
     prompts, wanted = read_problems(problems, range(min(problems.count, options.eval_size)))
     written = write_answers(machine, model, tokenizer, prompts, options.max_new_tokens, options.slots)
     columns = judge(written, wanted, tokenizer, options)
@@ -321,14 +307,13 @@ def train(options: GrpoOptions, machine: Machine) -> None:
     prepare_if_built_in(options, machine, "problems")
     *sets, tokenizer = open_sets(options.data, "problems")
     model, state = stage.start_tuning(options, machine, tokenizer)
-    problems, val = (select(token_set, options.sequence_length, options.max_new_tokens) for token_set in sets)
-    check_not_empty(problems, val, options)
+    problems, val = select_both(select, *sets, options)
     stage.count_steps(options, problems.count, machine)
     policy = Policy(model, tokenizer.vocab_size, options.temperature)
     reference = load_reference(options, machine, model, tokenizer)
 
     begin = time.perf_counter()
-    batches, *_ = rollout(machine, model, reference, tokenizer, problems, options, 0)
+    batches, *_ = rollout(machine, model, problems, options, 0)
     writing = time.perf_counter() - begin
     if options.shard:
         shard(model, machine, "hidden")
@@ -336,12 +321,12 @@ def train(options: GrpoOptions, machine: Machine) -> None:
     inputs = batches[0].inputs
     network, learning, note = stage.profile_step(machine, policy, lambda network: network(*inputs)[0].sum(), options)
     seconds = options.max_steps * (writing + learning * len(batches) * options.updates_per_rollout)
-    lines = problems.describe(val, [np.arange(problems.count)], options)
+    lines = describe(problems, val, [np.arange(problems.count)], options)
     lines["step"] = f"{options.generations} answers to each of {options.batch_size} problems, {options.slots} at once"
     stage.announce(options, machine, model, lines, seconds, note)
 
     def validate() -> dict[str, float]:
-        return evaluate(machine, model, val, tokenizer, options, run.step)
+        return evaluate(machine, model, val, options, run.step)
 
     flops, settings = model.flops_per_token(problems.sizes.mean()), dict(columns=COLUMNS, evaluate_first=True)
     run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, **settings)
@@ -351,8 +336,11 @@ def train(options: GrpoOptions, machine: Machine) -> None:
     with run:
         for step in run.steps():
             lr = options.learning_rate * cosine(step, options.max_steps, int(options.warmup * options.max_steps))
-            batches, earned, read = rollout(machine, model, reference, tokenizer, problems, options, step)
+            batches, earned, read = rollout(machine, model, problems, options, step)
             answers, tokens = len(earned["length"]), earned["length"].sum()  # of all ranks
+            for batch in batches if reference else ():
+                with torch.no_grad(), machine.autocast():
+                    batch.start = reference(*batch.inputs)[0]
             for update in range(options.updates_per_rollout):
                 loss, columns = 0.0, dict(entropy=0.0, clipped=0.0, kl=0.0)
                 for batch in run.micro_batches(batches):

@@ -40,7 +40,8 @@ import torch
 
 from model import Doge
 from nanodoge import stage
-from nanodoge.conversations import Examples, TokenSet, check_not_empty, final_answer, fit_answers, open_sets
+from nanodoge.conversations import final_answer
+from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets, select_both
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Whole, run_command
 from nanodoge.policy import write_answers
@@ -58,8 +59,9 @@ class SftOptions(stage.TuneOptions):
     eval_answers: Whole = 0  # validation answers that are written and compared word for word; of labels, always all
 
 
-def select(token_set: TokenSet, length: int) -> Examples:
-    """The conversations, each up to the end of the last answer that fits into `length` tokens."""
+def select(token_set: TokenSet, options: SftOptions) -> Examples:
+    """The conversations, each up to the end of the last answer that fits into sequence_length tokens."""
+    length = options.sequence_length
     sizes, targets, cut = fit_answers(token_set, length)
     kept = np.flatnonzero(sizes)
     left_out = {
@@ -76,7 +78,7 @@ def evaluate(machine: Machine, model: Doge, val: Examples, tokenizer: Tokenizer,
     share of the texts that get their label. The ranks share the work."""
     count, nats, targets, right = min(val.count, options.eval_size), 0.0, 0, 0
     for group in val.micro_batches(range(count), options.micro_batch_tokens)[machine.rank :: machine.world_size]:
-        batch = val.batch(group, tokenizer.pad_id)
+        batch = val.batch(group)
         nats += loss_sum(model, *batch, machine).item()
         targets += int(val.targets[group].sum())
         if model.labels:
@@ -109,21 +111,19 @@ def train(options: SftOptions, machine: Machine) -> None:
     *sets, tokenizer = open_sets(options.data, options.kind)
     labels = tuple(sets[0].meta["labels"]) if options.kind == "labels" else None
     model, state = stage.start_tuning(options, machine, tokenizer, labels)
-    data, val = (select(token_set, options.sequence_length) for token_set in sets)
-    check_not_empty(data, val, options)
+    data, val = select_both(select, *sets, options)
     stage.count_steps(options, data.count, machine)
     if options.shard:
         shard(model, machine)
     optimizers = make_optimizers(model, options, machine)
-    longest = data.batch(data.longest(options.micro_batch_tokens), tokenizer.pad_id)
+    longest = data.batch(data.longest(options.micro_batch_tokens))
     network, seconds, note = stage.profile_step(machine, model, lambda n: loss_sum(n, *longest, machine), options)
 
     first = rows_of_step(0, data.count, options.batch_size, options.seed)
     groups = data.micro_batches(first, options.micro_batch_tokens, machine.world_size)
     seconds *= len(groups) / machine.world_size * options.max_steps
-    stage.announce(options, machine, model, data.describe(val, groups, options), seconds, note)
-    example = data.show(first[0], tokenizer, labels or ())
-    machine.print(f"an example, with what is learned marked:\n\n{example}\n")
+    stage.announce(options, machine, model, describe(data, val, groups, options), seconds, note)
+    machine.print(f"an example, with what is learned marked:\n\n{data.show(first[0])}\n")
     validate = partial(evaluate, machine, model, val, tokenizer, options)
     flops, columns = model.flops_per_token(data.sizes.mean()), ["val_exact"]
     run = Run(
@@ -139,7 +139,7 @@ def train(options: SftOptions, machine: Machine) -> None:
             groups = data.micro_batches(rows, options.micro_batch_tokens, machine.world_size)  # of all ranks
             targets, loss = int(data.targets[rows].sum()), 0.0  # targets of the whole step
             for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
-                loss += run.backward(loss_sum(network, *data.batch(group, tokenizer.pad_id), machine) / targets)
+                loss += run.backward(loss_sum(network, *data.batch(group), machine) / targets)
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()))
     run.finish()

@@ -1,4 +1,4 @@
-"""Conversations as token ids with a mask: the data that sft.py, dpo.py and grpo.py read.
+"""From a row of a data set to a conversation, and from that to token ids with a mask.
 
 A chat model is a language model trained on conversations, which a template writes out like this:
 
@@ -24,16 +24,10 @@ BOS, the text, and the number of its label, which alone is marked.
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from nanodoge.data import load_tokenizer, read_meta
-from nanodoge.tokenizer import Tokenizer, read_object
+from nanodoge.tokenizer import Tokenizer
 
 # The columns of a row: the first schema that fits is used. Its first column is the question (a text or a list of
 # messages), the others are answers to it; a schema of one column is a whole conversation.
@@ -150,10 +144,10 @@ def read_problem(row: dict, columns: list[str], where: str) -> dict:
 
 
 def read_label(row: dict, columns: list[str], where: str) -> dict:
+    """A text and its label."""
     text = cell(row, columns[0], where)
-    return (
-        dict(messages=[dict(role="user", content=text)], label=str(row[columns[1]])) if text else dict(left_out="empty")
-    )
+    made = dict(messages=[dict(role="user", content=text)], label=str(row[columns[1]]))
+    return made if text else dict(left_out="empty")
 
 
 READERS = dict(chat=read_chat, preferences=read_preference, problems=read_problem, labels=read_label)
@@ -176,7 +170,7 @@ def encode(tokenizer: Tokenizer, row: dict, dtype: np.dtype) -> tuple[list[tuple
     """What `document` made -> [(ids, mask)], two for a preference and one for the others; the line of answers.jsonl."""
     messages, line = row["messages"], b""
     if "label" in row:
-        ids = [tokenizer.bos_id, *tokenizer.encode(messages[0]["content"]), row["label"]]
+        ids = [tokenizer.bos_id, *tokenizer.encode(messages[-1]["content"]), row["label"]]
         pairs = [(ids, [0] * (len(ids) - 1) + [1])]
     elif "answer" in row:
         ids, mask = tokenizer.render(messages, add_generation_prompt=True)
@@ -196,193 +190,3 @@ def key_of(row: dict) -> bytes:
     a preference and its twin, are always on the same side."""
     first = next((m["content"] for m in row["messages"] if m["role"] == "user"), row["messages"][0]["content"])
     return first.strip().encode()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sets
-
-
-class TokenSet:
-    """One split of a data folder, mapped into memory. len() counts conversations: a preference counts two.
-
-    ids, mask, offsets: the whole files. answers: the texts of problems. Raises ValueError for a folder of another kind
-    ("chat", "preferences", "problems" or "labels") and for files that were changed.
-    """
-
-    def __init__(self, folder: str | Path, split: str, kind: str) -> None:
-        self.folder, self.split, self.meta, self.answers = Path(folder), split, read_meta(folder, kind), []
-        for name, dtype in dict(ids=self.meta["dtype"], mask="uint8", offsets="int64").items():
-            path, size = self.folder / f"{split}.{name}.bin", self.meta["sizes"].get(f"{split}.{name}.bin")
-            if not path.is_file() or path.stat().st_size != size:
-                raise ValueError(f"{path} has not the {size} bytes of meta.json: it is cut off; prepare the data again")
-            dtype = np.dtype(dtype).newbyteorder("<")
-            setattr(self, name, np.memmap(path, dtype, "r") if size else np.zeros(0, dtype))
-        if wrong := self.contradiction(kind):
-            raise ValueError(f"{self.folder}/{split}.{wrong}; prepare the data again")
-        if kind == "problems":
-            path = self.folder / f"{split}.answers.jsonl"
-            lines = path.read_bytes().splitlines() if path.is_file() else ()
-            answers = [read_object(line, f"{path}:{i}").get("answer") for i, line in enumerate(lines, 1)]
-            self.answers = [answer for answer in answers if type(answer) is str]
-            if len(self.answers) != len(self):
-                count = f"{len(self.answers)} answers to {len(self)} problems"
-                raise ValueError(f"{path} has {count}; prepare the data again")
-
-    def contradiction(self, kind: str) -> str:
-        """What is wrong with files that do not fit each other, or that no model could read; else ""."""
-        ids, mask, offsets, size = self.ids, self.mask, self.offsets, self.meta["vocab_size"]
-        fits = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(ids) == len(mask) and len(ids) > 0
-        if not fits or (np.diff(offsets) < 1).any() or (kind == "preferences" and len(self) % 2):
-            return f"offsets.bin does not fit {self.split}.ids.bin"
-        if mask.max() > 1 or mask[offsets[:-1]].any():
-            return "mask.bin marks what cannot be learned"
-        if kind == "labels" and (mask.sum() != len(self) or not mask[offsets[1:] - 1].all()):
-            return "mask.bin does not mark the labels"
-        if ids.max() >= size:
-            return f"ids.bin has the id {ids.max()}, and meta.json says vocab_size {size}"
-        if kind == "labels" and ids[offsets[1:] - 1].max() >= len(self.meta["labels"]):
-            return f"ids.bin has another label than the {len(self.meta['labels'])} of meta.json"
-        return ""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def conversation(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids int64 (n,) and mask bool (n,) of conversation i."""
-        span = slice(self.offsets[i], self.offsets[i + 1])
-        return self.ids[span].astype(np.int64), self.mask[span].astype(bool)
-
-
-@dataclass
-class Examples:
-    """What a stage has selected from a TokenSet: count examples of k rows each, k = 2 for a preference, else 1."""
-
-    noun: str  # what an example is called, in the plural
-    set: TokenSet
-    first: np.ndarray  # (count,) which conversation of the set is an example's first row
-    sizes: np.ndarray  # (count, k) tokens of a row that the model reads; one more id follows, which is only a target
-    targets: np.ndarray  # (count, k) targets of a row
-    left_out: dict[str, int]  # {reason: how many of the set}
-
-    def __post_init__(self) -> None:
-        self.count, self.k = self.sizes.shape
-        self.lengths = self.k * self.sizes.max(1, initial=0)  # what an example takes of a micro-batch, in tokens
-
-    def rows(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The k rows of example i: (ids, mask), size + 1 of each."""
-        rows = [self.set.conversation(self.first[i] + j) for j in range(self.k)]
-        return [(ids[: size + 1], mask[: size + 1]) for (ids, mask), size in zip(rows, self.sizes[i], strict=True)]
-
-    def micro_batches(self, which: Sequence[int], limit: int, parts: int = 1) -> list[np.ndarray]:
-        """The examples `which`, in groups of at most `limit` tokens (see bucket_by_length)."""
-        which = np.asarray(which)
-        return [which[group] for group in bucket_by_length(self.lengths[which], limit, parts)]
-
-    def longest(self, limit: int) -> np.ndarray:
-        """The longest examples, as many as a micro-batch of `limit` tokens holds."""
-        return np.argsort(-self.lengths, kind="stable")[: limit // self.lengths.max()]
-
-    def batch(self, which: Sequence[int], pad_id: int) -> tuple[Tensor, Tensor]:
-        """tokens and targets (k n, T) of the n examples `which` (see pad): all first rows, then all second ones."""
-        return pad([row for rows in zip(*map(self.rows, which), strict=True) for row in rows], pad_id)
-
-    def describe(self, val: "Examples", groups: list[np.ndarray], options: Any) -> dict[str, str]:
-        """Lines for stage.announce. val: the validation examples; groups: the micro-batches of the first step."""
-        left_out = [
-            f"{count:,} {split} {self.noun} {reason}"
-            for split, examples in (("training", self), ("validation", val))
-            for reason, count in examples.left_out.items()
-            if count
-        ]
-        padding = 1 - self.sizes[np.concatenate(groups)].sum() / sum(len(g) * self.lengths[g].max() for g in groups)
-        epochs = options.max_steps * options.batch_size / self.count
-        targets = f", {self.targets.sum():,} of them targets" if self.targets.any() else ""
-        sizes = f"{self.count:,} {self.noun}, {self.sizes.sum():,} tokens{targets}; {epochs:.2f} epochs"
-        step = f"{options.batch_size} {self.noun} in about {len(groups)} micro-batches, {padding:.0%} of them padding"
-        lines = dict(data=f"{options.data}: {sizes}", step=step)
-        return lines | ({"left out": "; ".join(left_out)} if left_out else {})
-
-    def show(self, i: int, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> str:
-        """Example i as text, its targets between {+ and +}. Of a second row only the targets, between {- and -}."""
-        texts = []
-        for (ids, mask), sign in zip(self.rows(i), "+-", strict=False):
-            parts = np.split(ids, np.flatnonzero(np.diff(mask, prepend=False, append=False)))
-            words = [labels[part[0]] if labels and n % 2 else tokenizer.decode(part) for n, part in enumerate(parts)]
-            marked = ["{" + sign + text + sign + "}" if n % 2 else text for n, text in enumerate(words)]
-            texts.append("".join(marked[1::2] if texts else marked))
-        return "\n\n".join(texts)
-
-
-def fit_answers(token_set: TokenSet, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every conversation (n,): the tokens that the model reads up to the end of the last answer that fits into
-    `length` tokens (0 if none does), the targets among them, and the number of answers after it."""
-    offsets, (begins, ends) = np.asarray(token_set.offsets), answer_spans(token_set.mask)
-    first, stop = np.searchsorted(ends, offsets[:-1]), np.searchsorted(ends, offsets[1:])  # its answers
-    fits = np.minimum(stop, np.searchsorted(ends, offsets[:-1] + length, side="right"))
-    sizes = np.where(fits > first, np.append(ends, 0)[fits - 1] - offsets[:-1], 0)
-    learned = np.concatenate(([0], np.cumsum(ends - begins + 1)))
-    return sizes, learned[fits] - learned[first], stop - fits
-
-
-def answer_spans(mask: np.ndarray, piece: int = 1 << 26) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last position of every run of 1 in a mask (n,). The mask is read in pieces, because it may be
-    larger than memory. A conversation begins with a 0, so no run crosses from one to the next."""
-    begins, ends, before = [], [], np.int8(0)
-    for start in range(0, len(mask), piece):
-        part = mask[start : start + piece].astype(np.int8)
-        edges = np.diff(part, prepend=before)
-        begins.append(start + np.flatnonzero(edges == 1))
-        ends.append(start + np.flatnonzero(edges == -1) - 1)
-        before = part[-1]
-    return np.concatenate(begins), np.concatenate(ends + [np.full(int(before), len(mask) - 1)])
-
-
-def open_sets(folder: str, kind: str) -> tuple[TokenSet, TokenSet, Tokenizer]:
-    """The training and the validation set of a data folder, and its tokenizer."""
-    train, val = (TokenSet(folder, split, kind) for split in ("train", "val"))
-    return train, val, load_tokenizer(folder)
-
-
-def check_not_empty(train: Examples, val: Examples, options: Any) -> None:
-    """Raises ValueError, with the reasons, if no example was selected for training or for validation."""
-    for split, examples in (("training", train), ("validation", val)):
-        if not examples.count:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in examples.left_out.items() if count)
-            raise ValueError(
-                f"--sequence_length={options.sequence_length}: no {split} {examples.noun} left ({reasons})"
-            )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-def bucket_by_length(lengths: Sequence[int], limit: int, parts: int = 1) -> list[list[int]]:
-    """The numbers 0 .. n - 1 in micro-batches: neighbours in length together, so that there is little padding, and at
-    most `limit` tokens, padding included (a row longer than that is alone). There is a multiple of `parts` of them:
-    rank r takes groups[r::parts], and all ranks have equally many. n must be at least `parts`."""
-    groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > limit:
-            groups.append([])
-        groups[-1].append(i)
-    while len(groups) % parts:
-        largest = max(groups, key=len)
-        assert len(largest) > 1, f"{len(lengths)} rows do not make {parts} parts"
-        groups.append([largest.pop() for _ in range(len(largest) // 2)])
-    return groups
-
-
-def pad(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """[(ids (n,), mask (n,)), ...] -> tokens and targets (B, T) int64: what the model reads, and for every position the
-    token that it is to predict there, -100 where that is not marked.
-
-    Rows are filled up on the right. No position attends to a later one, so the padding changes nothing: no attention
-    mask is needed, and no conversation sees another.
-    """
-    T = max(len(ids) for ids, _ in rows) - 1
-    tokens, targets = np.full((len(rows), T), pad_id), np.full((len(rows), T), -100)
-    for b, (ids, mask) in enumerate(rows):
-        tokens[b, : len(ids) - 1] = ids[:-1]
-        targets[b, : len(ids) - 1] = np.where(mask[1:], ids[1:], -100)
-    return torch.from_numpy(tokens), torch.from_numpy(targets)

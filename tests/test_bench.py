@@ -98,9 +98,9 @@ def test_a_long_text_is_read_once_and_gone_on_with(shape, tmp_path, capsys, quic
 
 
 def test_both_can_draw_their_tokens(shape, tmp_path, capsys, quick, monkeypatch):
-    drawn, draw = [], bench.sample
+    drawn, draw = [], bench.choose
     monkeypatch.setattr(
-        bench, "sample", lambda logits, temperature: drawn.append(temperature) or draw(logits, temperature)
+        bench, "choose", lambda logits, temperature: drawn.append(temperature) or draw(logits, temperature)
     )
     [row], _ = table(tmp_path, capsys, "decode", "--peer", shape, "--new_tokens=3", "--temperature=0.7", "--dtype=int8")
     assert row["name"] == "decode small int8 decoder drawn 1x32+3" and set(drawn) == {0.7} and len(drawn) == 9

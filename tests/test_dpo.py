@@ -5,6 +5,7 @@ or padding that take part, answers cut in the middle."""
 import dataclasses
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ import prepare_data
 import sft
 import train
 from nanodoge.checkpoint import load_model, load_training_state, save_checkpoint
-from nanodoge.conversations import TokenSet, pad
+from nanodoge.examples import TokenSet, pad
 from nanodoge.machine import Machine
 from nanodoge.policy import Policy
 from nanodoge.run import read_log
@@ -48,7 +49,7 @@ def data(tmp_path_factory, base):
 
 @pytest.fixture(scope="module")
 def pairs(data):
-    return dpo.select(TokenSet(data, "train", "preferences"), 64)
+    return selected(TokenSet(data, "train", "preferences"))
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,10 @@ def reference(base):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     monkeypatch.setattr("nanodoge.run.plot_loss", lambda *paths: None)  # tested elsewhere, and longer than these runs
+
+
+def selected(token_set, length=64):
+    return dpo.select(token_set, dpo.DpoOptions(sequence_length=length))
 
 
 def run(base, data, out, *options):
@@ -104,7 +109,7 @@ def test_pairs_too_long_are_left_out_and_counted(data, length):
     for i in range(0, len(part), 2):
         fits = [np.flatnonzero(part.conversation(i + k)[1])[-1] <= length for k in range(2)]
         kept += [i] if all(fits) else []
-    pairs = dpo.select(part, length)
+    pairs = selected(part, length)
     assert pairs.first.tolist() == kept and [*pairs.left_out.values()] == [len(part) // 2 - len(kept), 0]
     for i in range(pairs.count):
         assert all(ids[-1] == eos_id and mask[-1] for ids, mask in pairs.rows(i))
@@ -119,10 +124,10 @@ def test_equal_and_empty_answers_are_no_choice():
     fake = TokenSet.__new__(TokenSet)
     fake.ids, fake.mask = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     fake.offsets = np.cumsum([0, *(len(ids) for ids, _ in rows)])
-    pairs = dpo.select(fake, 10)
+    pairs = selected(fake, 10)
     assert pairs.first.tolist() == [6] and [*pairs.left_out.values()] == [0, 4]
     assert pairs.sizes.tolist() == [[4, 5]] and pairs.targets.tolist() == [[2, 3]]
-    assert dpo.select(fake, 4).count == 0 and dpo.select(fake, 4).lengths.shape == (0,)
+    assert selected(fake, 4).count == 0 and selected(fake, 4).lengths.shape == (0,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,12 +140,13 @@ def test_log_probabilities_equal_float64_whatever_the_company(base, pairs, refer
     with torch.no_grad():
         wanted = torch.stack([torch.stack([logp_by(reference, row) for row in pairs.rows(i)]) for i in range(8)]).T
         for filling, size in ((2, 256), (7, 5)):
+            monkeypatch.setattr(pairs.set, "tokenizer", SimpleNamespace(pad_id=filling))
             monkeypatch.setattr("nanodoge.losses.LOSS_ROWS", size)
             monkeypatch.setattr("nanodoge.losses.LOSS_ELEMENTS", 1)
-            found = dpo.answer_logp(model, pairs, range(8), filling, machine)[0]
+            found = dpo.answer_logp(model, pairs, range(8), machine)[0]
             torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-5)
         for i in (0, 5, 7):
-            alone = dpo.answer_logp(model, pairs, [i], 2, machine)[0].double()
+            alone = dpo.answer_logp(model, pairs, [i], machine)[0].double()
             torch.testing.assert_close(alone, wanted[:, i : i + 1], rtol=1e-6, atol=1e-5)
 
 
@@ -224,7 +230,7 @@ def test_validation_by_hand_and_it_learns(base, data, reference, tmp_path):
     log = run(base, data, tmp_path / "run", "--eval_every=12", "--learning_rate=1e-2", "--eval_size=9")
     assert float(log[-1]["loss"]) < 0.5 and float(log[-1]["accuracy"]) > 0.7
     policy, options = float64(tmp_path / "run"), dpo.DpoOptions()
-    val = dpo.select(TokenSet(data, "val", "preferences"), 64)
+    val = selected(TokenSet(data, "val", "preferences"))
     rows = [val.rows(i) for i in range(min(9, val.count))]
     with torch.no_grad():
         now, before = ([[logp_by(model, row) for row in pair] for pair in rows] for model in (policy, reference))
@@ -277,7 +283,7 @@ def test_two_processes_equal_one(base, data, tmp_path):
 
 def test_before_the_first_step_an_example_shows_what_is_compared(base, data, tmp_path, capsys):
     run(base, data, tmp_path / "run", "--max_steps=1", "--sequence_length=58")
-    out, short = capsys.readouterr().out, dpo.select(TokenSet(data, "train", "preferences"), 58)
+    out, short = capsys.readouterr().out, selected(TokenSet(data, "train", "preferences"), 58)
     prompt, _, rest = out.partition("chosen answer first:\n\n")[2].partition("{+")
     chosen, _, rest = rest.partition("+}\n\n{-")
     assert prompt.startswith("<|begin_of_text|>") and prompt.endswith("assistant<|end_header_id|>\n")

@@ -15,6 +15,7 @@ from helpers import (
     assert_refused,
     assert_same_weights,
     command,
+    gradients_seen,
     make_checkpoint,
     make_set,
     steady,
@@ -26,11 +27,12 @@ from transformers import AutoModelForCausalLM
 import grpo
 import sft
 from nanodoge.checkpoint import load_model
-from nanodoge.conversations import TokenSet
+from nanodoge.examples import TokenSet
 from nanodoge.machine import Machine
 from nanodoge.policy import Policy, write_answers
 from nanodoge.run import read_log
 from nanodoge.tokenizer import Tokenizer
+from train import rows_of_step, scramble
 
 QUESTIONS = [f"{text} {i}" for i, text in enumerate(texts(100, seed=5))]
 GRPO = """--batch_size=4 --generations=4 --max_new_tokens=6 --slots=8 --max_steps=4 --eval_every=2 --save_every=2
@@ -64,6 +66,11 @@ def data(tmp_path_factory, base):
     return make_set(tmp_path_factory.mktemp("data") / "problems", base, "problems", rows=rows)
 
 
+def selected(data, **options):
+    options = grpo.GrpoOptions(**dict(sequence_length=64, max_new_tokens=6) | options)
+    return grpo.select(TokenSet(data, "train", "problems", Tokenizer.load(data)), options), options
+
+
 def run(base, data, out, *options):
     grpo.main([*TUNE, *GRPO, f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options])
     return read_log(out / "log.csv")
@@ -86,14 +93,12 @@ def test_the_loss_equals_an_example_worked_out_by_hand():
     5       0         -3.0   -3.0   1      1         0                   -2.0    1.0             e - 2
     """
     options = grpo.GrpoOptions(clip_low=0.2, clip_high=0.3, kl=0.5)
-    rewards = np.array([[1.0, 0.0], [1.0, 1.0]])
-    above = grpo.advantages(rewards, divide_by_std=False)
+    above = grpo.advantages(np.array([[1.0, 0.0], [1.0, 1.0]]), divide_by_std=False)
     assert above.tolist() == [[0.5, -0.5], [0.0, 0.0]]
     now = torch.tensor([-0.5, -2.5, -2.0, -0.9, -3.0], dtype=torch.float64, requires_grad=True)
     old = torch.tensor([-1.0, -2.0, -1.0, -1.0, -3.0], dtype=torch.float64)
     start = torch.tensor([-0.5, -2.0, -2.0, -1.9, -2.0], dtype=torch.float64)
-    lengths = torch.tensor([2, 1, 1, 1])
-    per_token = torch.tensor(above.flatten()).repeat_interleave(lengths)
+    per_token = torch.tensor(above.flatten()).repeat_interleave(torch.tensor([2, 1, 1, 1]))
     k3 = [0, math.exp(0.5) - 1.5, 0, math.exp(-1), math.e - 2]
     expected = [-0.65, -0.5 * math.exp(-0.5), 0.4, 0, 0]
     batch = grpo.Batch([0, 1, 2, 3], [], per_token, old, start)
@@ -102,39 +107,21 @@ def test_the_loss_equals_an_example_worked_out_by_hand():
     assert columns["kl"].tolist() == pytest.approx(k3, abs=1e-14)
     assert columns["clipped"].tolist() == [True, False, True, False, False]
     assert columns["entropy"].tolist() == [1, 2, 1, 1, 3]
-    whole = losses.sum() / 5
-    (gradient,) = torch.autograd.grad(whole, now)  # of k3: 1 - e^d; of a clipped token's objective: 0
-    by_hand = [
-        0,
-        (-0.5 * math.exp(-0.5) + 0.5 * (1 - math.exp(0.5))) / 5,
-        0,
-        0.5 * (1 - math.exp(-1)) / 5,
-        0.5 * (1 - math.e) / 5,
-    ]
+    (gradient,) = torch.autograd.grad(losses.sum(), now)  # of k3: 1 - e^d; of a clipped token's objective: 0
+    by_hand = [0, -0.5 * math.exp(-0.5) + 0.5 * (1 - math.exp(0.5)), 0, 0.5 * (1 - math.exp(-1)), 0.5 * (1 - math.e)]
     assert gradient.tolist() == pytest.approx(by_hand, abs=1e-14)
 
 
-@pytest.mark.parametrize(
-    "ratio, advantage, learns",
-    [
-        (1.0, 1, True),
-        (1.0, -1, True),
-        (1.29, 1, True),
-        (1.31, 1, False),
-        (0.5, 1, True),
-        (0.81, -1, True),
-        (0.79, -1, False),
-        (5.0, -1, True),
-        (5.0, 0, False),
-        (0.1, 0, False),
-    ],
-)
-def test_the_clip_holds_what_went_far_enough_and_lets_it_come_back(ratio, advantage, learns):
-    now = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    loss, clipped = grpo.clipped_losses(now, torch.zeros(1), torch.tensor([float(advantage)]), 0.2, 0.3)
-    loss.sum().backward()
-    assert now.grad.item() == pytest.approx(-ratio * advantage if learns else 0)
-    assert clipped.item() == (not learns and advantage != 0)
+def test_the_clip_holds_what_went_far_enough_and_lets_it_come_back():
+    """Ratio and advantage of a token that learns, and of one that does not."""
+    learning = [(1.0, 1), (1.0, -1), (1.29, 1), (0.5, 1), (0.81, -1), (5.0, -1)]
+    for ratio, advantage in [*learning, (1.31, 1), (0.79, -1), (5.0, 0), (0.1, 0)]:
+        now = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+        loss, clipped = grpo.clipped_losses(now, torch.zeros(1), torch.tensor([float(advantage)]), 0.2, 0.3)
+        loss.sum().backward()
+        learns = (ratio, advantage) in learning
+        assert now.grad.item() == pytest.approx(-ratio * advantage if learns else 0), (ratio, advantage)
+        assert clipped.item() == (not learns and advantage != 0), (ratio, advantage)
 
 
 def test_k3_is_never_negative_and_is_the_divergence_on_average():
@@ -150,61 +137,50 @@ def test_k3_is_never_negative_and_is_the_divergence_on_average():
     assert grpo.divergence(torch.tensor(-1.0), torch.tensor(-1.0 + 1e-4)).item() == pytest.approx(5e-9, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "rewards, plain, scaled",
-    [
-        ([1, 0, 0, 0], [0.75, -0.25, -0.25, -0.25], [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)]),
+def test_advantages():
+    third = 3**-0.5
+    for rewards, plain, scaled in (
+        ([1, 0, 0, 0], [0.75, -0.25, -0.25, -0.25], [3 * third, -third, -third, -third]),
         ([1.1, 1.1, 1.1], [0, 0, 0], [0, 0, 0]),  # whose mean, as floats go, is not 1.1
         ([0, 0], [0, 0], [0, 0]),
         ([1, -1], [1, -1], [1, -1]),
-    ],
-)
-def test_advantages(rewards, plain, scaled):
-    rewards = np.array([rewards, rewards], float)
-    for divide_by_std, expected in ((False, plain), (True, scaled)):
-        above = grpo.advantages(rewards, divide_by_std)
-        assert np.isfinite(above).all() and above[0] == pytest.approx(expected, abs=1e-12)
-        assert (above[0] == above[1]).all() and (expected != [0] * len(expected) or (above == 0).all())
+    ):
+        for divide_by_std, expected in ((False, plain), (True, scaled)):
+            above = grpo.advantages(np.array([rewards, rewards], float), divide_by_std)
+            assert np.isfinite(above).all() and above[0] == pytest.approx(expected, abs=1e-12)
+            assert (above[0] == above[1]).all() and (any(expected) or (above == 0).all())
 
 
-def test_the_first_gradient_is_the_plain_policy_gradient(base, data):
-    """By transformers' model in float64, one answer at a time, at a temperature: no padding, no pieces, no code of
-    ours. So the place of every token, and what counts as an answer, are right too."""
-    tokenizer = Tokenizer.load(data)
-    problems = grpo.select(TokenSet(data, "train", "problems"), 64, 6)
-    machine, model = Machine("cpu", "float32"), load_model(base)[0]
-    prompts, _ = grpo.read_problems(problems, np.arange(9) // 3)
-    above, temperature = np.random.default_rng(0).normal(size=9), 0.7
-    options = grpo.GrpoOptions(max_new_tokens=6, temperature=temperature, micro_batch_tokens=100)
-    written = write_answers(machine, model, tokenizer, prompts, 6, temperature=temperature, seed=1)
-    tokens = sum(map(len, written))
-    policy = Policy(model, tokenizer.vocab_size, temperature)
-    loss = entropy = 0.0
-    batches = grpo.make_batches(machine, prompts, written, above, None, tokenizer.pad_id, options)
-    assert len(batches) > 2 and sorted(i for batch in batches for i in batch.rows) == list(range(9))
-    for batch in batches:
-        logp, _ = policy(*batch.inputs)
-        batch.old = logp.detach()
-        losses, columns = grpo.token_losses(logp, batch, options)
-        (losses.sum() / tokens).backward()
-        loss, entropy = loss + losses.sum().item() / tokens, entropy + columns["entropy"].sum().item() / tokens
-        assert not columns["clipped"].any() and "kl" not in columns
+def test_the_first_gradient_is_the_plain_policy_gradient(base, data, tmp_path):
+    """Of a run, in several micro-batches, by transformers' model in float64: one answer at a time, at a temperature, no
+    padding. So the position of every token, what is part of an answer, and its weight are right too."""
+    extra = "--temperature=0.7 --batch_size=5 --micro_batch_tokens=100 --max_steps=1 --grad_clip=0".split()
+    with gradients_seen() as seen:
+        log = run(base, data, tmp_path / "run", *extra)
+    problems, options = selected(data, temperature=0.7)
+    machine, (model, tokenizer) = Machine("cpu", "float32"), load_model(base)
+    prompts, wanted = grpo.read_problems(problems, np.repeat(rows_of_step(0, problems.count, 5, 233), 4))
+    written = write_answers(machine, model, tokenizer, prompts, 6, 8, 0.7, seed=scramble(scramble(233)))
+    rewards = grpo.judge(written, wanted, tokenizer, options)["reward"]
+    above, tokens = grpo.advantages(rewards.reshape(5, 4), False).flatten(), sum(map(len, written))
+    assert above.any()
     other, total, surprise = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").double(), 0.0, 0.0
     for prompt, answer, advantage in zip(prompts, written, above, strict=True):
         ids = torch.tensor([[*prompt, *answer]])
-        logprobs = (other(ids).logits[0] / temperature).log_softmax(-1)
-        for place, token in enumerate(answer, start=len(prompt)):
-            total = total - advantage * logprobs[place - 1, token] / tokens
-            surprise -= logprobs[place - 1, token].item() / tokens
+        logp = (
+            (other(ids).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
+        )
+        total, surprise = total - advantage * logp.sum() / tokens, surprise - logp.sum().item() / tokens
     total.backward()
-    assert loss == pytest.approx(-sum(a * len(w) for a, w in zip(above, written, strict=True)) / tokens, abs=1e-5)
-    assert entropy == pytest.approx(surprise, abs=1e-5)
+    lengths = [len(ids) for ids in written]
+    assert float(log[1]["loss"]) == pytest.approx(-(above * lengths).sum() / tokens, abs=1e-5)
+    assert float(log[1]["entropy"]) == pytest.approx(surprise, abs=1e-5) and float(log[1]["clipped"]) == 0
     theirs = {name.removeprefix("model."): p.grad for name, p in other.named_parameters()}
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad.double(), theirs[name], atol=1e-6, rtol=1e-4, msg=name)
+    for (name, _), (_, found) in zip(model.named_parameters(), seen[0], strict=True):
+        torch.testing.assert_close(found.double(), theirs[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_logprobs_are_those_of_the_drawing(base):
+def test_logprobs_are_those_of_the_drawing(base, monkeypatch):
     """Over the ids that can be drawn, and in pieces as in one."""
     model, _ = load_model(base)
     policy = Policy(model, vocab_size=300, temperature=2.0)
@@ -213,11 +189,9 @@ def test_logprobs_are_those_of_the_drawing(base):
     expected = (x @ model.output_weight[:300].T / 2.0).log_softmax(-1).gather(2, tokens[..., None]).flatten()
     got, _ = policy(tokens, torch.arange(420), tokens.flatten())
     torch.testing.assert_close(got, expected)
-    pieces = pytest.MonkeyPatch()
-    pieces.setattr("nanodoge.losses.LOSS_ELEMENTS", 1)
-    pieces.setattr("nanodoge.losses.LOSS_ROWS", 100)
+    monkeypatch.setattr("nanodoge.losses.LOSS_ELEMENTS", 1)
+    monkeypatch.setattr("nanodoge.losses.LOSS_ROWS", 100)
     again, _ = policy(tokens, torch.arange(420), tokens.flatten())
-    pieces.undo()
     torch.testing.assert_close(again, expected)
     gradients = [torch.autograd.grad(y.square().sum(), model.embed_tokens.weight) for y in (got, again)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
@@ -372,12 +346,11 @@ def test_two_processes_equal_one(base, data, tmp_path):
 
 
 def test_what_is_drawn_depends_on_seed_and_step(base, data):
-    tokenizer, problems = Tokenizer.load(data), grpo.select(TokenSet(data, "train", "problems"), 64, 6)
     machine, model = Machine("cpu", "float32"), load_model(base)[0]
 
     def draw(step=0, **changes):
-        options = dict(batch_size=2, generations=8, max_new_tokens=6, temperature=5.0, slots=8, seed=1) | changes
-        batches, columns, _ = grpo.rollout(machine, model, None, tokenizer, problems, grpo.GrpoOptions(**options), step)
+        options = dict(batch_size=2, generations=8, temperature=5.0, slots=8, seed=1) | changes
+        batches, columns, _ = grpo.rollout(machine, model, *selected(data, **options), step)
         rows = sorted(
             (row, ids.tolist()) for batch in batches for row, ids in zip(batch.rows, batch.inputs[0], strict=True)
         )

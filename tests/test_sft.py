@@ -27,7 +27,7 @@ import prepare_data
 import sft
 import train
 from nanodoge.checkpoint import load_config, load_model
-from nanodoge.conversations import TokenSet, pad
+from nanodoge.examples import TokenSet, pad
 from nanodoge.run import read_log
 from nanodoge.tokenizer import Tokenizer
 
@@ -44,7 +44,11 @@ def data(tmp_path_factory, base):
 
 @pytest.fixture(scope="module")
 def rows(data):
-    return sft.select(TokenSet(data, "train", "chat"), 64)
+    return selected(TokenSet(data, "train", "chat"))
+
+
+def selected(token_set, length=64):
+    return sft.select(token_set, sft.SftOptions(sequence_length=length))
 
 
 def run(base, data, out, *options):
@@ -68,7 +72,7 @@ def said_by_the_assistant(text):
 
 def test_targets_are_the_answers_and_their_ends_and_nothing_else(data):
     tokenizer, part = Tokenizer.load(data), TokenSet(data, "train", "chat")
-    rows = sft.select(part, 10_000)
+    rows = selected(part, 10_000)
     assert rows.count == len(part) and not any(rows.left_out.values())
     for i in range(rows.count):
         tokens, targets = pad([rows.rows(i)[0]], tokenizer.pad_id)
@@ -92,7 +96,7 @@ def test_targets_are_the_answers_and_their_ends_and_nothing_else(data):
 def test_long_conversations_are_cut_after_an_answer(data, length):
     """Against a walk through every conversation."""
     part = TokenSet(data, "train", "chat")
-    rows, kept, cut = sft.select(part, length), [], 0
+    rows, kept, cut = selected(part, length), [], 0
     for i in range(len(part)):
         ids, mask = part.conversation(i)
         ends = [p for p in range(len(ids)) if mask[p] and (p + 1 == len(ids) or not mask[p + 1])]
@@ -164,7 +168,7 @@ def test_exact_match_by_hand(base, data, tmp_path):
     data = make_set(tmp_path / "set", base, rows=rows)
     log = run(base, data, tmp_path / "run", "--max_steps=12", "--eval_answers=12", "--learning_rate=1e-2")
     model, tokenizer = load_model(tmp_path / "run")
-    val, right = sft.select(TokenSet(data, "val", "chat"), 64), 0
+    val, right = selected(TokenSet(data, "val", "chat")), 0
     for i in range(min(12, val.count)):
         ids, mask = val.rows(i)[0]
         *_, (before, _), (answer, _) = said_by_the_assistant(tokenizer.decode(ids))
@@ -204,7 +208,7 @@ def test_before_the_first_step_an_example_shows_what_is_learned(base, data, tmp_
     marked = [part.partition("+}")[0] for part in example.split("{+")[1:]]
     assert marked == [part for part, learned in said_by_the_assistant(text) if learned]
     run(base, data, tmp_path / "short", "--max_steps=1", "--sequence_length=50")
-    rows = sft.select(TokenSet(data, "train", "chat"), 50)
+    rows = selected(TokenSet(data, "train", "chat"), 50)
     out = capsys.readouterr().out
     for reason, count in rows.left_out.items():
         assert count and f"{count} training conversations {reason}" in out
