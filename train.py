@@ -323,7 +323,7 @@ def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tupl
         raise ValueError(f"{folder} was trained with another tokenizer than --data={options.data}: {advice}")
     if not options.resume:
         becomes_moe = options.is_moe and not model.config.is_moe
-        free = {"router_aux_loss_coef"}
+        free = {"router_aux_loss_coef", "attention"}
         free |= {"is_moe", "num_experts", "num_experts_per_tok"} if becomes_moe else set()
         for field in dataclasses.fields(DogeConfig):
             asked, has = getattr(options, field.name), getattr(model.config, field.name)
@@ -333,6 +333,7 @@ def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tupl
             torch.manual_seed(options.seed)
             model = Doge.from_dense(model, options.num_experts, options.num_experts_per_tok)
         model.config.router_aux_loss_coef = options.router_aux_loss_coef
+    model.config.attention = options.attention
     return model.train().to(machine.device), load_run(folder)
 
 
@@ -344,6 +345,8 @@ def describe(options: TrainOptions, machine: Machine, model: Doge, data: Sequenc
     attention = "causal scaled_dot_product_attention, scores folded into the keys"
     if T > c.keep_window_size:
         attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
+    if c.attention == "definition":
+        attention = "by definition, every query with every key: slow"
     memory = machine.peak_memory() + 8 * parameters / (world if options.shard else 1)  # Adam's moments come with step 1
     flop = model.flops_per_token(T) * tokens
     return dict(
@@ -431,8 +434,8 @@ def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: T
 
 # What a resumed run may change: its cost, where and how often it reports, and when it ends. The rest makes it another.
 MAY_CHANGE = set(
-    """resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens
-    save_every device dtype compile patience shard micro_batch_size gradient_checkpointing sample_tokens""".split()
+    """resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens save_every device
+    dtype attention compile patience shard micro_batch_size gradient_checkpointing sample_tokens""".split()
 )
 
 

@@ -49,6 +49,7 @@ def hugging_face_config(model, tokenizer):
     config = model.config
     same = config.qk_norm and not config.is_moe
     fields = dataclasses.asdict(config)
+    del fields["attention"]  # how to compute, not what
     if factor := fields.pop("rope_factor"):
         context = config.max_position_embeddings
         fields["rope_scaling"] = dict(rope_type="dynamic", factor=factor, original_max_position_embeddings=context)
