@@ -40,11 +40,9 @@ from torch import Tensor
 
 from nanodoge import memory
 from nanodoge.attention import NEVER, Cache, dynamic_mask_attention, key_scores
-from nanodoge.engine import penalise, sample
 from nanodoge.experts import routed_experts
 from nanodoge.losses import linear_cross_entropy
 
-PIECE = 4096  # tokens of a prompt read together: two windows of the family, so that reading is mostly new tokens
 LAYERS, SIZE = 256, 2**24  # the most that a config may ask for: beyond is a typing error, and would build for hours
 
 
@@ -425,79 +423,19 @@ class Doge(nn.Module):
         keys = (window * (window + 1) / 2 + (length - window) * window) / length
         return 6 * weights + 12 * config.hidden_size * keys * len(self.layers)
 
-    def read(self, tokens, lengths, cache):
-        """Reads prompts (B, T) of `lengths` (B,) into a cache -> the logits (B, V) of what follows each. Takes PIECE
-        tokens at a time, so that memory does not grow with the prompt."""
-        x = self.norm.weight.new_zeros(len(tokens), 1, self.config.hidden_size)
-        for start in range(0, tokens.shape[1], PIECE):
-            piece = tokens[:, start : start + PIECE]
-            ends = (lengths - start).clamp(0, piece.shape[1])  # of a row that was over before: 0
-            states, _ = self.hidden(piece, ends, cache, (ends - 1).clamp(min=0))
-            x = torch.where((ends > 0)[:, None, None], states, x)
-        return F.linear(x[:, 0], self.output_weight)
-
-    def next_logits(self, token, cache):
-        """token (B,), the cache before it -> the logits (B, V) of what follows; the cache then holds the token."""
-        return F.linear(self.hidden(token[:, None], None, cache)[0][:, -1], self.output_weight)
-
     @torch.inference_mode()
-    def stream(
-        self,
-        tokens,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        lengths=None,
-        generator=None,
-        vocab_size=None,
-        dtype=None,
-        decoder=None,
-    ):
-        """Continues tokens (B, T), yielding the next token of every row (B,) int64, max_new_tokens times.
-
-        temperature 0 takes the likeliest token; else see `sample`. Rows of different length are padded on the right,
-        `lengths` (B,) says how long each is. Ids from vocab_size on are never produced (a vocabulary rounded up has
-        rows without a token). Memory is fixed from the first token on. `decoder`: a Decoder of decode.py, faster.
-        Raises ValueError for an empty prompt, and if the weights are damaged.
-        """
-        B, T = tokens.shape
-        if T == 0 or (lengths is not None and int(lengths.min()) < 1):
-            raise ValueError("the prompt is empty: generation needs at least one token, for example the BOS token")
-        real = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
-        length = T + max_new_tokens
-        cache = self.new_cache(B, length, dtype, decoder.room(length) if decoder else length)
-        logits = self.read(tokens, real, cache)
-        if not bool(logits.isfinite().all()):
-            raise ValueError("the model answers this prompt with nan or inf: its weights are damaged")
-        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=tokens.device)
-        if repetition_penalty != 1.0:
-            inside = torch.arange(T, device=tokens.device) < real[:, None]
-            seen.scatter_(1, torch.where(inside, tokens, tokens[:, :1]), True)
-        for count in range(max_new_tokens):
-            logits = logits.float()
-            if vocab_size is not None:
-                logits[:, vocab_size:] = -math.inf
-            if repetition_penalty != 1.0:
-                logits = torch.where(seen, penalise(logits, repetition_penalty), logits)
-            token = sample(logits, temperature, top_k, top_p, min_p, generator)
-            yield token
-            if count + 1 < max_new_tokens:
-                if repetition_penalty != 1.0:
-                    seen.scatter_(1, token[:, None], True)
-                logits = (decoder or self.next_logits)(token, cache)
-
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), **options):
-        """Collects `stream` into (B, n) int64, n <= max_new_tokens. A row ends with its first id of `stop_ids`, which
-        is then repeated to fill the row; generation ends when every row has."""
-        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        columns = []
-        for token in self.stream(tokens, max_new_tokens, temperature, top_k, top_p, **options):
-            columns.append(torch.where(done, columns[-1], token) if columns else token)
-            for stop in stop_ids:
-                done = done | (columns[-1] == stop)
-            if stop_ids and bool(done.all()):
-                break
-        return torch.stack(columns, dim=1) if columns else tokens[:, :0]
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, stop_ids=(), generator=None):
+        """Continues tokens (B, T) -> the new ones (B, n) int64, n <= max_new_tokens; ends when every row has had one of
+        stop_ids. This is what generation means; nanodoge/engine.py computes the same for many prompts, faster."""
+        cache, read, new = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens), tokens, tokens[:, :0]
+        while new.shape[1] < max_new_tokens and not (stop_ids and all(set(stop_ids) & set(r) for r in new.tolist())):
+            x, _ = self.hidden(read, None, cache)  # the prompt, then one token at a time
+            logits = F.linear(x[:, -1], self.output_weight).float()  # (B, V)
+            if top_k:
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+            if temperature == 0:
+                read = logits.argmax(-1, keepdim=True)
+            else:
+                read = (logits / temperature).softmax(-1).multinomial(1, generator=generator)
+            new = torch.cat((new, read), dim=1)
+        return new

@@ -1,59 +1,347 @@
-"""Generation: how a token is drawn."""
+"""Generation: the only code that turns logits into tokens.
 
+    engine = Engine(model, Decoder(model), slots=16, tokenizer=tokenizer)
+    engine.generate([Request(prompt, max_new_tokens=100, seed=i) for i in range(1000)])  # a list of new ids each
+    for id in engine.stream(Request(prompt, max_new_tokens=100)): ...
+
+A step of generation reads all weights, whether for one row or for many. So requests share it (continuous batching;
+Orca, Yu et al. 2022): each has a row of one cache, and joins and leaves between the tokens of the others. In a step
+
+    1. one forward pass over the live rows gives the logits of their next tokens, and a Sampler chooses these;
+    2. free rows go to waiting requests, whose prompts are read together, up to `piece` tokens;
+    3. of a prompt that is longer than that, the next piece is read, so that it delays the others by no more.
+
+The live rows are always the first of the cache: when a request ends, the last row is copied into the gap. So no row is
+computed without a request, and memory is allocated once: W keys per row are enough for a text of any length.
+
+A request's output does not depend on the others: its row sees only its own keys, and it has its own random numbers, one
+per token. (The shape of a batch may change the last bits of its logits, and so the order of two tokens that are equally
+likely up to these bits.)
+"""
+
+import copy
 import math
+import random
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
-BLOCK = 256  # tokens that are summed up at once when one is drawn
+BLOCK = 256  # probabilities that are summed at once when a token is drawn
 
 
-def penalise(logits, penalty):
-    """Makes a token less likely whatever the sign of its logit (Keskar et al. 2019, as Hugging Face applies it)."""
-    return torch.where(logits > 0, logits / penalty, logits * penalty)
+def sample(logits: Tensor, points: Tensor, temperature: Tensor, top_k=None, top_p=None, min_p=None) -> Tensor:
+    """Tokens (B,) int64 drawn from logits (B, V) fp32, row i by the random number points[i] in (0, 1], points (B, 1).
 
-
-def sample(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-    """Draws a token from logits (B, V) fp32 -> (B,) int64.
-
-    Temperature 0 takes the likeliest. Otherwise the logits are divided by it, and of the tokens only these stay: the
-    top_k likeliest (0: all), the likeliest whose probabilities first reach top_p together (1: all), those at least
-    min_p as likely as the likeliest (0: all).
+    The options are tensors (B, 1), or None where no row uses them. A row of temperature 0 takes the likeliest token.
+    Otherwise its logits are divided by the temperature, and of its tokens only these stay: the top_k likeliest (0:
+    all), the likeliest whose probabilities first reach top_p (1: all), those at least min_p as likely as the likeliest.
     """
-    if temperature == 0:
-        return logits.max(dim=-1).indices  # on a processor faster than argmax
-    logits, order = logits / temperature, None
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    p, size = logits.softmax(-1), LIKELY
-    if top_p < 1.0:
-        values, order = p.topk(min(size, p.shape[-1]))
-        while size < p.shape[-1] and bool((values.sum(-1) < top_p).any()):  # a flat distribution: look at more of it
-            size *= 16
-            values, order = p.topk(min(size, p.shape[-1]))
-        inside = values.cumsum(-1) - values < top_p
-        inside[:, 0] = True  # the likeliest itself always stays
-        p = values * inside
-    if min_p > 0.0:
-        p = p * (p >= min_p * p.amax(-1, keepdim=True))
-    drawn = draw(p, generator)
-    return (drawn if order is None else order.gather(1, drawn))[:, 0]
+    greedy, likeliest, V = temperature == 0, logits.max(dim=-1, keepdim=True).indices, logits.shape[-1]
+    logits = logits / temperature.masked_fill(greedy, 1.0)
+    if top_k is not None:
+        k = top_k.clamp(max=V)
+        least = logits.topk(int(k.max())).values.gather(1, (k - 1).clamp(min=0))
+        logits = logits.masked_fill((logits < least) & (k > 0), -math.inf)
+    p = logits.softmax(-1)
+
+    def chosen(p):
+        return draw(p if min_p is None else p * (p >= min_p * p.amax(-1, keepdim=True)), points)
+
+    if top_p is None:
+        return torch.where(greedy, likeliest, chosen(p))[:, 0]
+    cut, size = top_p < 1, min(LIKELY, V)
+    values, order = p.topk(size)
+    while size < V and bool((cut & (values.sum(-1, keepdim=True) < top_p)).any()):  # a flat distribution: look further
+        size = min(16 * size, V)
+        values, order = p.topk(size)
+    inside = values.cumsum(-1) - values < top_p
+    inside[:, 0] = True  # the likeliest itself always stays
+    token = order.gather(1, chosen(values * inside))
+    token = token if bool(cut.all()) else torch.where(cut, token, chosen(p))
+    return torch.where(greedy, likeliest, token)[:, 0]
 
 
-def draw(p, generator=None):
-    """The index of one of p (B, n) fp32, at least 0, drawn in proportion to them -> (B, 1) int64. Of what is 0, none.
+def draw(p: Tensor, points: Tensor) -> Tensor:
+    """The index (B, 1) int64 of one of p (B, n) fp32 >= 0, drawn in proportion to them by points (B, 1) in (0, 1].
 
-    The sums up to every index divide a line, and a point on it, drawn evenly, falls to one of them: one random number a
-    row, where torch.multinomial takes one for every token, and as long as a small model's whole step. To sum less, it
-    is first found in which block of tokens the point lies, then where in the block. In float64, so that the unlikely
-    ones get their due: in float32, thousands would share the last bit.
+    The cumulative sums of p divide a line, and points[i] of its length lies in the interval of one index. (That is one
+    random number per row; torch.multinomial takes n, and as long as a small model's whole step.) To sum less, first the
+    block of indices is found, then the index. In float64: in float32 thousands of unlikely tokens share the last bit.
     """
-    wide = torch.float32 if p.device.type == "mps" else torch.float64
     blocks = p.unflatten(1, (-1, BLOCK if p.shape[1] % BLOCK == 0 else p.shape[1]))
-    ends = blocks.sum(-1, dtype=wide).cumsum(-1)
-    point = (1 - torch.rand(len(p), 1, dtype=wide, device=p.device, generator=generator)) * ends[:, -1:]  # above 0
+    ends = blocks.sum(-1, dtype=points.dtype).cumsum(-1)
+    point = points * ends[:, -1:]
     block = torch.searchsorted(ends, point)  # the first whose end is not before the point
-    inner = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=wide)
+    inner = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=points.dtype)
     point = point - ends.gather(1, block) + inner[:, -1:]  # counted from where the block begins
-    point = point.clamp(min=torch.finfo(wide).tiny).minimum(inner[:, -1:])  # rounded, it must not have left the block
+    point = point.clamp(min=torch.finfo(points.dtype).tiny).minimum(inner[:, -1:])  # rounded, it stays in the block
     return block * blocks.shape[2] + torch.searchsorted(inner, point)
+
+
+class TextStream:
+    """The text of ids that come one at a time. Held back until it is certain: the bytes of half a character, and an end
+    that could be the beginning of a stop string. `text`: what is certain; `stopped`: a stop string was found."""
+
+    def __init__(self, tokenizer, stop: Collection[str] = (), skip_special: bool = False):
+        self.decode, self.stop = tokenizer.stream(skip_special), [string for string in stop if string]
+        self.text, self.held, self.stopped = "", "", False
+
+    def feed(self, id: int | None) -> str:
+        """The new piece of text after this id, or at the end, when id is None."""
+        self.held += "" if self.stopped else self.decode(id)
+        found = [at for at in map(self.held.find, self.stop) if at >= 0]
+        begun = (n for string in self.stop for n in range(len(string) - 1, 0, -1) if self.held.endswith(string[:n]))
+        certain = min(found) if found else len(self.held) - (0 if id is None else max(begun, default=0))
+        piece, self.held = self.held[:certain], "" if found else self.held[certain:]
+        self.stopped, self.text = self.stopped or bool(found), self.text + piece
+        return piece
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to continue. An engine fills the fields from `tokens` on."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: always the likeliest token; for this and the next three see `sample`
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and of the text so far become less likely
+    seed: int = 0  # of its random numbers
+    stop_ids: Collection[int] = ()  # the request ends with one of these ids
+    stop: Collection[str] = ()  # or with one of these strings, which takes an engine with a tokenizer
+    tokens: list[int] = field(default_factory=list, init=False)  # the new ids, with the stop id if it came
+    text: TextStream | None = field(default=None, init=False)  # of the new ids, if the engine has a tokenizer
+    finish_reason: str = field(default="", init=False)  # in the end "stop", "length" or "cancelled"
+
+    def __post_init__(self):
+        self.prompt, self.random = list(map(int, self.prompt)), random.Random(self.seed)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and continuation at most."""
+        return len(self.prompt) + self.max_new_tokens
+
+    def append(self, id: int) -> None:
+        self.tokens.append(id)
+        stopped = id in self.stop_ids
+        if self.text and not stopped:
+            self.text.feed(id)
+            stopped = self.text.stopped
+        if stopped or len(self.tokens) == self.max_new_tokens:
+            self.finish("stop" if stopped else "length")
+
+    def finish(self, reason: str) -> None:
+        self.finish_reason = self.finish_reason or reason
+        if self.text:
+            self.text.feed(None)
+
+
+class Sampler:
+    """Chooses the next tokens of some requests. It holds their options as tensors, and is made anew when one leaves."""
+
+    def __init__(self, requests: list[Request], vocab_size: int, device: torch.device):
+        def column(name, unused):  # (B, 1), or None
+            values = [getattr(request, name) for request in requests]
+            return None if all(x == unused for x in values) else torch.tensor(values, device=device)[:, None]
+
+        self.requests, self.vocab_size = requests, vocab_size
+        self.temperature, self.penalty = column("temperature", 0), column("repetition_penalty", 1)
+        self.cuts = column("top_k", 0), column("top_p", 1), column("min_p", 0)
+        if self.penalty is not None:
+            self.seen = torch.zeros(len(requests), vocab_size, dtype=torch.bool, device=device)
+            for row, request in enumerate(requests):
+                self.seen[row, [id for id in request.prompt + request.tokens if id < vocab_size]] = True
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """logits (B, V) -> tokens (B,) int64 below vocab_size. If none is greedy, takes a random number per request."""
+        logits = logits[:, : self.vocab_size].float()
+        if self.penalty is not None:
+            less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)  # Keskar et al. 2019
+            logits = torch.where(self.seen, less, logits)
+        if self.temperature is None:
+            tokens = logits.max(dim=-1).indices  # on CPU faster than argmax
+        else:
+            points = [[1 - request.random.random()] for request in self.requests]  # above 0
+            wide = torch.float32 if logits.device.type == "mps" else torch.float64
+            points = torch.tensor(points, dtype=wide, device=logits.device)
+            tokens = sample(logits, points, self.temperature, *self.cuts)
+        if self.penalty is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+
+class Engine:
+    """Continues requests, `slots` of them at once. For one thread.
+
+    decoder: a Decoder of the model, faster than the model itself (a compiled one is compiled for every number of rows).
+    vocab_size: ids from there on are never produced (a vocabulary rounded up has ids without a token); the default is
+    the tokenizer's. piece: prompt tokens read in a step, and as many again of a long prompt.
+    """
+
+    def __init__(self, model, decoder=None, slots=16, vocab_size=None, tokenizer=None, piece=1024):
+        self.model, self.decoder, self.tokenizer, self.slots, self.piece = model, decoder, tokenizer, slots, piece
+        self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
+        self.window, self.device = model.config.keep_window_size, model.embed_tokens.weight.device
+        self.cache, self.max_length = None, 0  # see allocate
+        self.waiting: deque[Request] = deque()
+        self.live: list[Request] = []  # request i is decoded in row i of the cache
+        self.reader, self.done = None, 0  # a request with a long prompt, in the last row; how much of it has been read
+        self.batch = None  # the live rows of the cache; None when they have changed
+
+    def generate(self, requests: list[Request]) -> list[list[int]]:
+        """The new ids of every request, in order."""
+        self.allocate(max((request.max_length for request in requests), default=0))
+        try:
+            for request in sorted(requests, key=lambda request: len(request.prompt)):  # alike prompts are read together
+                self.add(request)
+            for request in requests:
+                while not request.finish_reason:
+                    self.step()
+        finally:
+            for request in requests:
+                self.cancel(request)
+        return [request.tokens for request in requests]
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """The new ids of a request, one after another. Closing the iterator cancels it."""
+        self.allocate(request.max_length)
+        try:
+            self.add(request)
+            while not request.finish_reason:
+                if request in self.step():
+                    yield request.tokens[-1]
+        finally:
+            self.cancel(request)
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises ValueError for an empty prompt."""
+        if not request.prompt:
+            raise ValueError("the prompt is empty: generation needs at least one token, for example the BOS token")
+        if request.max_length > self.max_length:
+            self.allocate(self.window + 1)  # enough for any request
+        if self.tokenizer:
+            request.text = TextStream(self.tokenizer, request.stop)
+        if request.max_new_tokens > 0:
+            self.waiting.append(request)
+        else:
+            request.finish("length")
+
+    @torch.inference_mode()
+    def cancel(self, request: Request) -> None:
+        """Ends a request and frees its slot at once. One that has ended is left alone."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request is self.reader:
+            self.reader = None
+        request.finish("cancelled")
+        self.leave()
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """One token for every live row, and a piece of the waiting prompts -> the requests that have a new token.
+        Raises ValueError if the weights are damaged."""
+        new = self.decode() if self.live else []
+        joining, longest, free = [], 0, self.slots - len(self.live) - (self.reader is not None)
+        while self.waiting and len(joining) < free:
+            longest = max(longest, len(self.waiting[0].prompt))
+            if (len(joining) + 1) * longest > self.piece:  # with padding
+                break
+            joining.append(self.waiting.popleft())
+        if joining:
+            new += self.begin(joining, self.read(joining, len(self.live), 0))
+        elif self.waiting and free and not self.reader:
+            self.reader, self.done = self.waiting.popleft(), 0
+        if self.reader:
+            request, row = self.reader, len(self.cache.length) - 1
+            logits = self.read([request], row, self.done)
+            self.done += self.piece
+            if self.done >= len(request.prompt):
+                self.reader = None
+                self.copy(row, len(self.live))
+                new += self.begin([request], logits)
+        return new
+
+    def decode(self) -> list[Request]:
+        """The next token of every live row."""
+        if self.batch is None:
+            self.batch = self.rows(0, len(self.live), self.decoder)
+            self.longest = int(self.batch.length.max())  # tokens read so far
+            self.sampler = Sampler(self.live[:], self.vocab_size, self.device)
+            self.token = torch.tensor([request.tokens[-1] for request in self.live], device=self.device)
+        self.longest += 1
+        if self.decoder is None or not self.decoder.compiled:
+            self.batch.evicts = self.longest > self.batch.window  # while there is room, storing a key is simpler
+        if self.decoder:
+            logits = self.decoder(self.token, self.batch)
+        else:
+            x, _ = self.model.hidden(self.token[:, None], None, self.batch)
+            logits = F.linear(x[:, 0], self.model.output_weight)
+        self.token = self.sampler(logits)
+        return self.give(self.live[:], self.token.tolist())
+
+    def read(self, requests: list[Request], row: int, start: int) -> Tensor:
+        """Reads a piece of each prompt, from token `start` on, into rows from `row` on -> the next logits (B, V)."""
+        pieces = [request.prompt[start : start + self.piece] for request in requests]
+        T = max(2, *map(len, pieces))  # the cache takes several tokens at once as the beginning of an empty row
+        tokens = torch.tensor([piece + [0] * (T - len(piece)) for piece in pieces], device=self.device)
+        lengths = torch.tensor([len(piece) for piece in pieces], device=self.device)
+        for i, request in enumerate(requests, row):
+            self.cache.length[i] = start
+            if self.model.config.rope_factor:  # then wavelengths follow the length that a text may reach
+                self.frequencies[i] = self.model.new_cache(1, request.max_length, room=1).frequencies
+        cache = self.rows(row, len(requests))
+        x, _ = self.model.hidden(tokens, lengths, cache, lengths - 1)
+        return F.linear(x[:, 0], self.model.output_weight)
+
+    def begin(self, requests: list[Request], logits: Tensor) -> list[Request]:
+        """Makes requests live whose prompts are in the rows behind the live ones, and gives them their first token."""
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model answers this prompt with nan or inf: its weights are damaged")
+        self.live, self.batch = self.live + requests, None
+        return self.give(requests, Sampler(requests, self.vocab_size, self.device)(logits).tolist())
+
+    def give(self, requests: list[Request], ids: list[int]) -> list[Request]:
+        for request, id in zip(requests, ids, strict=True):
+            request.append(id)
+        self.leave()
+        return requests
+
+    def leave(self) -> None:
+        """Frees the rows of requests that have ended: the last rows fill the gaps."""
+        for row in reversed(range(len(self.live))):
+            if self.live[row].finish_reason:
+                last, self.batch = self.live.pop(), None
+                if row < len(self.live):
+                    self.live[row] = last
+                    self.copy(len(self.live), row)
+
+    def allocate(self, length: int) -> None:
+        """Memory for texts of `length` tokens, if there is less."""
+        length = min(length, self.window + 1)
+        if self.max_length < length:
+            assert not self.live and not self.reader, "the first request to an idle engine decides how long all may be"
+            room = self.decoder.room(length) if self.decoder else length
+            self.cache = self.model.new_cache(self.slots + (self.slots > 1), length, room=room)
+            self.frequencies = self.cache.frequencies.repeat(len(self.cache.length), 1)
+            self.max_length = length if length <= self.window else math.inf
+
+    def rows(self, first: int, count: int, decoder=None):
+        """A Cache of some rows, which shares their memory."""
+        cache, some = copy.copy(self.cache), slice(first, first + count)
+        cache.layers = [tuple(x[some] for x in layer) for layer in self.cache.layers]
+        cache.length = self.cache.length[some]
+        if self.model.config.rope_factor:
+            cache.frequencies = self.frequencies[some].view((count, 1, -1) if decoder else (count, 1, 1, -1))
+        return cache
+
+    def copy(self, source: int, target: int) -> None:
+        if source != target:
+            for x in (self.cache.length, self.frequencies, *(x for layer in self.cache.layers for x in layer)):
+                x[target] = x[source]

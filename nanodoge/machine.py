@@ -4,6 +4,7 @@ import datetime
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -103,6 +104,8 @@ class Machine:
 
     def close(self) -> None:
         if self.world_size > 1:
+            # gloo's threads need the GIL to drop their last tensors, and DDP holds it while it waits for them to end.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
     def peak_memory(self) -> int:
