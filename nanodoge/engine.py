@@ -335,7 +335,7 @@ class Engine:
     def rows(self, first: int, count: int, decoder=None):
         """A Cache of some rows, which shares their memory."""
         cache, some = copy.copy(self.cache), slice(first, first + count)
-        cache.layers = [tuple(x[some] for x in layer) for layer in self.cache.layers]
+        cache.layers = [layer._make(x[some] for x in layer) for layer in self.cache.layers]
         cache.length = self.cache.length[some]
         if self.model.config.rope_factor:
             cache.frequencies = self.frequencies[some].view((count, 1, -1) if decoder else (count, 1, 1, -1))
