@@ -22,6 +22,7 @@ likely up to these bits.)
 import copy
 import math
 import random
+import sys
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -188,7 +189,8 @@ class Engine:
     def __init__(self, model, decoder=None, slots=16, vocab_size=None, tokenizer=None, piece=1024):
         self.model, self.decoder, self.tokenizer, self.slots, self.piece = model, decoder, tokenizer, slots, piece
         self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
-        self.window, self.device = model.config.keep_window_size, model.embed_tokens.weight.device
+        fast, self.device = model.config.attention == "fast", model.embed_tokens.weight.device
+        self.window = model.config.keep_window_size if fast else sys.maxsize  # the definition keeps all keys
         self.cache, self.max_length = None, 0  # see allocate
         self.waiting: deque[Request] = deque()
         self.live: list[Request] = []  # request i is decoded in row i of the cache
@@ -225,7 +227,8 @@ class Engine:
         if not request.prompt:
             raise ValueError("the prompt is empty: generation needs at least one token, for example the BOS token")
         if request.max_length > self.max_length:
-            self.allocate(self.window + 1)  # enough for any request
+            length = request.max_length if self.window == sys.maxsize else self.window + 1  # enough for any request
+            self.allocate(length)
         if self.tokenizer:
             request.text = TextStream(self.tokenizer, request.stop)
         if request.max_new_tokens > 0:
