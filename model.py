@@ -1,9 +1,9 @@
-"""The Doge language model, whole: RMSNorm, rotary embedding, Dynamic Mask Attention, MLP, CDMoE, cache, generation.
+"""The Doge language model: RMSNorm, rotary embedding, Dynamic Mask Attention, MLP, CDMoE, the blocks, the whole.
 
-A language model reads a row of tokens and says, at each place, how likely every token of the vocabulary is to come
-next. Doge is a Llama-like transformer: an embedding, a stack of blocks, a last norm, and the embedding again as output
-matrix. A block adds to the running state x first what attention gathers from earlier tokens, then what a feed-forward
-network makes of the result:
+A language model reads a sequence of tokens and says, at each position, how likely every token of the vocabulary is to
+come next. Doge is a Llama-like transformer: an embedding, a stack of blocks, a last norm, and the embedding again as
+output matrix. A block adds to the hidden state x first what attention gathers from earlier positions, then what a
+feed-forward network makes of the result:
 
     x = input_residual          * x + Attention(RMSNorm(x))
     x = post_attention_residual * x + MLP(RMSNorm(x))              the two scales are learned vectors, 1 at the start
@@ -13,46 +13,37 @@ Two things are Doge's own.
 Dynamic Mask Attention (DMA). Every key j gets a score from its value vector alone, s_j = exp(A softplus(dt_proj(v_j))).
 The score is added to the attention logits of all queries that may see j, and a query sees only the W earlier keys of
 largest score (`keep_window_size`; of equal scores the later key wins). So the model itself decides what is worth
-remembering. Three facts make it fast, and the functions below are these facts, written down:
-
-    1. s_j belongs to the key, not to the (query, key) pair, so it is one more column of the dot product: q gets a 1
-       and k gets s_j. The fused causal kernel then computes DMA without ever building a T x T tensor.
-       -> causal_attention
-    2. A key that has been dropped never comes back, since its rank among the keys seen so far can only get worse. So
-       generation needs W slots and no more, however long the text: the new key takes the place of the weakest.
-       -> Cache
-    3. For the same reason the keys that a stretch of c queries can see are the W kept at its start and its own c.
-       A long text costs T (W + c) instead of T T, exactly.
-       -> dynamic_mask_attention
+remembering.  -> visible, attention_by_definition; in linear time, and in constant memory: nanodoge/attention.py
 
 Cross Domain Mixture of Experts (CDMoE). Beside the usual MLP stand E tiny experts of one hidden unit each. A router
-names sqrt(E) rows and sqrt(E) columns, expert (i, j) scores x_i + y_j, and a token uses its k best experts. Thousands
-of experts are searched at the price of two short lists.  -> CDMoE
+scores sqrt(E) rows and sqrt(E) columns, expert (i, j) scores x_i + y_j, and a token uses its k best experts. Thousands
+of experts are searched at the price of two short lists.  -> routed_by_definition; ungathered: nanodoge/experts.py
 
-Names of parameters and options are those of Hugging Face's Doge, so that its checkpoints load as they are; where that
-implementation departs from the architecture (its router mixes tokens) ours does not follow, see tests/test_model.py.
+With the config field `attention` = "definition" both are computed as they are defined here; "fast" gives the same
+numbers. Names of parameters and options are those of Hugging Face's Doge, so that its checkpoints load as they are;
+where that implementation departs from the architecture (its router mixes tokens) ours does not follow.
 Papers: Wonderful Matrices (arXiv 2412.11834), Trainable Dynamic Mask Sparse Attention (arXiv 2508.02124).
 
-Shapes: B batch, T queries, S keys, H attention heads, K key/value heads, G = H / K, D head size, C hidden size,
-        V vocabulary, W keep window, E experts.
+Shapes: B batch, T query length, S key length, H attention heads, K key/value heads, D head size, C hidden size,
+        V vocabulary, W keep window, E experts, k experts per token.
 """
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
+from nanodoge import memory
 from nanodoge.attention import NEVER, Cache, dynamic_mask_attention, key_scores
-from nanodoge.experts import RoutedExperts
+from nanodoge.experts import routed_experts
 from nanodoge.losses import linear_cross_entropy
 
-STRETCH = 1024  # tokens of a long row that a processor takes through a block together: NOTES.md has others
-LAYERS, SIZE = 256, 2**24  # most of them, in a model: what is far beyond them is a slip, and would build for hours
+LAYERS, SIZE = 256, 2**24  # the most that a config may ask for: beyond is a typing error, and would build for hours
 
 
 @dataclass
@@ -60,7 +51,7 @@ class DogeConfig:
     """The shape of a model. Raises ValueError for shapes that cannot be built."""
 
     vocab_size: int = 32768  # number of token ids (V)
-    hidden_size: int = 256  # width of the running state (C)
+    hidden_size: int = 256  # width of the hidden state (C)
     intermediate_size: int = 512  # width inside the MLP; the family uses twice the hidden size
     num_hidden_layers: int = 8  # number of blocks
     num_attention_heads: int = 2  # query heads (H); head size is hidden_size / num_attention_heads
@@ -74,9 +65,10 @@ class DogeConfig:
     tie_word_embeddings: bool = True  # output matrix = embedding matrix
     qk_norm: bool = True  # RMSNorm on queries and keys (the oldest published checkpoints have none)
     is_moe: bool = False  # add CDMoE's experts to every MLP
-    num_experts: int = 1024  # experts a layer (E), a perfect square
-    num_experts_per_tok: int = 16  # experts a token uses (k)
+    num_experts: int = 1024  # experts in a layer (E), a perfect square
+    num_experts_per_tok: int = 16  # experts per token (k)
     router_aux_loss_coef: float = 0.0  # weight of the load-balancing loss; 0 turns it off
+    attention: Literal["fast", "definition"] = "fast"  # definition: slow, as model.py defines it; not saved
 
     def __post_init__(self):
         sizes = [field.name for field in dataclasses.fields(DogeConfig) if field.type in (int, "int")]
@@ -101,21 +93,21 @@ class DogeConfig:
             raise ValueError(f"num_experts={self.num_experts} must be a perfect square, for example {nearest}")
         if self.is_moe and self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}")
+        if self.attention not in ("fast", "definition"):
+            raise ValueError(f"attention={self.attention} must be fast or definition")
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    def rope_base(self, length):
+    def rope_base(self, length: int) -> float:
         """The base of the rotary wavelengths in a text that may reach `length` tokens.
 
-        Positions beyond the trained ones would bring angles that the model has never met. Dynamic NTK scaling, with
-        which the family is published, raises the base with the length, so that the slowest dimensions turn no further
-        than they did in training and the fastest, which tell neighbours apart, are left alone. Up to
-        max_position_embeddings nothing changes. The base must be one for all keys of a text, or their distances mean
-        nothing: a forward pass takes it from the length of its row, generation, once and for all, from the length that
-        prompt and answer may reach. (transformers takes it anew at every token, from the length so far, and leaves the
-        keys of its cache rotated by the base that was right when they came.)
+        Positions beyond max_position_embeddings would bring angles that the model has never seen. Dynamic NTK scaling,
+        with which the family is published, raises the base with the length, so that the slowest dimensions turn no
+        further than in training and the fastest, which tell neighbours apart, hardly change. All keys of a text need
+        the same base: a forward pass takes it from the length of its rows, generation, once, from the length that
+        prompt and completion may reach. (transformers changes it at every token, but not for the keys in its cache.)
         """
         if not self.rope_factor or length <= self.max_position_embeddings:
             return self.rope_theta
@@ -123,74 +115,72 @@ class DogeConfig:
         return self.rope_theta * stretch ** (self.head_dim / (self.head_dim - 2))
 
 
+# ---- RMSNorm and rotary embedding
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 (Zhang & Sennrich 2019)."""
 
-    def __init__(self, size, eps):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
-        return Normalise.apply(x, self.weight, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return memory.rms_norm(x, self.weight, self.eps)  # this formula, with a gradient that keeps only x
 
 
-class Normalise(torch.autograd.Function):
-    """x (..., C), weight (C,), eps -> what RMSNorm gives (..., C), with its gradient. If y = x / sqrt(mean(x^2) + eps),
-    what reaches x is the part of the gradient of y that is, but for eps, at right angles to y. The automatic
-    gradient takes more operations to find it, and keeps y, which is made again here."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(size.square() / x.shape[-1] + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return weight * (x * scale).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        x, weight, scale = ctx.saved_tensors
-        y = x * scale
-        dweight = (dout * y).flatten(0, -2).sum(0)
-        dy = dout * weight
-        along = torch.linalg.vecdot(dy, y)[..., None] / x.shape[-1]
-        return (torch.addcmul(dy, y, along, value=-1) * scale).to(x.dtype), dweight.to(weight.dtype), None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Position: rotary embedding (Su et al. 2021)
-
-
-def rotary_frequencies(head_dim, theta, device=None):
-    """-> (D,) fp32: how far each dimension turns a token, theta^(-2d/D) for d < D/2. The two halves turn alike, the
-    first one backwards, which gives its sines the sign that `rotate` wants."""
+def rotary_frequencies(head_dim: int, theta: float, device=None) -> Tensor:
+    """(D,) fp32: each dimension's angle per position, theta^(-2d/D) for d < D/2, and the same for the second half;
+    negative in the first half, which gives its sines the sign that `rotate` needs."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     return torch.cat((-frequencies, frequencies))
 
 
-def rotary_table(positions, frequencies):
-    """positions (..., T) integers, frequencies (D,) -> cos, sin (..., T, D) fp32 of the angles. A query and a key that
-    have been rotated meet in a product that knows only their distance."""
+def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., T, D) fp32 of the angles of positions (..., T), of frequencies (D,). After rotation q.k depends
+    only on the relative position (Su et al. 2021)."""
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin):
-    """Rotates x (B, heads, T, D) by the cos, sin (T, D) of rotary_table: dimension d is paired with d + D/2 (the
-    half-split convention of Llama), which a roll by D/2 puts in its place."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, heads, T, D) rotated by cos, sin (T, D) of rotary_table. Dimension d is paired with d + D/2 (the half-split
+    convention of Llama), which a roll by D/2 brings beside it."""
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dynamic Mask Attention
+# ---- Dynamic Mask Attention, by definition
+
+
+def visible(s: Tensor, window: int) -> Tensor:
+    """Which keys each query sees, (B, K, query T, key T) bool, from the scores s (B, K, T) of the keys.
+
+    Query i sees key j <= i unless `window` keys up to i beat j: a larger score, or an equal one and later.
+    """
+    j = torch.arange(s.shape[-1], device=s.device)
+    score, other = s[..., :, None], s[..., None, :]
+    beaten = (other > score) | ((other == score) & (j > j[:, None]))  # (B, K, j, m): key m beats key j
+    times = beaten.cumsum(dim=-1).mT  # (B, K, i, j): how many of the keys up to i beat key j
+    return (times < window) & (j <= j[:, None])
+
+
+def attention_by_definition(q: Tensor, k: Tensor, v: Tensor, s: Tensor, window: int, positions=None) -> Tensor:
+    """softmax(q.k / sqrt(D) + s, over the visible keys) v: q (B, H, T, D), k and v (B, K, S, D), s (B, K, S) -> (B, H,
+    T, D). The queries are at positions (B, T); None: the last T of the S."""
+    seen = visible(s, window)  # (B, K, S, S)
+    seen = seen[:, :, -q.shape[2] :] if positions is None else seen.take_along_dim(positions[:, None, :, None], dim=2)
+    k, v, s, seen = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v, s, seen))  # K heads -> H
+    logits = q @ k.mT / math.sqrt(q.shape[-1]) + s[:, :, None]  # (B, H, T, S)
+    return logits.masked_fill(~seen, -math.inf).softmax(dim=-1).to(v.dtype) @ v
 
 
 class DynamicMaskAttention(nn.Module):
     """Grouped-query attention whose keys carry a score, computed from the values of all key/value heads."""
 
-    def __init__(self, config):
+    def __init__(self, config: DogeConfig, layer: int):
         super().__init__()
+        self.config, self.layer = config, layer
         self.head_dim, self.window = config.head_dim, config.keep_window_size
         C, key_size = config.hidden_size, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(C, C, bias=False)
@@ -202,66 +192,61 @@ class DynamicMaskAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def project(self, x, rotary, padding=None):
-        """x (B, T, C), rotary = (cos, sin) -> q (B, H, T, D), k and v (B, K, T, D), s (B, K, T). padding (B, T) is True
-        where a row has no token."""
+    def forward(self, x: Tensor, rotary, padding=None, cache=None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). rotary: cos and sin of rotary_table; padding (B, T): True where a row has no token;
+        cache: the keys of earlier positions."""
+        return self.output(self.attend(*self.project(x, rotary, padding), cache))
+
+    def project(self, x: Tensor, rotary, padding=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), s (B, K, T) fp32."""
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
         values = self.v_proj(x)  # (B, T, K D)
-        v = values.view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = values.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         q, k = (rotate(x, *rotary).to(v.dtype) for x in (q, k))  # under autocast the norms gave fp32
-        s = key_scores(self.A, self.dt_proj(values)).transpose(1, 2)  # (B, K, T)
+        s = key_scores(self.A, self.dt_proj(values)).transpose(1, 2)  # exp(A softplus(dt)), (B, K, T)
         if padding is not None:
             s = s.masked_fill(padding[:, None], NEVER)
         return q, k, v, s
 
-    def forward(self, q, k, v, s, cache=None, layer=None):
-        """What `project` returns -> what the queries find, (B, H, T, D)."""
-        return dynamic_mask_attention(q, k, v, s, self.window)[0] if cache is None else cache.attend(layer, q, k, v, s)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, s: Tensor, cache=None) -> Tensor:
+        """What the queries find, (B, H, T, D). q may cover only one position of each row, with no key after it."""
+        if self.config.attention == "definition":
+            positions = None
+            if cache is not None:
+                k, v, s, positions = cache.append(self.layer, k, v, s)
+            return attention_by_definition(q, k, v, s, self.window, positions if q.shape[2] > 1 else None)
+        if cache is not None:
+            return cache.attend(self.layer, q, k, v, s)
+        return dynamic_mask_attention(q, k, v, s, self.window)[0]  # the same numbers in linear time
+
+    def output(self, found: Tensor) -> Tensor:
+        return self.o_proj(found.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Feed-forward
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, all three of one shape (Shazeer 2020). For the backward pass it keeps gate and up; the automatic
-    gradient keeps silu(gate) beside them, which is made again here."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dout * up, gate), F.silu(gate).mul_(dout)
+# ---- Feed-forward
 
 
 class MLP(nn.Module):
-    """down(SwiGLU(gate(x), up(x)))."""
+    """down(silu(gate(x)) * up(x)), called SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, config):
+    def __init__(self, config: DogeConfig):
         super().__init__()
+        self.config = config
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor):
         """x (B, T, C) -> its output (B, T, C) and a load-balance value, which an MLP does not have: 0."""
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x))), 0.0
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), 0.0
 
 
 class CDMoE(MLP):
-    """Cross Domain Mixture of Experts: the MLP, shared by all tokens, plus E experts of one hidden unit each.
+    """Cross Domain Mixture of Experts: the MLP, shared by all tokens, plus E experts of one hidden unit each."""
 
-    out = mlp(x) + sum over the k chosen experts e of  w_e * silu(down_embed[e] . x) * up_embed[e]
-    """
-
-    def __init__(self, config):
+    def __init__(self, config: DogeConfig):
         super().__init__(config)
         self.top_k, self.num_keys = config.num_experts_per_tok, math.isqrt(config.num_experts)
         self.router_gate = nn.Linear(config.hidden_size, 2 * self.num_keys, bias=False)
@@ -272,13 +257,36 @@ class CDMoE(MLP):
         # (2, about k log k); on the CPU even where weights are only planned, since no checkpoint brings it
         self.register_buffer("pairs", torch.tensor(pairs, device="cpu").T.contiguous(), persistent=False)
 
-    def route(self, x):
+    def forward(self, x: Tensor):
+        """x (B, T, C) -> (B, T, C) and the load-balance value of this batch: 0 where no gradient is wanted."""
+        shared, _ = super().forward(x)
+        routed, balance = self.routed_by_definition(x) if self.config.attention == "definition" else self.routed(x)
+        return shared + routed, balance
+
+    def routed_by_definition(self, x: Tensor):
+        """sum over the k best experts e of  w_e * silu(down_embed[e] . x) * up_embed[e]: x (B, T, C) -> (B, T, C), and
+        the load-balance value. w is the softmax of the k scores. Both halves of the router are of the same token."""
+        logits = self.router_gate(x).unflatten(-1, (2, self.num_keys)).float()
+        rows, columns = logits.unbind(-2)  # (B, T, sqrt(E)) each
+        scores = (rows[..., :, None] + columns[..., None, :]).flatten(-2)  # (B, T, E): of expert (i, j) x_i + y_j
+        best, experts = scores.topk(self.top_k, dim=-1)  # (B, T, k)
+        down, up = self.down_embed(experts), self.up_embed(experts)  # (B, T, k, C)
+        hidden = F.silu((down @ x[..., None].to(down.dtype))[..., 0]) * best.softmax(dim=-1)  # (B, T, k)
+        routed = (hidden[..., None, :].to(up.dtype) @ up)[..., 0, :]
+        return routed, load_balance(experts, logits) if torch.is_grad_enabled() else 0.0
+
+    def routed(self, x: Tensor):
+        """The same numbers without gathering (B, T, k, C) vectors."""
+        weights, experts, logits = self.route(x)
+        routed = routed_experts(x, self.down_embed.weight, self.up_embed.weight, weights, experts)
+        return routed, load_balance(experts, logits) if torch.is_grad_enabled() else 0.0
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> weights (B, T, k) that sum to 1, expert ids (B, T, k), router logits (B, T, 2, sqrt(E)).
 
         The k best of the E sums x_i + y_j are found among the k best x_i and the k best y_j (product keys, Lample et
-        al. 2019). Few of those pairs have a chance: the i-th best x with the j-th best y is no better than any of the
-        i * j pairs up to these ranks, so it takes part only if i * j <= k. For k = 64, 280 pairs of 4,096 are left.
-        Both halves are of the same token.
+        al. 2019). Few of those pairs can be among them: the i-th best x with the j-th best y is no better than any of
+        the i * j pairs up to these ranks, so only i * j <= k. For k = 64, 280 pairs of 4,096 are left.
         """
         logits = self.router_gate(x).unflatten(-1, (2, self.num_keys)).float()
         best, index = logits.topk(min(self.top_k, self.num_keys), dim=-1)  # (B, T, 2, k)
@@ -288,30 +296,12 @@ class CDMoE(MLP):
         i, j = self.pairs[:, pair]  # ranks (B, T, k)
         return scores.softmax(-1), index_x.gather(-1, i) * self.num_keys + index_y.gather(-1, j), logits
 
-    def forward(self, x):
-        """x (B, T, C) -> (B, T, C) and the load-balance value of this batch (see load_balance)."""
-        shared, _ = super().forward(x)
-        routed, balance = self.routed(x)
-        return shared + routed, balance
 
-    def routed(self, x):
-        """What the experts add to the MLP: x (B, T, C) -> (B, T, C), and the load-balance value of this batch, which is
-        there for its gradient: 0 where none is wanted."""
-        weights, experts, logits = self.route(x)
-        if experts.shape[:2] == (1, 1):  # generation: the k experts are a small MLP
-            hidden = F.silu(F.linear(x, self.down_embed(experts.flatten()))) * weights.to(x.dtype)  # (1, 1, k)
-            return hidden @ self.up_embed(experts.flatten()), 0.0
-        down, up = self.down_embed.weight, self.up_embed.weight
-        flat, weights = x.to(down.dtype).flatten(0, 1), weights.to(down.dtype).flatten(0, 1)
-        out = RoutedExperts.apply(flat, down, up, weights, experts.flatten(0, 1)).view(x.shape)
-        return out, load_balance(experts, logits) if torch.is_grad_enabled() else 0.0
-
-
-def load_balance(experts, logits):
-    """E * sum_e f_e P_e: 1 for a uniform router, E / k when one expert has all the probability (Switch Transformer,
-    Fedus et al. 2021, eq. 4). f_e is the share of the routed slots that expert e received, P_e its mean probability
-    under a softmax over all E scores. That softmax factorises, P(i, j) = Px(i) Py(j), so the mean over the N tokens
-    is one matrix product and no (N, E) tensor is built. experts (..., k) ids, logits (..., 2, sqrt(E))."""
+def load_balance(experts: Tensor, logits: Tensor) -> Tensor:
+    """E * sum_e f_e P_e, from experts (..., k) ids and logits (..., 2, sqrt(E)): 1 for a uniform router, E / k when one
+    expert has all the probability (Switch Transformer, Fedus et al. 2021, eq. 4). f_e is the share of the routed slots
+    that expert e received, P_e its mean probability under a softmax over all E scores. That softmax factorises, P(i, j)
+    = Px(i) Py(j), so the mean over the N tokens is one matrix product and no (N, E) tensor is built."""
     x, y = logits.softmax(-1).flatten(0, -3).unbind(1)  # (N, sqrt(E)) each
     mean = (x.T @ y / len(x)).flatten()
     slots = experts.flatten()
@@ -319,78 +309,38 @@ def load_balance(experts, logits):
     return mean.numel() * (received / len(slots) * mean).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-def join(parts, dim):
-    """torch.cat, which would copy a part that is alone."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+# ---- The model
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: DogeConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DynamicMaskAttention(config)
+        self.self_attn = DynamicMaskAttention(config, layer)
         self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = CDMoE(config) if config.is_moe else MLP(config)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
-    def forward(self, x, rotary, padding=None, cache=None, layer=None, last=None):
-        """x (B, T, C) -> (B, T, C) and the load-balance value of its MLP. rotary and padding are those of
-        DynamicMaskAttention.project, cache and layer say where Cache.attend puts the keys. With `last` (B,), where each
-        row ends, only that place comes back, (B, 1, C): the others are there for their keys.
-
-        In rows beyond the window attention is most of the work, and all the rest most of the memory that the backward
-        pass waits for. So there the rest is computed again (Chen et al. 2016, arXiv 1604.06174).
-
-        A processor does so a stretch of the row at a time, and reads prompts likewise: new memory costs it time, and
-        leaves holes when it goes, so what is needed on the way had better be small. (The balance of experts is one of
-        the whole row, and a GPU wants large pieces.)"""
-        T, learning = x.shape[1], torch.is_grad_enabled()
-        beyond = T > self.self_attn.window
-        whole = x.device.type != "cpu" or isinstance(self.mlp, CDMoE) or (learning and not beyond)
-        size = T if whole else STRETCH
-        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        run = again if learning and beyond else lambda function, *inputs: function(*inputs)
-
-        xs, rotary = x.split(size, dim=1), zip(*(part.split(size, dim=-2) for part in rotary), strict=True)
-        padding = [None] * len(xs) if padding is None else padding.split(size, dim=1)
-        parts = [run(self.before_attention, *part) for part in zip(xs, rotary, padding, strict=True)]
-        q, k, v, s = (join(part, dim=2) for part in zip(*parts, strict=True))
-        if last is not None:
-            row = torch.arange(len(x), device=x.device)
-            x, q = x[row, last][:, None], q[row, :, last][:, :, None]
-        out = self.self_attn(q, k, v, s, cache, layer).split(size, dim=2)
-        parts = [run(self.after_attention, *part) for part in zip(x.split(size, dim=1), out, strict=True)]
-        return join([x for x, _ in parts], dim=1), parts[-1][1]
-
-    def before_attention(self, x, rotary, padding):
-        """x (B, T, C) -> q, k, v, s, see DynamicMaskAttention.project."""
-        return self.self_attn.project(self.input_layernorm(x), rotary, padding)
-
-    def after_attention(self, x, out):
-        """x (B, T, C) and what attention found for it (B, H, T, D) -> what forward returns."""
-        x = self.input_residual * x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, rotary, padding=None, cache=None):
+        """x (B, T, C) -> (B, T, C) and the load-balance value of its MLP. Other inputs: see DynamicMaskAttention."""
+        x = self.input_residual * x + self.self_attn(self.input_layernorm(x), rotary, padding, cache)
         out, balance = self.mlp(self.post_attention_layernorm(x))
         return self.post_attention_residual * x + out, balance
 
+    in_slices = memory.in_slices  # the same in less memory, for long rows
+
 
 class Doge(nn.Module):
-    """The model. `logits, loss = model(tokens, targets)`, `model.generate(tokens, ...)`.
+    """The model. `logits, loss = model(tokens, targets)`, `model.generate(tokens, ...)`. With `labels` (names) it is a
+    classifier: its output is one of these, and the one at the last token of a text is the label of the text."""
 
-    With `labels` (names) it is a classifier: its output is not one of the tokens but one of these. What it says at the
-    last token of a text is about the text.
-    """
-
-    def __init__(self, config, labels=()):
+    def __init__(self, config: DogeConfig, labels=()):
         super().__init__()
         self.config, self.labels = config, tuple(labels)
         self.gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if labels:
             self.score = nn.Linear(config.hidden_size, len(labels), bias=False)
@@ -401,11 +351,11 @@ class Doge(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
     @classmethod
-    def from_dense(cls, dense, num_experts, num_experts_per_tok):
+    def from_dense(cls, dense: "Doge", num_experts: int, num_experts_per_tok: int) -> "Doge":
         """A MoE model that computes bit for bit what `dense` does: the same weights, and experts whose output vectors
         (up_embed) are zero. They learn from the first step on; the router and down_embed from the second."""
         if dense.config.is_moe:
-            raise ValueError("from_dense needs a dense model, and this one has experts already")
+            raise ValueError("from_dense needs a dense model, but this one has experts already")
         shape = dict(is_moe=True, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         model = cls(dataclasses.replace(dense.config, **shape)).to(dense.embed_tokens.weight)
         weights = model.state_dict() | dense.state_dict()
@@ -414,25 +364,26 @@ class Doge(nn.Module):
         return model
 
     @property
-    def output_weight(self):
-        """(V, C), or (labels, C) of a classifier"""
+    def output_weight(self) -> Tensor:
+        """(V, C), or (labels, C) of a classifier."""
         if self.labels:
             return self.score.weight
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def new_cache(self, batch_size, max_length, dtype=None, room=None):
-        """An empty Cache for texts of at most `max_length` tokens. With `room` it has the shape of one for longer
-        texts; the rotary embedding follows max_length (see DogeConfig.rope_base)."""
-        config, weight = self.config, self.embed_tokens.weight
+    def new_cache(self, batch_size: int, max_length: int, dtype=None, room: int | None = None) -> Cache:
+        """An empty Cache for texts of at most `max_length` tokens, from which the rotary embedding follows (see
+        DogeConfig.rope_base). room: the length for which it has slots, if that is longer."""
+        config, weight, room = self.config, self.embed_tokens.weight, room or max_length
+        window = config.keep_window_size if config.attention == "fast" else room  # the definition keeps all keys
         frequencies = rotary_frequencies(config.head_dim, config.rope_base(max_length), weight.device)
-        return Cache(config.num_hidden_layers, batch_size, config.num_key_value_heads, config.keep_window_size,
-                     room or max_length, frequencies, dtype or weight.dtype)  # fmt: skip
+        shape = config.num_hidden_layers, batch_size, config.num_key_value_heads, window, room
+        return Cache(*shape, frequencies, dtype or weight.dtype)
 
-    def hidden(self, tokens, lengths=None, cache=None, last=None):
+    def hidden(self, tokens: Tensor, lengths=None, cache: Cache | None = None, last=None):
         """tokens (B, T) int64 -> the final state (B, T, C) and the mean load-balance value of the layers. Rows shorter
         than T are padded on the right, and `lengths` (B,) tells how long they are. With a cache the tokens continue
-        what it holds, each row at its own position, and are added to it. With `last` (B,) the final state is only that
-        of these places, (B, 1, C), which have to be where the rows end; the last block is then spared most work."""
+        what it holds, each row at its own position, and are added to it. With `last` (B,) the final state is that of
+        these positions only, (B, 1, C), which must be where the rows end: the last block then skips most work."""
         B, T = tokens.shape
         steps = torch.arange(T, device=tokens.device)
         padding = None if lengths is None else steps >= lengths[:, None]  # (B, T)
@@ -441,30 +392,29 @@ class Doge(nn.Module):
             frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_base(T), tokens.device)
         rotary = rotary_table(positions, frequencies if cache is None else cache.frequencies)
         x, balance = self.embed_tokens(tokens), 0.0
-        for layer, block in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, value = checkpoint(block, x, rotary, padding, use_reentrant=False)
-            else:
-                x, value = block(x, rotary, padding, cache, layer, last if block is self.layers[-1] else None)
+        options = dict(recompute=self.gradient_checkpointing, whole=self.config.is_moe)
+        for block in self.layers:  # x, value = block(x, rotary, padding, cache), in less memory
+            ends = last if block is self.layers[-1] else None
+            x, value = memory.run_block(block, x, rotary, padding, cache, last=ends, **options)
             balance = balance + value / len(self.layers)
         if cache is not None:
             cache.length += T if lengths is None else lengths
         return self.norm(x), balance
 
-    def forward(self, tokens, targets=None):
+    def forward(self, tokens: Tensor, targets: Tensor | None = None):
         """tokens (B, T) int64 -> (logits (B, T, V), None); with targets (B, T), -100 = ignored, (None, mean loss in
-        nats a target), 0 when there is no target. The loss never holds all logits, which is why there are none."""
+        nats per target), 0 when there is none. The loss never holds all logits, which is why none are returned."""
         x, balance = self.hidden(tokens)
         if targets is None:
             return F.linear(x, self.output_weight), None
         loss = linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten())
-        if torch.is_grad_enabled():  # the balance is there for its gradient; a validation loss is that of the text
+        if torch.is_grad_enabled():  # the balance is for its gradient; a validation loss is that of the text alone
             loss = loss + self.config.router_aux_loss_coef * balance
         return None, loss
 
-    def flops_per_token(self, length):
-        """Floating-point operations to train on one token of a row of `length`: 6 a weight that is used (2 forward, 4
-        backward; PaLM, arXiv 2204.02311, appendix B) and 12 C a visible key and layer, on average half the row."""
+    def flops_per_token(self, length: float) -> float:
+        """Floating-point operations to train on one token of a row of `length`: 6 per weight used (2 forward, 4
+        backward; PaLM, arXiv 2204.02311, appendix B) and 12 C per visible key and layer, on average half the row."""
         config = self.config
         unused = config.num_experts - config.num_experts_per_tok if config.is_moe else 0
         weights = sum(p.numel() for p in self.parameters()) - 2 * unused * config.hidden_size * len(self.layers)
@@ -489,5 +439,3 @@ class Doge(nn.Module):
                 read = (logits / temperature).softmax(-1).multinomial(1, generator=generator)
             new = torch.cat((new, read), dim=1)
         return new
-
-

@@ -42,8 +42,16 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Doge, DogeConfig
-from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_run, read_meta
-from nanodoge.layouts import checkpoint_file, locate
+from nanodoge.checkpoint import (
+    checkpoint_file,
+    load_config,
+    load_model,
+    load_optimizer_state,
+    load_training_state,
+    locate,
+)
+from nanodoge.data import bits_per_byte, check_tokenizer, load_tokenizer, read_meta, token_bytes
+from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon
 from nanodoge.options import Count, Whole, run_command
@@ -168,12 +176,8 @@ def prepare_if_built_in(options: RunOptions, machine: Machine, kind: str = "text
 def open_data(options: TrainOptions, machine: Machine) -> tuple[Sequences, Sequences, Tokenizer]:
     """Training sequences, validation sequences, tokenizer. Built-in data is prepared if it is not there."""
     prepare_if_built_in(options, machine)
-    meta = read_meta(options.data)
     train, val = (Sequences(options.data, split, options.sequence_length) for split in ("train", "val"))
-    tokenizer = Tokenizer.load(options.data)
-    if (tokenizer.digest, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
-        reason = "is not the one its tokens were made with (sha256 or vocab_size differs)"
-        raise ValueError(f"{options.data}/tokenizer.json {reason}")
+    tokenizer = load_tokenizer(options.data)
     if len(val.tokens) < 2:
         raise ValueError(f"{options.data}/val.bin has {len(val.tokens)} tokens: too few to validate on")
     return train, val, tokenizer
@@ -285,27 +289,15 @@ def loss_sum(network: nn.Module, tokens: Tensor, targets: Tensor, machine: Machi
     return mean * int((targets >= 0).sum())
 
 
-def bytes_of_tokens(tokenizer: Tokenizer) -> Tensor:
-    """(V,) int64: how many bytes of text each token stands for; a special token for none."""
-    special = set(tokenizer.special_tokens.values())
-    return torch.tensor([0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
-
-
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, data: Sequences, sizes: Tensor, machine: Machine, options: TrainOptions
+    network: nn.Module, data: Sequences, bytes_of: Tensor, machine: Machine, options: TrainOptions
 ) -> dict[str, float]:
-    """Mean loss and bits per byte over the first eval_tokens of the validation text, shared by all ranks. sizes:
-    bytes_of_tokens. Bits count every token, the end of a document too; bytes are those of the text alone."""
-    count = math.ceil(min(len(data.tokens) - 1, options.eval_tokens) / data.length)
-    mine, nats, seen, size = range(count)[machine.rank :: machine.world_size], 0.0, 0, 0
-    for i in range(0, len(mine), options.micro_batch_size):
-        tokens, targets = data.batch(mine[i : i + options.micro_batch_size])
-        real = targets[targets >= 0]
-        nats += loss_sum(network, tokens, targets, machine).double().item()
-        seen, size = seen + len(real), size + sizes[real].sum().item()
-    nats, seen, size = machine.sum([nats, float(seen), float(size)])
-    return dict(val_loss=nats / seen, val_bpb=nats / math.log(2) / max(size, 1))
+    """Mean loss and bits per byte over the first eval_tokens of the validation text, shared by all ranks. bytes_of:
+    token_bytes."""
+    nats_of = lambda tokens, targets: loss_sum(network, tokens, targets, machine).double().item()  # noqa: E731
+    loss, bits, _ = bits_per_byte(nats_of, data, bytes_of, options.eval_tokens, options.micro_batch_size, machine)
+    return dict(val_loss=loss, val_bpb=bits)
 
 
 # ---- The run
@@ -324,12 +316,10 @@ def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tupl
         fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DogeConfig)}
         return Doge(DogeConfig(**fields)).to(machine.device), None
     model, own = load_model(folder)
-    if own.digest != tokenizer.digest:
-        advice = f"prepare the data with --tokenizer={folder}"
-        raise ValueError(f"{folder} was trained with another tokenizer than --data={options.data}: {advice}")
+    check_tokenizer(own, options.data, source=folder)
     if not options.resume:
         becomes_moe = options.is_moe and not model.config.is_moe
-        free = {"router_aux_loss_coef"}
+        free = {"router_aux_loss_coef", "attention"}
         free |= {"is_moe", "num_experts", "num_experts_per_tok"} if becomes_moe else set()
         for field in dataclasses.fields(DogeConfig):
             asked, has = getattr(options, field.name), getattr(model.config, field.name)
@@ -339,7 +329,8 @@ def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tupl
             torch.manual_seed(options.seed)
             model = Doge.from_dense(model, options.num_experts, options.num_experts_per_tok)
         model.config.router_aux_loss_coef = options.router_aux_loss_coef
-    return model.train().to(machine.device), load_run(folder)
+    model.config.attention = options.attention
+    return model.train().to(machine.device), load_training_state(folder)
 
 
 def describe(options: TrainOptions, machine: Machine, model: Doge, data: Sequences) -> dict[str, str]:
@@ -350,6 +341,8 @@ def describe(options: TrainOptions, machine: Machine, model: Doge, data: Sequenc
     attention = "causal scaled_dot_product_attention, scores folded into the keys"
     if T > c.keep_window_size:
         attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
+    if c.attention == "definition":
+        attention = "by definition, every query with every key: slow"
     memory = machine.peak_memory() + 8 * parameters / (world if options.shard else 1)  # Adam's moments come with step 1
     flop = model.flops_per_token(T) * tokens
     return dict(
@@ -383,7 +376,7 @@ def train(options: TrainOptions, machine: Machine) -> None:
     seconds *= options.max_steps * options.batch_tokens / (T * B * world)
     announce(options, machine, model, describe(options, machine, model, data), seconds, compile_note)
 
-    stable, sizes = options.max_steps - options.decay_steps, bytes_of_tokens(tokenizer)
+    stable, sizes = options.max_steps - options.decay_steps, token_bytes(tokenizer)
     milestones = {stable: Path(options.out_dir) / "stable"} if options.decay_steps and stable else {}
     validate = lambda: evaluate(model if options.shard else network, val_data, sizes, machine, options)  # noqa: E731
     flops = model.flops_per_token(T)
@@ -424,12 +417,11 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
 def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: TrainOptions) -> None:
     """Prints what the model writes after the token that begins every document."""
-    generator = torch.Generator(machine.device).manual_seed(options.seed)
-    begin = torch.tensor([[tokenizer.bos_id]], device=machine.device)
-    stop = dict(stop_ids=[tokenizer.eos_id], vocab_size=tokenizer.vocab_size)
+    stop = [tokenizer.eos_id]
+    request = Request([tokenizer.bos_id], options.sample_tokens, 0.7, top_p=0.95, seed=options.seed, stop_ids=stop)
     with machine.autocast():
-        ids = model.eval().generate(begin, options.sample_tokens, 0.7, top_p=0.95, generator=generator, **stop)
-    text = tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eos_id])
+        [ids] = Engine(model.eval(), slots=1, vocab_size=tokenizer.vocab_size).generate([request])
+    text = tokenizer.decode(ids, skip_special=True)
     machine.print(
         f"\nThe model is in {options.out_dir}. It writes:\n\n{text}\n\nMore: python sample.py {options.out_dir}"
     )
@@ -437,15 +429,15 @@ def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: T
 
 # What a resumed run may change: its cost, where and how often it reports, and when it ends. The rest makes it another.
 MAY_CHANGE = set(
-    """resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens
-    save_every device dtype compile patience shard micro_batch_size gradient_checkpointing sample_tokens""".split()
+    """resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens save_every device
+    dtype attention compile patience shard micro_batch_size gradient_checkpointing sample_tokens""".split()
 )
 
 
 def inherited(source: str) -> dict[str, Any]:
     """The options that a run from the checkpoint `source` takes over: its shape, and its recipe if train.py made it. It
     is warm already, and can copy."""
-    recipe = saved_options(TrainOptions, load_run(source) or {"options": {}})
+    recipe = saved_options(TrainOptions, load_training_state(source) or {"options": {}})
     if not recipe.keys() <= {field.name for field in dataclasses.fields(TrainOptions)}:
         recipe = {}  # it was tuned
     own = ("out_dir", "data", "init_from", "overwrite", "resume", "resume_or_start")

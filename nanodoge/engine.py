@@ -4,22 +4,23 @@
     engine.generate([Request(prompt, max_new_tokens=100, seed=i) for i in range(1000)])  # a list of new ids each
     for id in engine.stream(Request(prompt, max_new_tokens=100)): ...
 
-A step of generation reads all weights, whether for one row or for many. So the requests share it (continuous batching;
-Orca, Yu et al. 2022): each has a row of one cache, and joins and leaves between the tokens of the others. One step is
+A step of generation reads all weights, whether for one row or for many. So requests share it (continuous batching;
+Orca, Yu et al. 2022): each has a row of one cache, and joins and leaves between the tokens of the others. In a step
 
-    1. decode   one forward pass over the live rows; a Sampler chooses the next token of each
-    2. admit    free rows are given to waiting requests; their prompts are read together, up to `piece` tokens
-    3. read on  a prompt longer than that is read a piece per step, so that it delays the others by no more
+    1. one forward pass over the live rows gives the logits of their next tokens, and a Sampler chooses these;
+    2. free rows go to waiting requests, whose prompts are read together, up to `piece` tokens;
+    3. of a prompt that is longer than that, the next piece is read, so that it delays the others by no more.
 
-The live rows are always the first of the cache: when a request ends, the last row is copied into the gap. So nothing is
-computed for rows without a request, and memory is allocated once: W keys per row suffice for a text of any length.
+The live rows are always the first of the cache: when a request ends, the last row is copied into the gap. So no row is
+computed without a request, and memory is allocated once: W keys per row are enough for a text of any length.
 
-A request's output does not depend on the others: its row sees only its own keys, and it is drawn with its own random
-numbers, one per token. (The shape of a batch may change the last bits of its logits, and so the order of two tokens
-that are equally likely up to these bits.)
+A request's output does not depend on the others: its row sees only its own keys, and it has its own random numbers, one
+per token. (The shape of a batch may change the last bits of its logits, and so the order of two tokens that are equally
+likely up to these bits.)
 """
 
 import copy
+import math
 import random
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -31,11 +32,6 @@ from torch import Tensor
 
 LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
 BLOCK = 256  # probabilities that are summed at once when a token is drawn
-
-
-def penalise(logits: Tensor, penalty: Tensor | float) -> Tensor:
-    """Logits of tokens made less likely, whatever their sign (Keskar et al. 2019, as Hugging Face applies it)."""
-    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def sample(logits: Tensor, points: Tensor, temperature: Tensor, top_k=None, top_p=None, min_p=None) -> Tensor:
@@ -50,7 +46,7 @@ def sample(logits: Tensor, points: Tensor, temperature: Tensor, top_k=None, top_
     if top_k is not None:
         k = top_k.clamp(max=V)
         least = logits.topk(int(k.max())).values.gather(1, (k - 1).clamp(min=0))
-        logits = logits.masked_fill((logits < least) & (k > 0), -torch.inf)
+        logits = logits.masked_fill((logits < least) & (k > 0), -math.inf)
     p = logits.softmax(-1)
 
     def chosen(p):
@@ -73,10 +69,9 @@ def sample(logits: Tensor, points: Tensor, temperature: Tensor, top_k=None, top_
 def draw(p: Tensor, points: Tensor) -> Tensor:
     """The index (B, 1) int64 of one of p (B, n) fp32 >= 0, drawn in proportion to them by points (B, 1) in (0, 1].
 
-    The cumulative sums of p divide a line, and a random point on it falls to one of them: one random number per row,
-    where torch.multinomial takes one per token of the vocabulary, and as long as a small model's whole step. To sum
-    less, first the block of tokens is found that has the point, then the token. In float64, so that unlikely tokens get
-    their share: in float32, thousands would share the last bit.
+    The cumulative sums of p divide a line, and points[i] of its length lies in the interval of one index. (That is one
+    random number per row; torch.multinomial takes n, and as long as a small model's whole step.) To sum less, first the
+    block of indices is found, then the index. In float64: in float32 thousands of unlikely tokens share the last bit.
     """
     blocks = p.unflatten(1, (-1, BLOCK if p.shape[1] % BLOCK == 0 else p.shape[1]))
     ends = blocks.sum(-1, dtype=points.dtype).cumsum(-1)
@@ -129,8 +124,9 @@ class Request:
         self.prompt, self.random = list(map(int, self.prompt)), random.Random(self.seed)
 
     @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
+    def max_length(self) -> int:
+        """Tokens of prompt and continuation at most."""
+        return len(self.prompt) + self.max_new_tokens
 
     def append(self, id: int) -> None:
         self.tokens.append(id)
@@ -167,7 +163,8 @@ class Sampler:
         """logits (B, V) -> tokens (B,) int64 below vocab_size. If none is greedy, takes a random number per request."""
         logits = logits[:, : self.vocab_size].float()
         if self.penalty is not None:
-            logits = torch.where(self.seen, penalise(logits, self.penalty), logits)
+            less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)  # Keskar et al. 2019
+            logits = torch.where(self.seen, less, logits)
         if self.temperature is None:
             tokens = logits.max(dim=-1).indices  # on CPU faster than argmax
         else:
@@ -183,16 +180,16 @@ class Sampler:
 class Engine:
     """Continues requests, `slots` of them at once. For one thread.
 
-    decoder: a Decoder of the model, faster than the model itself; a compiled one takes one slot, for its shapes are
-    fixed. vocab_size: ids from there on are never produced (a vocabulary rounded up has ids without a token); the
-    default is the tokenizer's. max_length: tokens that a prompt and its continuation may have; by default any, with W
-    keys per row. piece: prompt tokens read in a step, and as many again of a long prompt.
+    decoder: a Decoder of the model, faster than the model itself (a compiled one is compiled for every number of rows).
+    vocab_size: ids from there on are never produced (a vocabulary rounded up has ids without a token); the default is
+    the tokenizer's. piece: prompt tokens read in a step, and as many again of a long prompt.
     """
 
-    def __init__(self, model, decoder=None, slots=16, vocab_size=None, tokenizer=None, max_length=None, piece=1024):
+    def __init__(self, model, decoder=None, slots=16, vocab_size=None, tokenizer=None, piece=1024):
         self.model, self.decoder, self.tokenizer, self.slots, self.piece = model, decoder, tokenizer, slots, piece
         self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
-        self.max_length, self.cache, self.device = max_length, None, model.embed_tokens.weight.device
+        self.window, self.device = model.config.keep_window_size, model.embed_tokens.weight.device
+        self.cache, self.max_length = None, 0  # see allocate
         self.waiting: deque[Request] = deque()
         self.live: list[Request] = []  # request i is decoded in row i of the cache
         self.reader, self.done = None, 0  # a request with a long prompt, in the last row; how much of it has been read
@@ -200,12 +197,13 @@ class Engine:
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         """The new ids of every request, in order."""
-        self.allocate(requests)
+        self.allocate(max((request.max_length for request in requests), default=0))
         try:
             for request in sorted(requests, key=lambda request: len(request.prompt)):  # alike prompts are read together
                 self.add(request)
-            while not all(request.finish_reason for request in requests):
-                self.step()
+            for request in requests:
+                while not request.finish_reason:
+                    self.step()
         finally:
             for request in requests:
                 self.cancel(request)
@@ -213,7 +211,7 @@ class Engine:
 
     def stream(self, request: Request) -> Iterator[int]:
         """The new ids of a request, one after another. Closing the iterator cancels it."""
-        self.allocate([request])
+        self.allocate(request.max_length)
         try:
             self.add(request)
             while not request.finish_reason:
@@ -223,13 +221,11 @@ class Engine:
             self.cancel(request)
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError for an empty prompt, and for a text longer than max_length."""
-        self.allocate([])
-        length = len(request.prompt) + request.max_new_tokens
+        """Queues a request. Raises ValueError for an empty prompt."""
         if not request.prompt:
             raise ValueError("the prompt is empty: generation needs at least one token, for example the BOS token")
-        if length > self.max_length <= self.cache.window:
-            raise ValueError(f"max_length={self.max_length} must be at least the {length} tokens of a request")
+        if request.max_length > self.max_length:
+            self.allocate(self.window + 1)  # enough for any request
         if self.tokenizer:
             request.text = TextStream(self.tokenizer, request.stop)
         if request.max_new_tokens > 0:
@@ -242,7 +238,8 @@ class Engine:
         """Ends a request and frees its slot at once. One that has ended is left alone."""
         if request in self.waiting:
             self.waiting.remove(request)
-        self.reader = None if request is self.reader else self.reader
+        if request is self.reader:
+            self.reader = None
         request.finish("cancelled")
         self.leave()
 
@@ -274,8 +271,8 @@ class Engine:
     def decode(self) -> list[Request]:
         """The next token of every live row."""
         if self.batch is None:
-            self.longest = max(request.length for request in self.live) - 1  # tokens in the cache
             self.batch = self.rows(0, len(self.live), self.decoder)
+            self.longest = int(self.batch.length.max())  # tokens read so far
             self.sampler = Sampler(self.live[:], self.vocab_size, self.device)
             self.token = torch.tensor([request.tokens[-1] for request in self.live], device=self.device)
         self.longest += 1
@@ -298,8 +295,7 @@ class Engine:
         for i, request in enumerate(requests, row):
             self.cache.length[i] = start
             if self.model.config.rope_factor:  # then wavelengths follow the length that a text may reach
-                length = len(request.prompt) + request.max_new_tokens
-                self.frequencies[i] = self.model.new_cache(1, length, room=1).frequencies
+                self.frequencies[i] = self.model.new_cache(1, request.max_length, room=1).frequencies
         cache = self.rows(row, len(requests))
         x, _ = self.model.hidden(tokens, lengths, cache, lengths - 1)
         return F.linear(x[:, 0], self.model.output_weight)
@@ -326,14 +322,15 @@ class Engine:
                     self.live[row] = last
                     self.copy(len(self.live), row)
 
-    def allocate(self, requests: list[Request]) -> None:
-        """Memory for these requests and any that are not longer, or, of none, for all that there may be."""
-        if self.cache is None:
-            lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
-            self.max_length = self.max_length or max(lengths, default=self.model.config.keep_window_size + 1)
-            room = self.decoder.room(self.max_length) if self.decoder else self.max_length
-            self.cache = self.model.new_cache(self.slots + (self.slots > 1), self.max_length, room=room)
+    def allocate(self, length: int) -> None:
+        """Memory for texts of `length` tokens, if there is less."""
+        length = min(length, self.window + 1)
+        if self.max_length < length:
+            assert not self.live and not self.reader, "the first request to an idle engine decides how long all may be"
+            room = self.decoder.room(length) if self.decoder else length
+            self.cache = self.model.new_cache(self.slots + (self.slots > 1), length, room=room)
             self.frequencies = self.cache.frequencies.repeat(len(self.cache.length), 1)
+            self.max_length = length if length <= self.window else math.inf
 
     def rows(self, first: int, count: int, decoder=None):
         """A Cache of some rows, which shares their memory."""

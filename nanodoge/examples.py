@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanodoge.checkpoint import read_meta
+from nanodoge.data import load_tokenizer, read_meta
 from nanodoge.tokenizer import Tokenizer, read_object
 
 
@@ -174,11 +174,8 @@ def pad(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor,
 
 def open_sets(folder: str, kind: str) -> tuple[TokenSet, TokenSet, Tokenizer]:
     """The training and the validation set of a data folder, and its tokenizer."""
-    meta, tokenizer = read_meta(folder, kind), Tokenizer.load(folder)
-    if (tokenizer.digest, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
-        raise ValueError(f"{folder}/tokenizer.json is not the one its tokens were made with")
-    if tokenizer.chat_template != meta.get("chat_template"):
-        raise ValueError(f"{folder}: its chat template is not the one of its tokens; prepare the data again")
+    read_meta(folder, kind)  # is it of this kind?
+    tokenizer = load_tokenizer(folder)
     train, val = (TokenSet(folder, split, kind, tokenizer) for split in ("train", "val"))
     return train, val, tokenizer
 

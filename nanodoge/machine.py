@@ -140,6 +140,8 @@ def shard(model: nn.Module, machine: Machine, entry: str = "forward") -> None:
     if machine.world_size > 1:
         for layer in (*model.layers, model):  # the model last: it holds what is left, the embedding among it
             fully_shard(layer)
+        for layer in model.layers:
+            register_fsdp_forward_method(layer, "in_slices")
         if entry != "forward":
             register_fsdp_forward_method(model, entry)
 

@@ -255,8 +255,6 @@ def checkpoint(draw: Random, folder: Path) -> str:
         return json_file(draw, folder / "config.json")
     if kind < 7:
         return pickle_file(draw, weights) if weights.suffix == ".bin" else safetensors_file(draw, weights)
-    if kind == 7 and folder.name == "parts":
-        return json_file(draw, folder / "model.safetensors.index.json")
     if kind == 8:
         return tokenizer(draw, folder)
     return place(draw, draw.choice([*sorted(folder.iterdir()), folder / ".saved", folder / ".saving"]))

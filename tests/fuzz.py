@@ -93,9 +93,6 @@ class Options:
 
     def __post_init__(self):
         check_ranges(self)
-        for part in self.only:
-            if part not in PARTS:
-                raise ValueError(f"--only={part} is not one of {' '.join(PARTS)}")
 
 
 # ---- Good files, to be damaged
@@ -533,6 +530,8 @@ def shares(cases: int, parts: list[str]) -> dict[str, int]:
 
 def main(argv: list[str]) -> None:
     options, table = parse_options(Options, argv), []
+    if unknown := set(options.only) - set(PARTS):
+        sys.exit(f"error: --only={','.join(unknown)} is not one of {' '.join(PARTS)}")
     sys.dont_write_bytecode = True
     out = Path(options.out).absolute()
     with tempfile.TemporaryDirectory() as folder:

@@ -13,8 +13,8 @@ from helpers import make_checkpoint, make_set, rows_of
 
 import prepare_data
 from nanodoge import stories
-from nanodoge.checkpoint import read_meta
 from nanodoge.conversations import document, final_answer
+from nanodoge.data import read_meta
 from nanodoge.examples import TokenSet, answer_spans, bucket_by_length, pad
 from nanodoge.tokenizer import Tokenizer
 

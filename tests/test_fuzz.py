@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import train
-from nanodoge.layouts import locate
+from nanodoge.checkpoint import locate
 from nanodoge.options import convert
 
 if sys.platform != "linux":

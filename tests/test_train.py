@@ -428,7 +428,7 @@ def damage(folder, what):
 
 @pytest.mark.parametrize("what, words", [
     ("truncated", "not written to its end"), ("empty", "longer than the data"), ("one token", "longer than the data"),
-    ("no validation", "too few to validate on"), ("other tokenizer", "sha256 or vocab_size differs"),
+    ("no validation", "too few to validate on"), ("other tokenizer", "sha256 differs"),
     ("no tokens", "damaged"), ("torn meta", "damaged"),
 ])  # fmt: skip
 def test_damaged_data_is_refused(tmp_path, what, words):
@@ -551,9 +551,13 @@ def test_every_recipe_is_valid(path):
     if (stage := path.stem.split("_")[0]) in ("sft", "dpo", "grpo"):
         [options_class] = [item for item in vars(importlib.import_module(stage)).values() if isinstance(item, type)
                            and issubclass(item, TuneOptions) and item is not TuneOptions]  # fmt: skip
-        options = parse_options(options_class, [str(path)])
-        model = re.search(r"doge\d+m", path.stem)
-        assert not model or (model[0] in options.init_from and path.stem.endswith(model[0]))
+        lines = [line.split() for line in path.read_text().splitlines()]
+        sizes = [[], *(flags for flags in lines if flags and flags[0].startswith("--init_from="))]  # of its docstring
+        assert len(sizes) == (1 if "tiny" in path.stem else 4)
+        for flags in sizes:
+            options = parse_options(options_class, [str(path), *flags])
+            model = re.search(r"doge\d+m", options.init_from)
+            assert options.out_dir.endswith(model[0] if model else options.data.rpartition("/")[2])
         return
     options = parse_options(train.TrainOptions, [str(path)])
     size = re.search(r"([\d.,]+)(M) parameters", path.read_text())
