@@ -102,8 +102,7 @@ def select(token_set: TokenSet, options: DpoOptions) -> Examples:
     return Examples("pairs", token_set, first[kept], sizes[kept], targets[kept], left_out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities, and the loss
+# ---- Log-probabilities, and the loss
 
 
 def answer_logp(network: nn.Module, pairs: Examples, group: Sequence[int], machine: Machine) -> tuple[Tensor, Tensor]:
@@ -159,8 +158,7 @@ def compare_group(
     return compare(logp, *known, options), balance
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The reference, and validation
+# ---- The reference, and validation
 
 
 @torch.no_grad()
@@ -201,8 +199,7 @@ def evaluate(
     return {f"val_{name}": value / count for name, value in zip(sums, machine.sum(sums.values()), strict=True)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+# ---- The run
 
 
 def train(options: DpoOptions, machine: Machine) -> None:

@@ -116,8 +116,7 @@ def read_problems(problems: Examples, which: Sequence[int]) -> tuple[list[list[i
     return prompts, [problems.set.answers[problems.first[i]] for i in which]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards
+# ---- Rewards
 
 NUMBER = re.compile(r"([-+]?)\$?([-+]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(\.[0-9]*)?", re.ASCII)
 TAGS = [f"<|{edge}_of_{part}|>" for part in ("thought", "solution") for edge in ("begin", "end")]
@@ -170,8 +169,7 @@ def advantages(rewards: np.ndarray, divide_by_std: bool) -> np.ndarray:
     return np.where(rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True), above, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts
+# ---- Rollouts
 
 
 @dataclass
@@ -185,40 +183,32 @@ class Batch:
     start: Tensor | None = None  # (N,) their log-probabilities by the model at the start, with --kl
 
 
-def make_batches(
-    machine: Machine, prompts: list, written: list, above: np.ndarray, pad_id: int, options: GrpoOptions
-) -> list[Batch]:
-    """This rank's micro-batches of n prompts with their answers and advantages (n,)."""
-    rows = [(np.array(p + a), np.arange(len(p) + len(a)) >= len(p)) for p, a in zip(prompts, written, strict=True)]
-    groups = bucket_by_length([len(ids) - 1 for ids, _ in rows], options.micro_batch_tokens, machine.world_size)
-    batches = []
-    for group in groups[machine.rank :: machine.world_size]:
-        tokens, targets = pad([rows[i] for i in group], pad_id)
-        per_token = torch.tensor(np.repeat(above[group], [len(written[i]) for i in group]), dtype=torch.float32)
-        *inputs, per_token = machine.to_device(tokens, *with_positions(targets), per_token)
-        batches.append(Batch(group, inputs, per_token))
-    return batches
-
-
 def rollout(
     machine: Machine, model: Doge, problems: Examples, options: GrpoOptions, step: int
 ) -> tuple[list[Batch], dict[str, np.ndarray], int]:
     """What step `step` learns from: this rank's micro-batches; the columns of the log, {name: (n,)} of all n answers;
     and the tokens that the model reads, on all ranks. The answers are the same however many ranks there are."""
-    tokenizer = problems.set.tokenizer
-    which = np.repeat(rows_of_step(step, problems.count, options.batch_size, options.seed), options.generations)
+    tokenizer, G = problems.set.tokenizer, options.generations
+    which = np.repeat(rows_of_step(step, problems.count, options.batch_size, options.seed), G)
     prompts, wanted = read_problems(problems, which)
     seed, drawing = scramble(scramble(options.seed) + step), (options.slots, options.temperature)
     written = write_answers(machine, model, tokenizer, prompts, options.max_new_tokens, *drawing, seed)
     columns = judge(written, wanted, tokenizer, options)
-    above = advantages(columns["reward"].reshape(-1, options.generations), options.divide_by_std)
-    columns["no_signal"] = np.repeat((above == 0).all(axis=1), options.generations).astype(float)
-    batches = make_batches(machine, prompts, written, above.flatten(), tokenizer.pad_id, options)
-    return batches, columns, sum(len(p) + len(a) - 1 for p, a in zip(prompts, written, strict=True))
+    above = advantages(columns["reward"].reshape(-1, G), options.divide_by_std)
+    columns["no_signal"] = np.repeat((above == 0).all(axis=1), G).astype(float)
+
+    rows = [(np.array(p + a), np.arange(len(p) + len(a)) >= len(p)) for p, a in zip(prompts, written, strict=True)]
+    lengths, batches = [len(ids) - 1 for ids, _ in rows], []
+    groups = bucket_by_length(lengths, options.micro_batch_tokens, machine.world_size)
+    for group in groups[machine.rank :: machine.world_size]:
+        tokens, targets = pad([rows[i] for i in group], tokenizer.pad_id)
+        per_token = torch.tensor(np.repeat(above.flatten()[group], [len(written[i]) for i in group]))
+        *inputs, per_token = machine.to_device(tokens, *with_positions(targets), per_token.float())
+        batches.append(Batch(group, inputs, per_token))
+    return batches, columns, sum(lengths)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss
 
 
 def clipped_losses(logp: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -246,8 +236,7 @@ def token_losses(logp: Tensor, batch: Batch, options: GrpoOptions) -> tuple[Tens
     return losses, columns
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
+# ---- Validation
 
 
 def evaluate(machine: Machine, model: Doge, problems: Examples, options: GrpoOptions, step: int) -> dict[str, float]:
@@ -257,12 +246,10 @@ def evaluate(machine: Machine, model: Doge, problems: Examples, options: GrpoOpt
     prompts, wanted = read_problems(problems, range(min(problems.count, options.eval_size)))
     written = write_answers(machine, model, tokenizer, prompts, options.max_new_tokens, options.slots)
     columns = judge(written, wanted, tokenizer, options)
-    samples = [
-        dict(step=step, problem=tokenizer.decode(prompt), wanted=answer, written=tokenizer.decode(ids))
-        for prompt, answer, ids in list(zip(prompts, wanted, written, strict=True))[: options.eval_samples]
-    ]
-    for i, sample in enumerate(samples):
-        sample.update((name, float(values[i])) for name, values in columns.items())
+    samples = []
+    for i in range(min(len(prompts), options.eval_samples)):
+        texts = dict(problem=tokenizer.decode(prompts[i]), wanted=wanted[i], written=tokenizer.decode(written[i]))
+        samples.append(dict(step=step) | texts | {name: float(values[i]) for name, values in columns.items()})
     if machine.is_main:
         keep_samples(Path(options.out_dir) / "samples.jsonl", step, samples)
     return dict(val_accuracy=float(columns["reward_answer"].mean()), val_reward=float(columns["reward"].mean()))
@@ -284,8 +271,7 @@ def keep_samples(path: Path, step: int, samples: list[dict]) -> None:
     os.replace(temporary, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+# ---- The run
 
 
 def load_reference(options: GrpoOptions, machine: Machine, model: Doge, tokenizer: Tokenizer) -> Policy | None:

@@ -41,8 +41,7 @@ SCHEMAS = {
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From rows to one form
+# ---- From rows to one form
 
 
 def rows(kind: str, system: str = "", labels: Sequence[str] = ()) -> tuple[str, None, Callable]:
@@ -162,8 +161,7 @@ def final_answer(text: str) -> str:
     return text.rpartition("####")[2].strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From one form to ids
+# ---- From one form to ids
 
 
 def encode(tokenizer: Tokenizer, row: dict, dtype: np.dtype) -> tuple[list[tuple[np.ndarray, np.ndarray]], bytes]:

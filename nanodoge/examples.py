@@ -135,8 +135,7 @@ def answer_spans(mask: np.ndarray, piece: int = 1 << 26) -> tuple[np.ndarray, np
     return np.concatenate(begins), np.concatenate(ends + [np.full(int(before), len(mask) - 1)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches
 
 
 def bucket_by_length(lengths: Sequence[int], limit: int, parts: int = 1) -> list[list[int]]:
@@ -170,8 +169,7 @@ def pad(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor,
     return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# For the stages
+# ---- For the stages
 
 
 def open_sets(folder: str, kind: str) -> tuple[TokenSet, TokenSet, Tokenizer]:

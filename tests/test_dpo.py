@@ -82,8 +82,7 @@ def logp_by(model, row):
     return logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0][mask[1:]].sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compared
+# ---- What is compared
 
 
 def test_only_the_answers_and_their_ends_are_compared(data, pairs):
@@ -130,8 +129,7 @@ def test_equal_and_empty_answers_are_no_choice():
     assert selected(fake, 4).count == 0 and selected(fake, 4).lengths.shape == (0,)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities, losses, gradients
+# ---- Log-probabilities, losses, gradients
 
 
 def test_log_probabilities_equal_float64_whatever_the_company(base, pairs, reference, monkeypatch):
@@ -242,8 +240,7 @@ def test_validation_by_hand_and_it_learns(base, data, reference, tmp_path):
     assert float(log[-1]["val_chosen_logp"]) == pytest.approx(np.mean([a[0] for a in now]), rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
+# ---- Runs
 
 
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, pairs, reference, tmp_path):
@@ -314,8 +311,7 @@ def test_a_model_with_experts_in_bfloat16(data, tmp_path):
     assert float(log[-1]["loss"]) < float(log[1]["loss"]) and float(log[-1]["accuracy"]) > 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals
+# ---- Refusals
 
 
 BAD = """--init_from=nowhere | no checkpoint folder 'nowhere'

@@ -76,8 +76,7 @@ def run(base, data, out, *options):
     return read_log(out / "log.csv")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss
 
 
 def test_the_loss_equals_an_example_worked_out_by_hand():
@@ -197,8 +196,7 @@ def test_logprobs_are_those_of_the_drawing(base, monkeypatch):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards
+# ---- Rewards
 
 
 THINK, END_THINK, SOLVE, END_SOLVE = (
@@ -277,8 +275,7 @@ def test_an_answer_earns_the_weighted_sum_of_its_parts_and_only_if_it_ends(data)
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
+# ---- The run
 
 
 def test_what_is_rewarded_is_learned(base, data, tmp_path):
@@ -373,8 +370,7 @@ def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
     assert [float(row["loss"]) for row in log[1:]] == [float(row["grad_norm"]) for row in log[1:]] == [0, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals
+# ---- Refusals
 
 
 BAD = """--generations=1 | generations=1 must be a number from 2

@@ -56,8 +56,7 @@ def run(base, data, out, *options):
     return read_log(out / "log.csv")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is learned
+# ---- What is learned
 
 
 def said_by_the_assistant(text):
@@ -195,8 +194,7 @@ def test_cosine_equals_transformers_and_stays_at_its_floor():
     assert train.cosine(0, 1, 0) == pytest.approx(0.1) and train.cosine(0, 1, 1) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
+# ---- Runs
 
 
 def test_before_the_first_step_an_example_shows_what_is_learned(base, data, tmp_path, capsys):
@@ -276,8 +274,7 @@ def test_the_checkpoint_goes_on_to_the_next_stage_and_to_transformers(base, data
     torch.testing.assert_close(model(ids)[0], other(ids).logits, atol=1e-4, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals
+# ---- Refusals
 
 
 BAD = """--init_from=nowhere | no checkpoint folder 'nowhere'
