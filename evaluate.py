@@ -26,7 +26,6 @@ import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,18 +167,13 @@ def read(model: Doge, rows: list, cache: Cache, last: bool = False) -> Tensor:
 
 
 def harness_model(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int = 2048):
-    """The model as lm_eval's `simple_evaluate` takes it.
-
-    Texts become the ids that lm_eval's own `hf` model gives them: one BOS in front, as Doge's tokenizer.json says,
-    unless it is there. Special tokens written in a text are these tokens, since a conversation arrives as a text. A
-    prompt too long for the model loses its beginning, there as here; `shortened` counts how often.
-    """
+    """The model as lm_eval's `simple_evaluate` takes it. Texts become the ids that lm_eval's own `hf` model gives them:
+    one BOS in front unless it is there, and special tokens written in a text are these tokens, since a conversation
+    arrives as a text. A prompt too long for the model loses its beginning, there as here; `shortened` counts them."""
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    specials = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    split = re.compile("(" + "|".join(map(re.escape, specials)) + ")").split
+    split = re.compile("(" + "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len)[::-1])) + ")").split
 
     class Harness(TemplateLM):
         eot_token_id, prefix_token_id = tokenizer.eos_id, tokenizer.bos_id
@@ -206,37 +200,42 @@ def harness_model(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int = 2
             for (_, text), context, answer in requests:
                 ids = self.fit(context + answer, self.max_length + 1)  # the last token is never read
                 if not 0 < len(answer) < len(ids):
-                    most = f"it must have 1 to the model's max_position_embeddings={self.max_length}"
-                    raise ValueError(f"the answer {text[:60]!r} has {len(answer)} tokens: {most}")
+                    valid = f"1 to max_position_embeddings={self.max_length}"
+                    raise ValueError(f"the answer {text[:60]!r} has {len(answer)} tokens: {valid} are valid")
                 pairs.append((ids[: -len(answer)], answer))
             return log_likelihoods(model, pairs, micro_batch_tokens)
 
         def loglikelihood_rolling(self, requests, **_):
-            pairs, ends = [], [0]
+            windows = []
             for request in requests:
                 ids = self.tok_encode(request.args[0], add_special_tokens=False)  # hf's BOS here is one too many
-                windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
-                pairs += map(make_disjoint_window, windows)
-                ends.append(len(pairs))
-            scores = [score for score, _ in log_likelihoods(model, pairs, micro_batch_tokens)]
-            return [sum(scores[start:end]) for start, end in pairwise(ends)]
+                pieces = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+                windows.append([make_disjoint_window(piece) for piece in pieces])
+            scores = iter(log_likelihoods(model, [pair for pairs in windows for pair in pairs], micro_batch_tokens))
+            return [sum(next(scores)[0] for _ in pairs) for pairs in windows]
 
         def generate_until(self, requests, **_):
-            asked = [self.make_request(i, *request.args) for i, request in enumerate(requests)]
-            slots = 4 * micro_batch_tokens // max(len(r.prompt) + r.max_new_tokens for r in asked)
+            asked = []
+            for i, request in enumerate(requests):
+                options = read_gen_kwargs(request.args[1], self.max_length)
+                prompt = self.fit(self.tok_encode(request.args[0]), self.max_length - options["max_new_tokens"])
+                asked.append(Request(prompt, **options, seed=i, stop_ids=[tokenizer.eos_id]))
+            slots = 4 * micro_batch_tokens // max(len(request.prompt) + request.max_new_tokens for request in asked)
             Engine(model, slots=min(max(slots, 1), len(asked)), tokenizer=tokenizer).generate(asked)
             return ["".join(split(request.text.text)[::2]) for request in asked]  # without special tokens
 
-        def make_request(self, seed, prompt, gen_kwargs):
-            """A task that asks for more tokens than the model has gets half of them, and the prompt the other half."""
-            options = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=256)  # hf's number
-            stop, new = options.pop("until"), options.pop("max_gen_toks")
-            options |= {} if options.pop("do_sample") else {"temperature": 0.0}
-            new = new if new < self.max_length else self.max_length // 2
-            ids = self.fit(self.tok_encode(prompt), self.max_length - new)
-            return Request(ids, new, **options, seed=seed, stop_ids=[tokenizer.eos_id], stop=stop)
-
     return Harness()
+
+
+def read_gen_kwargs(gen_kwargs: dict[str, Any], max_length: int) -> dict[str, Any]:
+    """A task's generation_kwargs as fields of a Request. A task that asks for more tokens than the model has gets half
+    of them, and the prompt the other half."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    options = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=256)  # hf's number
+    new, options["stop"] = options.pop("max_gen_toks"), options.pop("until")
+    options["max_new_tokens"] = new if new < max_length else max_length // 2
+    return options if options.pop("do_sample") else options | {"temperature": 0.0}
 
 
 def find_tasks(names: list[str], folder: str = ""):

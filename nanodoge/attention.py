@@ -110,14 +110,15 @@ class Cache:
     it is weaker itself, the spare slot.
 
     layers: [Slots]. length (B,) int64: tokens read so far, whether or not their keys were kept. frequencies (D,): of
-    the rotary embedding in this text. evicts: whether the text may have more keys than slots. chunk: as for
+    the rotary embedding in this text. evicts: whether the text may have more keys than slots. used: all keys are in
+    the first `used` slots, which are all that a single token reads (None: all slots). chunk: as for
     dynamic_mask_attention.
     """
 
     def __init__(self, num_layers, batch_size, num_heads, window, length, frequencies, dtype=None):
         """num_heads: key/value heads (K). window: keys to keep (W). length: tokens that the text may have."""
         device, self.frequencies, self.window, self.chunk = frequencies.device, frequencies, window, None
-        self.evicts = length > window
+        self.evicts, self.used = length > window, None
         shape = batch_size, num_heads, min(window, length) + 1
 
         def empty():
@@ -134,7 +135,7 @@ class Cache:
         if k.shape[2] > 1:
             return self.extend(self.layers[layer], q, k, v, s)
         remember(self.layers[layer], self.length, self.evicts, k, v, s)
-        return attend_cache(self.layers[layer], q)
+        return attend_cache(self.layers[layer], q, self.used)
 
     def extend(self, slots: Slots, q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
         """`attend` for several tokens: the kept keys, in order of position, stand before the new ones."""
@@ -203,10 +204,11 @@ def put(slots: Slots, rows: Tensor, k: Tensor, v: Tensor, s: Tensor, position: T
     slots.position.view(-1).index_copy_(0, rows, position)
 
 
-def attend_cache(slots: Slots, q: Tensor) -> Tensor:
-    """What one query a head, (B, H, 1, D), finds in the slots of a layer, (B, H, 1, D)."""
+def attend_cache(slots: Slots, q: Tensor, used: int | None = None) -> Tensor:
+    """What one query a head, (B, H, 1, D), finds in the slots of a layer, (B, H, 1, D). used: as in Cache."""
     (B, H, _, D), K = q.shape, slots.k.shape[1]
-    k, v, s = slots.k.flatten(0, 1), slots.v.flatten(0, 1), slots.s.view(B * K, 1, -1)
+    k, v = slots.k.flatten(0, 1)[:, :used], slots.v.flatten(0, 1)[:, :used]
+    s = slots.s.view(B * K, 1, -1)[..., :used]
     logits = torch.bmm(q.reshape(B * K, H // K, D), k.mT).float() * D**-0.5 + s
     return torch.bmm(logits.softmax(-1).to(v.dtype), v).view(B, H, 1, D)
 

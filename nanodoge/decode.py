@@ -115,6 +115,7 @@ class Step(NamedTuple):
 
     length: Tensor  # (B,): of each row, before this token
     evicts: bool  # whether a key may have to leave
+    used: int | None  # the first slots, in which all keys are; None: all slots
     rows: Tensor  # (B K,): if none has to, the slots of the new keys (see attention.rows_of)
     position: Tensor  # (B K,): of the new keys
 
@@ -164,11 +165,12 @@ def inverse_norm(x: Tensor, eps: Tensor) -> Tensor:
     return ((x * x).sum(-1, keepdim=True) + eps).rsqrt()
 
 
-def attend_slots(slots: Slots, q: Tensor) -> Tensor:
+def attend_slots(slots: Slots, q: Tensor, used: int | None = None) -> Tensor:
     """What the queries (B, H, D) fp32, divided by sqrt(D), find in the slots of a layer: (B, H D) fp32."""
     (B, H, D), (K, N) = q.shape, slots.s.shape[1:]
     if not torch.compiler.is_compiling() or B > 1 or q.device.type != "cpu" or N > FEW_SLOTS + 1:
-        k, v, s = slots.k.view(B * K, N, D), slots.v.view(B * K, N, D), slots.s.view(B * K, 1, N)
+        k, v = slots.k.view(B * K, N, D)[:, :used], slots.v.view(B * K, N, D)[:, :used]
+        s = slots.s.view(B * K, 1, N)[..., :used]
         p = (torch.bmm(q.reshape(B * K, H // K, D).to(k.dtype), k.mT).float() + s).softmax(-1)
         return torch.bmm(p.to(v.dtype), v).float().view(B, -1)
     q = materialise(q.view(B, K, H // K, 1, D))
@@ -190,7 +192,7 @@ def layer_step(x: Tensor, cos: Tensor, sin: Tensor, step: Step, slots: Slots, we
     else:
         keys, values = rotated[:, H:].reshape(B * K, D), v.reshape(B * K, D)
         put(slots, step.rows, keys, values, s.view(-1), step.position)
-    x = torch.addcmul(product(attend_slots(slots, rotated[:, :H]), out), residual1, x)
+    x = torch.addcmul(product(attend_slots(slots, rotated[:, :H], step.used), out), residual1, x)
     h = x * inverse_norm(x, eps) * norm2
     gate, up = product(h, gate_up).chunk(2, dim=-1)
     y = product(F.silu(gate) * up, down)
@@ -199,17 +201,18 @@ def layer_step(x: Tensor, cos: Tensor, sin: Tensor, step: Step, slots: Slots, we
     return torch.addcmul(y, residual2, x)
 
 
-def layers_step(x, length, frequencies, evicts, slots, layers, blocks, shape, embedding=None, head=None) -> Tensor:
+def layers_step(x, state, slots, layers, blocks, shape, embedding=None, head=None) -> Tensor:
     """Several blocks one after another: `layers`, and in `blocks` what unstack makes of it, if that is known already.
-    length, frequencies, evicts: the cache's. With `embedding` (V, C) x is not the hidden state (B, C) but tokens (B,);
-    with `head`, the last norm's weight and the output matrix, the result is not the hidden state but the logits."""
+    state: length, frequencies, evicts and used of the cache. With `embedding` (V, C) x is not the hidden state (B, C)
+    but tokens (B,); with `head`, the last norm's weight and the output matrix, the result is the logits."""
+    length, frequencies, evicts, used = state
     K, D = shape.key_heads, shape.head_dim
     x = x if embedding is None else F.embedding(x, embedding).float()
     cos, sin = rotary_table(length[:, None], frequencies)  # (B, 1, D); a norm's weight rotates with what it multiplies
     heads = layers.heads[:, None]
     tables = (heads * cos).unbind(), (heads.roll(D // 2, dims=-1) * sin).unbind()
     position = length[:, None].expand(-1, K).flatten()
-    step = Step(length, evicts, rows_of(position, slots[0].s.shape[-1]), position)
+    step = Step(length, evicts, used, rows_of(position, slots[0].s.shape[-1]), position)
     for layer_slots, weights, cos, sin in zip(slots, blocks or unstack(layers), *tables, strict=True):
         x = layer_step(x, cos, sin, step, layer_slots, weights, shape)
     return x if head is None else product(x * inverse_norm(x, shape.eps) * head[0], head[1])
@@ -244,11 +247,11 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, token: Tensor, cache: Cache) -> Tensor:
-        x, state = token, (cache.length, cache.frequencies, cache.evicts)
+        x, state = token, (cache.length, cache.frequencies, cache.evicts, cache.used)
         with without_onednn() if self.single_bf16 and len(token) == 1 else contextlib.nullcontext():
             for i, (layers, blocks) in enumerate(zip(self.layers, self.blocks, strict=True)):
                 slots = cache.layers[i * LAYERS_AT_A_TIME : (i + 1) * LAYERS_AT_A_TIME]
                 ends = None if i else self.embedding, self.head if i == len(self.layers) - 1 else None
-                x = self.layers_step(x, *state, slots, layers, blocks, self.shape, *ends)
+                x = self.layers_step(x, state, slots, layers, blocks, self.shape, *ends)
         cache.length += 1
         return x

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanodoge.attention import NEVER, Cache, Slots
+
 LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
 BLOCK = 256  # probabilities that are summed at once when a token is drawn
 
@@ -188,8 +190,8 @@ class Engine:
     def __init__(self, model, decoder=None, slots=16, vocab_size=None, tokenizer=None, piece=1024):
         self.model, self.decoder, self.tokenizer, self.slots, self.piece = model, decoder, tokenizer, slots, piece
         self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
-        self.window, self.device = model.config.keep_window_size, model.embed_tokens.weight.device
-        self.cache, self.max_length = None, 0  # see allocate
+        self.cache, self.max_length, self.device = None, 0, model.embed_tokens.weight.device
+        self.enough = model.config.keep_window_size + 1 if model.config.attention == "fast" else math.inf
         self.waiting: deque[Request] = deque()
         self.live: list[Request] = []  # request i is decoded in row i of the cache
         self.reader, self.done = None, 0  # a request with a long prompt, in the last row; how much of it has been read
@@ -225,7 +227,7 @@ class Engine:
         if not request.prompt:
             raise ValueError("the prompt is empty: generation needs at least one token, for example the BOS token")
         if request.max_length > self.max_length:
-            self.allocate(self.window + 1)  # enough for any request
+            self.allocate(max(request.max_length, self.model.config.keep_window_size + 1))
         if self.tokenizer:
             request.text = TextStream(self.tokenizer, request.stop)
         if request.max_new_tokens > 0:
@@ -277,7 +279,8 @@ class Engine:
             self.token = torch.tensor([request.tokens[-1] for request in self.live], device=self.device)
         self.longest += 1
         if self.decoder is None or not self.decoder.compiled:
-            self.batch.evicts = self.longest > self.batch.window  # while there is room, storing a key is simpler
+            self.batch.evicts = self.longest > self.batch.window
+            self.batch.used = None if self.batch.evicts else self.longest
         if self.decoder:
             logits = self.decoder(self.token, self.batch)
         else:
@@ -289,7 +292,7 @@ class Engine:
     def read(self, requests: list[Request], row: int, start: int) -> Tensor:
         """Reads a piece of each prompt, from token `start` on, into rows from `row` on -> the next logits (B, V)."""
         pieces = [request.prompt[start : start + self.piece] for request in requests]
-        T = max(2, *map(len, pieces))  # the cache takes several tokens at once as the beginning of an empty row
+        T = max(map(len, pieces))
         tokens = torch.tensor([piece + [0] * (T - len(piece)) for piece in pieces], device=self.device)
         lengths = torch.tensor([len(piece) for piece in pieces], device=self.device)
         for i, request in enumerate(requests, row):
@@ -297,6 +300,8 @@ class Engine:
             if self.model.config.rope_factor:  # then wavelengths follow the length that a text may reach
                 self.frequencies[i] = self.model.new_cache(1, request.max_length, room=1).frequencies
         cache = self.rows(row, len(requests))
+        for slots in cache.layers if start == 0 else ():
+            slots.s.fill_(NEVER), slots.position.fill_(-1)
         x, _ = self.model.hidden(tokens, lengths, cache, lengths - 1)
         return F.linear(x[:, 0], self.model.output_weight)
 
@@ -323,19 +328,19 @@ class Engine:
                     self.copy(len(self.live), row)
 
     def allocate(self, length: int) -> None:
-        """Memory for texts of `length` tokens, if there is less."""
-        length = min(length, self.window + 1)
+        """Memory for texts of `length` tokens, if there is less. For W + 1 tokens is enough for any, if keys leave."""
+        length = min(length, self.enough)
         if self.max_length < length:
             assert not self.live and not self.reader, "the first request to an idle engine decides how long all may be"
             room = self.decoder.room(length) if self.decoder else length
             self.cache = self.model.new_cache(self.slots + (self.slots > 1), length, room=room)
             self.frequencies = self.cache.frequencies.repeat(len(self.cache.length), 1)
-            self.max_length = length if length <= self.window else math.inf
+            self.max_length = math.inf if length == self.enough else length
 
-    def rows(self, first: int, count: int, decoder=None):
+    def rows(self, first: int, count: int, decoder=None) -> Cache:
         """A Cache of some rows, which shares their memory."""
         cache, some = copy.copy(self.cache), slice(first, first + count)
-        cache.layers = [tuple(x[some] for x in layer) for layer in self.cache.layers]
+        cache.layers = [Slots(*(x[some] for x in slots)) for slots in self.cache.layers]
         cache.length = self.cache.length[some]
         if self.model.config.rope_factor:
             cache.frequencies = self.frequencies[some].view((count, 1, -1) if decoder else (count, 1, 1, -1))
@@ -343,5 +348,5 @@ class Engine:
 
     def copy(self, source: int, target: int) -> None:
         if source != target:
-            for x in (self.cache.length, self.frequencies, *(x for layer in self.cache.layers for x in layer)):
+            for x in (self.cache.length, self.frequencies, *(x for slots in self.cache.layers for x in slots)):
                 x[target] = x[source]

@@ -142,8 +142,10 @@ def folder(tmp_path_factory):
         torch.nn.init.normal_(block.self_attn.A)
     save_checkpoint(folder / "model", model, tokenizer)
     words, draw = texts(200), random.Random(0)
-    rows = [dict(goal=words[3 * i], sols=words[3 * i + 1 : 3 * i + 2 + i % 2 + 1], label=draw.randrange(2 + i % 2))
-            for i in range(18)]  # fmt: skip
+    rows = [
+        dict(goal=words[3 * i], sols=words[3 * i + 1 : 3 * i + 2 + i % 2 + 1], label=draw.randrange(2 + i % 2))
+        for i in range(18)
+    ]
     lines = [json.dumps(row | dict(answer=row["sols"][row["label"]])) + "\n" for row in rows]
     (folder / "train.jsonl").write_text("".join(lines[:4]))
     (folder / "test.jsonl").write_text("".join(lines[4:]))
