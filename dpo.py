@@ -53,7 +53,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanodoge import stage
-from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets, select_both
+from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets
 from nanodoge.machine import Machine, shard, unsharded
 from nanodoge.options import NonNegative, run_command
 from nanodoge.policy import Policy, with_positions
@@ -96,8 +96,8 @@ def select(token_set: TokenSet, options: DpoOptions) -> Examples:
     fit = sizes.max(1) <= options.sequence_length
     kept = np.flatnonzero(differ & fit)
     left_out = {
-        f"left out, longer than {options.sequence_length} tokens": int((differ & ~fit).sum()),
-        "left out, with equal or empty answers": int((~differ).sum()),
+        f"longer than --sequence_length={options.sequence_length}": int((differ & ~fit).sum()),
+        "with equal or empty answers": int((~differ).sum()),
     }
     return Examples("pairs", token_set, first[kept], sizes[kept], targets[kept], left_out)
 
@@ -207,7 +207,7 @@ def train(options: DpoOptions, machine: Machine) -> None:
     prepare_if_built_in(options, machine, "preferences")
     *sets, tokenizer = open_sets(options.data, "preferences")
     model, state = stage.start_tuning(options, machine, tokenizer)
-    data, val = select_both(select, *sets, options)
+    data, val = (select(token_set, options) for token_set in sets)
     if options.micro_batch_tokens < (pair := 2 * options.sequence_length):
         raise ValueError(f"--micro_batch_tokens={options.micro_batch_tokens} is less than one pair, {pair} tokens")
     stage.count_steps(options, data.count, machine)

@@ -55,7 +55,7 @@ from model import Doge
 from nanodoge import stage
 from nanodoge.checkpoint import clear, load_model, save_checkpoint
 from nanodoge.conversations import final_answer
-from nanodoge.examples import Examples, TokenSet, bucket_by_length, describe, open_sets, pad, select_both
+from nanodoge.examples import Examples, TokenSet, bucket_by_length, describe, open_sets, pad
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, run_command
 from nanodoge.policy import Policy, with_positions, write_answers
@@ -106,7 +106,7 @@ def select(token_set: TokenSet, options: GrpoOptions) -> Examples:
     """The problems whose prompt leaves room for an answer of max_new_tokens in sequence_length tokens."""
     sizes, length, room = np.diff(token_set.offsets), options.sequence_length, options.max_new_tokens
     kept = np.flatnonzero(sizes <= length - room)
-    left_out = {f"left out, longer than {length} tokens with --max_new_tokens={room}": len(sizes) - len(kept)}
+    left_out = {f"longer than --sequence_length={length} with --max_new_tokens={room}": len(sizes) - len(kept)}
     return Examples("problems", token_set, kept, sizes[kept, None] - 1, np.zeros((len(kept), 1), np.int64), left_out)
 
 
@@ -191,8 +191,8 @@ def rollout(
     tokenizer, G = problems.set.tokenizer, options.generations
     which = np.repeat(rows_of_step(step, problems.count, options.batch_size, options.seed), G)
     prompts, wanted = read_problems(problems, which)
-    seed, drawing = scramble(scramble(options.seed) + step), (options.slots, options.temperature)
-    written = write_answers(machine, model, tokenizer, prompts, options.max_new_tokens, *drawing, seed)
+    size, seed = (options.max_new_tokens, options.slots), scramble(scramble(options.seed) + step)
+    written = write_answers(machine, model, tokenizer, prompts, *size, options.temperature, seed)
     columns = judge(written, wanted, tokenizer, options)
     above = advantages(columns["reward"].reshape(-1, G), options.divide_by_std)
     columns["no_signal"] = np.repeat((above == 0).all(axis=1), G).astype(float)
@@ -293,7 +293,7 @@ def train(options: GrpoOptions, machine: Machine) -> None:
     prepare_if_built_in(options, machine, "problems")
     *sets, tokenizer = open_sets(options.data, "problems")
     model, state = stage.start_tuning(options, machine, tokenizer)
-    problems, val = select_both(select, *sets, options)
+    problems, val = (select(token_set, options) for token_set in sets)
     stage.count_steps(options, problems.count, machine)
     policy = Policy(model, tokenizer.vocab_size, options.temperature)
     reference = load_reference(options, machine, model, tokenizer)

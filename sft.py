@@ -41,7 +41,7 @@ import torch
 from model import Doge
 from nanodoge import stage
 from nanodoge.conversations import final_answer
-from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets, select_both
+from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Whole, run_command
 from nanodoge.policy import write_answers
@@ -65,8 +65,8 @@ def select(token_set: TokenSet, options: SftOptions) -> Examples:
     sizes, targets, cut = fit_answers(token_set, length)
     kept = np.flatnonzero(sizes)
     left_out = {
-        f"cut to {length} tokens after an earlier answer": int((cut[kept] > 0).sum()),
-        f"left out, without an answer that ends within {length} tokens": len(sizes) - len(kept),
+        f"cut after an earlier answer, to fit into --sequence_length={length}": int((cut[kept] > 0).sum()),
+        f"without an answer that ends within --sequence_length={length}": len(sizes) - len(kept),
     }
     return Examples("conversations", token_set, kept, sizes[kept, None], targets[kept, None], left_out)
 
@@ -111,7 +111,7 @@ def train(options: SftOptions, machine: Machine) -> None:
     *sets, tokenizer = open_sets(options.data, options.kind)
     labels = tuple(sets[0].meta["labels"]) if options.kind == "labels" else None
     model, state = stage.start_tuning(options, machine, tokenizer, labels)
-    data, val = select_both(select, *sets, options)
+    data, val = (select(token_set, options) for token_set in sets)
     stage.count_steps(options, data.count, machine)
     if options.shard:
         shard(model, machine)

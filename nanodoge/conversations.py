@@ -23,7 +23,8 @@ BOS, the text, and the number of its label, which alone is marked.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -44,11 +45,6 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 # ---- From rows to one form
 
 
-def rows(kind: str, system: str = "", labels: Sequence[str] = ()) -> tuple[str, None, Callable]:
-    """(kind, columns to read: None = all, function of a row): how prepare_data.py reads the rows of this kind."""
-    return kind, None, lambda row, where: document(row, kind, system, where, labels)
-
-
 def document(row: dict, kind: str, system: str, where: str, labels: Sequence[str] = ()) -> str:
     """A row as one line of JSON: {"messages": [{"role", "content"}, ...]} and, depending on the kind, nothing more
     (chat), "chosen" and "rejected" (preferences), "answer" (problems), or "label", a number (labels).
@@ -62,11 +58,10 @@ def document(row: dict, kind: str, system: str, where: str, labels: Sequence[str
     if schema is None:
         columns, known = ", ".join(map(str, row)), " | ".join(SCHEMAS[kind])
         raise ValueError(f"{where}: no --kind={kind} in the columns {columns}; needed is one of {known}")
-    made = READERS[kind](row, schema.split(", "), where)
-    if "label" in made:
-        if made["label"] not in labels:
-            raise ValueError(f"{where}: label {made['label']!r} is not one of --labels={','.join(labels)}")
-        made["label"] = labels.index(made["label"])
+    readers = dict(
+        chat=read_chat, preferences=read_preference, problems=read_problem, labels=partial(read_label, labels)
+    )
+    made = readers[kind](row, schema.split(", "), where)
     if "left_out" not in made:
         system = row.get("system") or system
         if system and isinstance(system, str) and made["messages"][0]["role"] != "system":
@@ -142,14 +137,13 @@ def read_problem(row: dict, columns: list[str], where: str) -> dict:
     return dict(messages=messages, answer=answer)
 
 
-def read_label(row: dict, columns: list[str], where: str) -> dict:
-    """A text and its label."""
-    text = cell(row, columns[0], where)
-    made = dict(messages=[dict(role="user", content=text)], label=str(row[columns[1]]))
+def read_label(labels: Sequence[str], row: dict, columns: list[str], where: str) -> dict:
+    """A text and the number of its label."""
+    text, label = cell(row, columns[0], where), str(row[columns[1]])
+    if label not in labels:
+        raise ValueError(f"{where}: label {label!r} is not one of --labels={','.join(labels)}")
+    made = dict(messages=[dict(role="user", content=text)], label=labels.index(label))
     return made if text else dict(left_out="empty")
-
-
-READERS = dict(chat=read_chat, preferences=read_preference, problems=read_problem, labels=read_label)
 
 
 def final_answer(text: str) -> str:

@@ -1,6 +1,6 @@
 """Examples for tuning: data folders mapped into memory, what a stage selects of them, and micro-batches of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ class TokenSet:
 
 @dataclass
 class Examples:
-    """What a stage has selected from a TokenSet: count examples of k rows each, k = 2 for a preference, else 1."""
+    """What a stage has selected from a TokenSet: count examples of k rows each, k = 2 for a preference, else 1. Raises
+    ValueError, with the reasons, if there is none."""
 
     noun: str  # what an example is called, in the plural
     set: TokenSet
@@ -78,6 +79,9 @@ class Examples:
 
     def __post_init__(self) -> None:
         self.count, self.k = self.sizes.shape
+        if not self.count:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.left_out.items() if n)
+            raise ValueError(f"{self.set.folder}: its {self.set.split} split has no {self.noun} to use: {reasons}")
         self.lengths = self.k * self.sizes.max(1, initial=0)  # what an example takes of a micro-batch, in tokens
 
     def rows(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -174,24 +178,9 @@ def pad(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor,
 
 def open_sets(folder: str, kind: str) -> tuple[TokenSet, TokenSet, Tokenizer]:
     """The training and the validation set of a data folder, and its tokenizer."""
-    read_meta(folder, kind)  # is it of this kind?
+    read_meta(folder, kind)  # complains of another kind
     tokenizer = load_tokenizer(folder)
-    train, val = (TokenSet(folder, split, kind, tokenizer) for split in ("train", "val"))
-    return train, val, tokenizer
-
-
-def select_both(
-    select: Callable[[TokenSet, Any], Examples], train: TokenSet, val: TokenSet, options: Any
-) -> tuple[Examples, Examples]:
-    """What select(token_set, options) gives of the training and of the validation set. Raises ValueError, with the
-    reasons, if one of them is empty."""
-    both = select(train, options), select(val, options)
-    for split, examples in zip(("training", "validation"), both, strict=True):
-        if not examples.count:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in examples.left_out.items() if count)
-            size = f"--sequence_length={options.sequence_length}"
-            raise ValueError(f"{size}: no {split} {examples.noun} left ({reasons})")
-    return both
+    return *(TokenSet(folder, split, kind, tokenizer) for split in ("train", "val")), tokenizer
 
 
 def describe(train: Examples, val: Examples, groups: list[np.ndarray], options: Any) -> dict[str, str]:
@@ -201,11 +190,5 @@ def describe(train: Examples, val: Examples, groups: list[np.ndarray], options: 
     targets = f", {train.targets.sum():,} of them targets" if train.targets.any() else ""
     sizes = f"{train.count:,} {train.noun}, {train.sizes.sum():,} tokens{targets}; {epochs:.2f} epochs"
     step = f"{options.batch_size} {train.noun} in about {len(groups)} micro-batches, {padding:.0%} of them padding"
-    left_out = [
-        f"{count:,} {split} {examples.noun} {reason}"
-        for split, examples in (("training", train), ("validation", val))
-        for reason, count in examples.left_out.items()
-        if count
-    ]
-    lines = {"data": f"{options.data}: {sizes}", "step": step}
-    return lines | ({"left out": "; ".join(left_out)} if left_out else {})
+    left_out = [f"{n:,} {e.set.split} {e.noun} {reason}" for e in (train, val) for reason, n in e.left_out.items() if n]
+    return {"data": f"{options.data}: {sizes}", "left out": "; ".join(left_out) or "nothing", "step": step}

@@ -48,11 +48,8 @@ def write_answers(
     The ranks share the work, `slots` answers at once on each, and all get the whole. Temperature 0 takes the likeliest
     token each time. Answer i draws with its own seed, seed + i, so it depends on neither slots nor ranks.
     """
-    stop_ids = [tokenizer.eos_id]
-    requests = [
-        Request(prompt, max_new_tokens, temperature, seed=seed + i, stop_ids=stop_ids)
-        for i, prompt in enumerate(prompts)
-    ]
+    stops = dict(stop_ids=[tokenizer.eos_id])
+    requests = [Request(ids, max_new_tokens, temperature, seed=seed + i, **stops) for i, ids in enumerate(prompts)]
     with unsharded(model), machine.autocast():
         engine = Engine(model, Decoder(model, machine.dtype), slots, tokenizer.vocab_size)
         mine = engine.generate(requests[machine.rank :: machine.world_size])

@@ -108,6 +108,10 @@ def test_pairs_too_long_are_left_out_and_counted(data, length):
     for i in range(0, len(part), 2):
         fits = [np.flatnonzero(part.conversation(i + k)[1])[-1] <= length for k in range(2)]
         kept += [i] if all(fits) else []
+    if not kept:
+        with pytest.raises(ValueError, match=f"no pairs to use: {len(part) // 2} longer than"):
+            selected(part, length)
+        return
     pairs = selected(part, length)
     assert pairs.first.tolist() == kept and [*pairs.left_out.values()] == [len(part) // 2 - len(kept), 0]
     for i in range(pairs.count):
@@ -122,11 +126,13 @@ def test_equal_and_empty_answers_are_no_choice():
     rows += [(rows[0][0], np.zeros(6, bool)), rows[1]]
     fake = TokenSet.__new__(TokenSet)
     fake.ids, fake.mask = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    fake.folder, fake.split = "data", "train"
     fake.offsets = np.cumsum([0, *(len(ids) for ids, _ in rows)])
     pairs = selected(fake, 10)
     assert pairs.first.tolist() == [6] and [*pairs.left_out.values()] == [0, 4]
     assert pairs.sizes.tolist() == [[4, 5]] and pairs.targets.tolist() == [[2, 3]]
-    assert selected(fake, 4).count == 0 and selected(fake, 4).lengths.shape == (0,)
+    with pytest.raises(ValueError, match="no pairs to use: 1 longer than --sequence_length=4, 4 with equal or empty"):
+        selected(fake, 4)
 
 
 # ---- Log-probabilities, losses, gradients
@@ -285,8 +291,8 @@ def test_before_the_first_step_an_example_shows_what_is_compared(base, data, tmp
     chosen, _, rest = rest.partition("+}\n\n{-")
     assert prompt.startswith("<|begin_of_text|>") and prompt.endswith("assistant<|end_header_id|>\n")
     assert chosen.endswith("<|end_of_text|>") and rest.partition("-}")[0].endswith(" not<|end_of_text|>")
-    count = short.left_out["left out, longer than 58 tokens"]
-    assert count and f"{count} training pairs left out, longer than 58 tokens" in out
+    count = short.left_out["longer than --sequence_length=58"]
+    assert count and f"{count} train pairs longer than --sequence_length=58" in out
 
 
 def test_a_model_with_experts_in_bfloat16(data, tmp_path):
@@ -316,7 +322,7 @@ def test_a_model_with_experts_in_bfloat16(data, tmp_path):
 
 BAD = """--init_from=nowhere | no checkpoint folder 'nowhere'
 --data=nowhere | nowhere
---sequence_length=2 | no training pairs left
+--sequence_length=2 | has no pairs to use
 --micro_batch_tokens=100 | micro_batch_tokens=100 is less than one pair
 --batch_size=0 | batch_size=0
 --beta=-1 | beta=-1

@@ -159,7 +159,7 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data, tmp_path):
     problems, options = selected(data, temperature=0.7)
     machine, (model, tokenizer) = Machine("cpu", "float32"), load_model(base)
     prompts, wanted = grpo.read_problems(problems, np.repeat(rows_of_step(0, problems.count, 5, 233), 4))
-    written = write_answers(machine, model, tokenizer, prompts, 6, 8, 0.7, seed=scramble(scramble(233)))
+    written = write_answers(machine, model, tokenizer, prompts, 6, temperature=0.7, seed=scramble(scramble(233)))
     rewards = grpo.judge(written, wanted, tokenizer, options)["reward"]
     above, tokens = grpo.advantages(rewards.reshape(5, 4), False).flatten(), sum(map(len, written))
     assert above.any()
@@ -384,7 +384,7 @@ BAD = """--generations=1 | generations=1 must be a number from 2
 --reward_format=-1 | reward_format=-1
 --reward_answer=0 --reward_format=0 | nothing is rewarded
 --eval_samples=-1 | eval_samples=-1
---max_new_tokens=63 | no training problems left .* with --max_new_tokens=63
+--max_new_tokens=63 | no problems to use: .* with --max_new_tokens=63
 --data=nowhere | nowhere
 --init_from=nowhere | no checkpoint folder 'nowhere'
 --resume | no run to go on with"""

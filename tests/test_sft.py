@@ -95,7 +95,7 @@ def test_targets_are_the_answers_and_their_ends_and_nothing_else(data):
 def test_long_conversations_are_cut_after_an_answer(data, length):
     """Against a walk through every conversation."""
     part = TokenSet(data, "train", "chat")
-    rows, kept, cut = selected(part, length), [], 0
+    kept, cut = [], 0
     for i in range(len(part)):
         ids, mask = part.conversation(i)
         ends = [p for p in range(len(ids)) if mask[p] and (p + 1 == len(ids) or not mask[p + 1])]
@@ -103,6 +103,11 @@ def test_long_conversations_are_cut_after_an_answer(data, length):
         if fitting:
             kept.append((ids[: fitting[-1] + 1].tolist(), mask[: fitting[-1] + 1].tolist()))
             cut += fitting[-1] < ends[-1]
+    if not kept:
+        with pytest.raises(ValueError, match=f"{len(part)} without an answer that ends within"):
+            selected(part, length)
+        return
+    rows = selected(part, length)
     assert [tuple(x.tolist() for x in rows.rows(i)[0]) for i in range(rows.count)] == kept
     assert [*rows.left_out.values()] == [cut, len(part) - len(kept)]
     assert (rows.targets > 0).all() and (rows.lengths <= length).all()
@@ -209,7 +214,7 @@ def test_before_the_first_step_an_example_shows_what_is_learned(base, data, tmp_
     rows = selected(TokenSet(data, "train", "chat"), 50)
     out = capsys.readouterr().out
     for reason, count in rows.left_out.items():
-        assert count and f"{count} training conversations {reason}" in out
+        assert count and f"{count} train conversations {reason}" in out
 
 
 def test_epochs_make_the_steps(base, data, rows, tmp_path):
@@ -279,7 +284,7 @@ def test_the_checkpoint_goes_on_to_the_next_stage_and_to_transformers(base, data
 
 BAD = """--init_from=nowhere | no checkpoint folder 'nowhere'
 --data=nowhere | nowhere
---sequence_length=2 | no training conversations left
+--sequence_length=2 | has no conversations to use
 --micro_batch_tokens=10 | less than one sequence
 --batch_size=0 | batch_size=0
 --epochs=0 | epochs=0
