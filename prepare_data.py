@@ -30,8 +30,7 @@ A SOURCE is one of these; an existing file or folder comes before the other mean
 
 Documents. A row is one document (its --text_column), and so is a .py file, and text up to a --document_separator.
 Without a separator, .txt and .md files are cut into pieces of at most --piece_chars characters: after the last blank
-line in the second half of the piece, else after a line, else after a space. No character is lost. Empty documents are
-left out and counted.
+line in the second half of the piece, else a line, else a space. No text is lost. Empty documents are counted only.
 
 Train or validation? The hash of a document decides (of a row: the hash of the user's first words). So a document stays
 on its side when data is added, and two copies of it are never on both sides.
@@ -50,7 +49,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -111,14 +110,16 @@ class PrepareOptions:
 
 
 class Document(NamedTuple):
-    """A document on its way to the files. A thread adds the last four fields."""
+    """A document on its way to the files. A thread takes the text away and adds the last five fields."""
 
     source: int  # the number of its source
     epoch: int  # how often that source was read before
     text: str
+    characters: int  # of the text, and one
+    size: int = 0  # bytes of text
     is_val: bool = False
     left_out: str = ""  # why it is not to be written
-    sequences: tuple = ()  # (ids, mask): one pair, or a preference's two; the mask of plain text is None
+    sequences: Sequence = ()  # (ids, mask): one pair, or a preference's two; the mask of plain text is None
     answer: bytes = b""  # a problem's line of answers.jsonl
 
 
@@ -146,7 +147,7 @@ class Mixer:
                 for text in source.read(source.parts[part], document):
                     document += 1
                     mix["position"] = [epoch, part, document]
-                    yield Document(i, epoch, text)
+                    yield Document(i, epoch, text, len(text) + 1)
                 document = 0
             if not self.repeat:
                 return
@@ -167,8 +168,8 @@ class Mixer:
             i = min(behind, key=lambda i: expected(i) / self.shares[i])
             if document := next(self.readers[i], None):
                 documents.append(document)
-                size += len(document.text) + 1
-                self.waiting[i] += len(document.text) + 1
+                size += document.characters
+                self.waiting[i] += document.characters
             else:
                 del self.readers[i]
         return documents
@@ -176,8 +177,8 @@ class Mixer:
     def count(self, document: Document) -> bool:
         """Counts a document that has returned from its thread. True if it is to be written."""
         i, is_first = document.source, document.epoch == 0
-        self.waiting[i] -= len(document.text) + 1
-        self.mix[i]["characters"] += len(document.text) + 1
+        self.waiting[i] -= document.characters
+        self.mix[i]["characters"] += document.characters
         if document.left_out:
             self.left_out[document.left_out] = self.left_out.get(document.left_out, 0) + is_first
             return False
@@ -190,14 +191,15 @@ class Mixer:
 
 def encode(tokenizer: Tokenizer, options: PrepareOptions, dtype: np.dtype, document: Document) -> Document:
     """The document with its tokens. Runs in a thread: tiktoken releases Python's lock, and a thread costs no memory."""
-    if not document.text:
+    text, utf8 = document.text, document.text.encode()
+    document = document._replace(text="", size=len(utf8))
+    if not text:
         return document._replace(left_out="empty")
     if options.kind == "text":
-        [ids] = tokenizer.encode_batch([document.text])
+        [ids] = tokenizer.encode_batch([text])
         ids = np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(dtype)
-        is_val = in_validation(document.text.encode(), options.val_fraction)
-        return document._replace(is_val=is_val, sequences=[(ids, None)])
-    row = json.loads(document.text)  # as conversations.document made it
+        return document._replace(is_val=in_validation(utf8, options.val_fraction), sequences=[(ids, None)])
+    row = json.loads(text)  # as conversations.document made it
     if "left_out" in row:
         return document._replace(left_out=row["left_out"])
     is_val = row.get("held_out", in_validation(conversations.key_of(row), options.val_fraction))
@@ -229,7 +231,7 @@ class Writer:
                 self.files[f"{split}.{name}.bin"].write(array)
         if document.answer:
             self.files[f"{split}.answers.jsonl"].write(document.answer)
-        counts["bytes"] += len(document.text.encode())
+        counts["bytes"] += document.size
         counts["documents"] += 1
 
     def commit(self, finished: bool = False) -> None:
@@ -255,7 +257,7 @@ def write_documents(sources: list[Source], options: PrepareOptions, folder: Path
         while (batch := mixer.batch()) or pending:
             if batch:
                 pending.append(pool.submit(list, map(work, batch)))
-                since_commit += sum(len(document.text) + 1 for document in batch)
+                since_commit += sum(document.characters for document in batch)
             keep = 0 if since_commit >= SHARD else AHEAD if batch else len(pending) - 1
             while pending and (len(pending) > keep or sum(mixer.waiting) > AHEAD * BATCH):
                 for document in filter(mixer.count, pending.popleft().result()):

@@ -282,11 +282,13 @@ def optimizer_step(
 # ---- Loss and validation
 
 
-def loss_sum(network: nn.Module, tokens: Tensor, targets: Tensor, machine: Machine) -> Tensor:
+def loss_sum(
+    network: nn.Module, tokens: Tensor, targets: Tensor, machine: Machine, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The sum in nats of the losses of all targets (B, T) that are not -100."""
     with machine.autocast():
         mean = network(*machine.to_device(tokens, targets))[1]
-    return mean * int((targets >= 0).sum())
+    return mean.to(dtype) * int((targets >= 0).sum())
 
 
 @torch.no_grad()
@@ -295,7 +297,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss and bits per byte over the first eval_tokens of the validation text, shared by all ranks. bytes_of:
     token_bytes."""
-    nats_of = lambda tokens, targets: loss_sum(network, tokens, targets, machine).double().item()  # noqa: E731
+
+    def nats_of(tokens: Tensor, targets: Tensor) -> float:
+        return loss_sum(network, tokens, targets, machine, machine.wide_dtype).item()
+
     loss, bits, _ = bits_per_byte(nats_of, data, bytes_of, options.eval_tokens, options.micro_batch_size, machine)
     return dict(val_loss=loss, val_bpb=bits)
 

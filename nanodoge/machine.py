@@ -68,6 +68,11 @@ class Machine:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """In which sums are taken: float64, which MPS has not."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def print(self, *words: Any) -> None:
         if self.is_main:
             tqdm.write(" ".join(map(str, words)))
@@ -85,8 +90,7 @@ class Machine:
 
     def sum(self, values: Iterable[float | Tensor]) -> list:
         """Numbers, or tensors of one shape, each summed over all ranks, as floats or lists. Waits for the device."""
-        exact = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
-        total = torch.stack([torch.as_tensor(value).detach().to(self.device, exact) for value in values])
+        total = torch.stack([torch.as_tensor(value).detach().to(self.device, self.wide_dtype) for value in values])
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()

@@ -360,10 +360,11 @@ def download_rest(url: str, part: Path, quiet: bool) -> None:
     changed since. A server that knows neither also sends everything with 200. So 200 means: start again.
     """
     have = part.stat().st_size if part.exists() else 0
-    version = part.with_name(part.name + ".version")
+    version = part.with_name(part.name + ".version")  # what the server calls the version that `part` begins
     headers = {"Accept-Encoding": "identity"}  # or the length would be that of a compressed stream
     if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": version.read_text(encoding="utf-8") or None}
+        known = version.read_text(encoding="utf-8") if version.exists() else ""
+        headers |= {"Range": f"bytes={have}-", "If-Range": known or None}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         is_rest = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if response.status_code == 416 or (response.status_code == 206 and not is_rest):
