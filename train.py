@@ -43,6 +43,7 @@ from torch import Tensor
 
 from model import Doge, DogeConfig
 from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_run, read_meta
+from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon
 from nanodoge.options import Count, Whole, run_command
@@ -421,12 +422,11 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
 def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: TrainOptions) -> None:
     """Prints what the model writes after the token that begins every document."""
-    generator = torch.Generator(machine.device).manual_seed(options.seed)
-    begin = torch.tensor([[tokenizer.bos_id]], device=machine.device)
-    stop = dict(stop_ids=[tokenizer.eos_id], vocab_size=tokenizer.vocab_size)
+    stop = [tokenizer.eos_id]
+    request = Request([tokenizer.bos_id], options.sample_tokens, 0.7, top_p=0.95, seed=options.seed, stop_ids=stop)
     with machine.autocast():
-        ids = model.eval().generate(begin, options.sample_tokens, 0.7, top_p=0.95, generator=generator, **stop)
-    text = tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eos_id])
+        [ids] = Engine(model.eval(), slots=1, vocab_size=tokenizer.vocab_size).generate([request])
+    text = tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
     machine.print(
         f"\nThe model is in {options.out_dir}. It writes:\n\n{text}\n\nMore: python sample.py {options.out_dir}"
     )
