@@ -412,8 +412,8 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
 def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: TrainOptions) -> None:
     """Prints what the model writes after the token that begins every document."""
-    stop = [tokenizer.eos_id]
-    request = Request([tokenizer.bos_id], options.sample_tokens, 0.7, top_p=0.95, seed=options.seed, stop_ids=stop)
+    settings = dict(temperature=0.7, top_p=0.95, seed=options.seed, stop_ids=[tokenizer.eos_id])
+    request = Request([tokenizer.bos_id], options.sample_tokens, **settings)
     with machine.autocast():
         [ids] = Engine(model.eval(), slots=1, vocab_size=tokenizer.vocab_size).generate([request])
     text = tokenizer.decode(ids, skip_special=True)
