@@ -83,7 +83,7 @@ def test_what_it_writes_equals_the_cpus(experts, dtype):
     prompts, written = [torch.randint(300, (length,)).tolist() for length in (40, 7, 23)], []
     with Toy():
         for model in pair(**(EXPERTS if experts else {})):
-            engine = Engine(model, dtype and Decoder(model, dtype))
+            engine = Engine(model, dtype and Decoder(model, dtype), slots=2)
             ids = model.generate(torch.tensor(prompts[:1], device=engine.device), 8, temperature=0)
             written.append([ids.tolist(), engine.generate([Request(prompt, 8, temperature=0) for prompt in prompts])])
     assert written[0] == written[1]
