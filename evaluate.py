@@ -42,6 +42,7 @@ from nanodoge.data import bits_per_byte, check_tokenizer, token_bytes
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.examples import bucket_by_length
+from nanodoge.losses import rows_at_once
 from nanodoge.machine import Machine
 from nanodoge.options import Count, Range, Whole, check_ranges, one_line, parse_options, run_command
 from nanodoge.tokenizer import Tokenizer
@@ -54,7 +55,6 @@ SUITES = {
     "instruct": "ifeval=0 hellaswag=0 arc_easy=0 arc_challenge=0 piqa=0 mmlu_continuation=0 bbh_fewshot=3",
     "reason": "gsm8k aime24=0 minerva_math500=0 gpqa_diamond_cot_zeroshot=0",
 }
-LOGITS = 2**21  # at once: 8 MB, which fits a CPU's cache; a GPU takes 32 times as many
 ROW = "{:<26}{:>6}{:>11}  {:<28}{:>9}{:>11}{:>9}"  # of the table of scores
 
 
@@ -81,10 +81,10 @@ class EvaluateOptions:
         check_ranges(self)
         asks = bool(self.tasks or self.suite)
         self.bpb = self.bpb or ("" if asks else "data/stories")
-        valid = ["float32", "bfloat16"] if asks else ["float32", "bfloat16", "int8"]
-        if not self.dtype or not set(self.dtype) <= set(valid) or (asks and len(self.dtype) > 1):
-            count = "for tasks one" if asks else "one or more"
-            raise ValueError(f"--dtype={','.join(self.dtype)} must be {count} of {', '.join(valid)}")
+        valid = {"float32", "bfloat16"} if asks else {"float32", "bfloat16", "int8"}
+        if not valid >= set(self.dtype) or len(self.dtype) not in ([1] if asks else [1, 2, 3]):
+            words = "float32 or bfloat16 for tasks" if asks else "one or more of float32, bfloat16, int8"
+            raise ValueError(f"--dtype={','.join(self.dtype)} must be {words}")
         if self.include_path and not Path(self.include_path).is_dir():
             raise ValueError(f"--include_path={self.include_path} is not a folder")
         if self.out and (not asks or Path(self.out).is_dir() or not Path(self.out).absolute().parent.is_dir()):
@@ -149,7 +149,7 @@ def score_answers(model: Doge, contexts: list, rows: list[int], answers: list) -
         states = torch.cat((states, read(model, [answer[:-1] for answer in answers], cache)), dim=1)
     states = torch.cat([row[:length] for row, length in zip(states, lengths, strict=True)])  # (N, C)
     targets = torch.tensor([token for answer in answers for token in answer], device=states.device)
-    size, scores = LOGITS * (1 if states.is_cpu else 32) // len(model.output_weight) + 1, []
+    size, scores = rows_at_once(states, model.output_weight), []
     for x, target in zip(states.split(size), targets.split(size), strict=True):
         logits = F.linear(x, model.output_weight).float()
         own = logits.gather(1, target[:, None])[:, 0]
@@ -242,15 +242,16 @@ def read_gen_kwargs(gen_kwargs: dict[str, Any], max_length: int) -> dict[str, An
     options = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=256)  # hf's number
     new, options["stop"] = options.pop("max_gen_toks"), options.pop("until")
     options["max_new_tokens"] = new if new < max_length else max_length // 2
-    options |= {} if options.pop("do_sample") else {"temperature": 0.0}
+    if not options.pop("do_sample"):
+        options["temperature"] = 0.0
     if unknown := options.keys() - {field.name for field in fields(Request)}:
         raise ValueError(f"generation_kwargs: {', '.join(sorted(unknown))} cannot be used here")
     return options
 
 
 def find_tasks(names: list[str], folder: str = ""):
-    """lm_eval's TaskManager, which knows these tasks. A task file in `folder` goes before lm_eval's own of that name.
-    Raises ValueError for unknown names."""
+    """lm_eval's TaskManager for these tasks. A task file in `folder` is preferred to lm_eval's own of that name. Raises
+    ValueError for unknown names."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
