@@ -60,7 +60,7 @@ def read_object(data: bytes, name: str = "it") -> dict:
             json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON ({one_line(error)})") from None
-    refuse_if(not isinstance(document, dict), f"{name} holds a {type(document).__name__}, where an object was expected")
+    refuse_if(not isinstance(document, dict), f"{name} holds a {type(document).__name__}, not an object")
     return document
 
 
@@ -110,8 +110,8 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
     try:
         model = document["model"]
         kind, normalizer = model.get("type", "BPE"), document.get("normalizer")
-        options = {key: model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")}
         refuse_if(kind != "BPE", f"its model is {kind}, and only byte-level BPE is known here")
+        options = {key: model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")}
         refuse_if(any(options.values()), f"its model has {options}, which tiktoken cannot do")
         refuse_if(normalizer is not None, f"it normalizes text ({normalizer}): some characters would be changed")
 
@@ -125,7 +125,7 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
         added, vocab = document["added_tokens"], model["vocab"]
         special_tokens = {token["content"]: token["id"] for token in added}
         greedy = [token["content"] for token in added if any(map(token.get, ("lstrip", "rstrip", "single_word")))]
-        ranks = {token_bytes(text): i for text, i in vocab.items() if text not in special_tokens}
+        ranks = {bytes_of(text): i for text, i in vocab.items() if text not in special_tokens}
         ids = [*ranks.values(), *special_tokens.values()]
         refuse_if(greedy, f"its added tokens {greedy[:3]} include the blanks around them, or are found as words only")
         refuse_if(not all(type(text) is str and text for text in special_tokens), "an added token is empty or no text")
@@ -134,13 +134,13 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
         moved = [text for text, i in special_tokens.items() if vocab.get(text, i) != i]
         refuse_if(moved, f"its added tokens {moved[:3]} have another id in the vocabulary")
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        check_merges(ranks, [(token_bytes(a), token_bytes(b)) for a, b in pairs], model.get("ignore_merges"))
+        check_merges(ranks, [(bytes_of(a), bytes_of(b)) for a, b in pairs], model.get("ignore_merges"))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"it is not a complete tokenizer.json ({type(error).__name__}: {error})") from None
     return Vocabulary(ranks, special_tokens, pattern)
 
 
-def token_bytes(text: str) -> bytes:
+def bytes_of(text: str) -> bytes:
     """The bytes of a token that is written in the byte-level alphabet."""
     refuse_if(not text or not set(text) <= BYTES.keys(), f"its token {text!r} is not in the byte-level alphabet")
     return bytes(map(BYTES.get, text))
