@@ -196,7 +196,7 @@ def encode(tokenizer: Tokenizer, options: PrepareOptions, dtype: np.dtype, docum
     if not text:
         return document._replace(left_out="empty")
     if options.kind == "text":
-        [ids] = tokenizer.encode_batch([text])
+        ids = tokenizer.encode_to_numpy(text)
         ids = np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(dtype)
         return document._replace(is_val=in_validation(utf8, options.val_fraction), sequences=[(ids, None)])
     row = json.loads(text)  # as conversations.document made it

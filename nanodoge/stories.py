@@ -1,23 +1,17 @@
 """A small made-up world that writes short English stories, so that a first model can be trained without any network.
 
-Why invent text when the world is full of it? Three reasons.
-
 1. *The same bytes everywhere.* Story number i is a pure function of i, on every machine and Python version. So a loss
    printed in the README can be compared with yours, and nothing needs to be downloaded or licensed.
 2. *A small model can learn it.* Eldan & Li, "TinyStories" (2023, arXiv 2305.07759), showed that models of a few million
    parameters write fluent English when the training text keeps to a child's vocabulary. They let a large model write
    the stories; here a grammar does. A cast is drawn (who, where, what, which weather), then one of the plots of
-   stories.txt is told with it. Each step has several wordings and many steps are optional, so stories do not repeat.
+   stories.txt is told with it. The wording is drawn too, so the loss has a floor well above zero for any model.
 3. *Answers can be checked.* Every `Story` carries its facts, each with a question that has exactly one right answer.
    The conversations, preferences and rewards of the later stages are made from them.
 
 **Train and held out.** One in five names, towns, objects, foods and sums is held out: `split="train"` never draws
 these, `split="test"` draws nothing else. A model that answers questions about test stories has learned to read, not to
 remember. Pretraining text, its lessons included, draws on all (`split="all"`), so that the words are known.
-
-**What to expect.** A model of 1 to 2 million parameters learns spelling, grammar and dialogue in a few minutes, then
-to keep names and objects straight. It knows only this world and these plots. The wording is drawn at random, so the
-loss has a floor well above zero, however large the model.
 
 The words and plots are in stories.txt, which begins with how to read and edit them.
 """
@@ -157,25 +151,23 @@ class Story:
 
     def fill(self, template: str) -> str:
         """One random expansion of a template with this story's cast. The facts it tells are added to `told`."""
-        out = []
-        self.write(parse(template), out)
-        return tidy("".join(out))
+        return tidy(self.expand(parse(template)))
 
-    def write(self, alternatives: list, out: list[str]):
-        """Appends the pieces of one random expansion of a parsed template to `out`."""
-        for part in choose(self.random, alternatives) if len(alternatives) > 1 else alternatives[0]:
-            if isinstance(part, list):
-                self.write(part, out)
-            elif part[0] != "{":
-                out.append(part)
-            elif part[1] == "+":
-                self.told.append(part[2:-1])
-            elif part[1:-1] in self.slots:
-                self.write(parse(self.slots[part[1:-1]]), out)
-            else:  # {Thing} is {thing} with a capital
-                place = len(out)
-                self.write([["{" + part[1].lower() + part[2:]]], out)
-                out[place] = out[place][0].upper() + out[place][1:]
+    def expand(self, part: str | list) -> str:
+        """The text of a part of a parsed template: of alternatives one, drawn at random."""
+        if isinstance(part, list):
+            parts = choose(self.random, part) if len(part) > 1 else part[0]
+            return "".join(map(self.expand, parts))
+        if part[0] != "{":
+            return part
+        name = part[1:-1]
+        if name[0] == "+":
+            self.told.append(name[1:])
+            return ""
+        if name in self.slots:
+            return self.expand(parse(self.slots[name]))
+        text = self.expand("{" + name[0].lower() + name[1:] + "}")  # {Thing} is {thing} with a capital
+        return text[0].upper() + text[1:]
 
 
 def documents(count: int, start: int = 0) -> Iterator[str]:

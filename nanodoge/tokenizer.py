@@ -8,20 +8,19 @@ text has a spelling. But the spelling is long: a model would spend its effort on
 
 **Byte-pair encoding (BPE) shortens it.** Count which two neighbours occur most often, say `t` and `h`, and give the
 pair a number of its own. Replace it everywhere. Count again: now perhaps `th` and `e`. After 30,000 rounds the common
-words are one number each and rare ones are a few. Nothing is ever unknown, since the 256 bytes stay. The list of
-merges, in the order they were learned, *is* the tokenizer: to encode a new text, do the same merges in the same order.
-(Gage 1994 invented it to compress files; Sennrich et al. 2016, arXiv:1508.07909, brought it to translation.)
+words are one number each and rare ones are a few. The list of merges, in the order they were learned, *is* the
+tokenizer: to encode a new text, do the same merges in the same order. (Gage 1994 invented it to compress files;
+Sennrich et al. 2016, arXiv:1508.07909, brought it to translation.)
 
 **Words first.** If merges ran across word borders, `dog.`, `dog!` and `dog?` would each cost a number. So PATTERN cuts
 the text into chunks (a word with the space before it, up to three digits, a run of punctuation, ...), and pairs are
-counted inside chunks only. That also makes training fast: a chunk that occurs a million times is one entry.
+counted inside chunks only.
 
 **Special tokens** are numbers that no text can spell: where a document begins and ends, who speaks. What a user types
 is never read as one, or a visitor could end the assistant's turn by typing `<|end_of_text|>`.
 
 Training is `train_bpe`, below, in forty lines. Encoding is left to tiktoken, which does the same merges in Rust. On
-disk a vocabulary is one `tokenizer.json` in Hugging Face's format (tokenizer_json.py): what is trained here opens
-there, and what is published there (Doge's, Llama-3's) opens here, with the same ids for the same text.
+disk a vocabulary is one `tokenizer.json` in Hugging Face's format (tokenizer_json.py).
 """
 
 import codecs
@@ -91,12 +90,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     was pushed is noticed when it is popped, and pushed again. (Counts never rise: a merge makes new pairs only with the
     new token in them, and these are pushed when it is made.)
     """
-    refuse_if(
-        isinstance(texts, str), "train_bpe needs many texts (a list, a file, a generator), not one str: pass [text]"
-    )
+    refuse_if(isinstance(texts, str), "train_bpe needs several texts (a list, a generator), not one str: pass [text]")
     base = len(SPECIAL_TOKENS)
-    valid = f"from {base + 256} ({base} special tokens and 256 bytes) to {2**20}"
-    refuse_if(not base + 256 <= vocab_size <= 2**20, f"vocab_size={vocab_size}: valid is {valid}")
+    if not base + 256 <= vocab_size <= 2**20:
+        valid = f"from {base + 256} ({base} special tokens and 256 bytes) to {2**20}"
+        raise ValueError(f"vocab_size={vocab_size}: valid is {valid}")
     counted = Counter()
     for text in texts:
         counted.update(regex.findall(PATTERN, text))
@@ -120,8 +118,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         tokens.append(b"".join(tokens[ord(half) - base] for half in pair))
         for index in places.pop(pair):
             old, chunks[index] = chunks[index], chunks[index].replace(pair, new)
-            if chunks[index] == old:  # the pair was here once, until another merge took one of its halves
-                continue
             for neighbours in map(add, old, old[1:]):
                 counts[neighbours] -= times[index]
             for neighbours in map(add, chunks[index], chunks[index][1:]):
@@ -168,16 +164,17 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = (self.special_tokens[name] for name in (bos, eos, pad))
         ours = CHAT_TEMPLATE if set(SPECIAL_TOKENS[3:5]) <= self.special_tokens.keys() else ""
         self.chat_template = self.config.get("chat_template") or ours
-        self.split_special = splitter(self.special_tokens)
-        self.split_tags = splitter(set(REASONING_TAGS) & self.special_tokens.keys())
+        # Role of who wrote a text (None: the template) -> splits it at the special tokens that this writer may use.
+        may_use = {None: self.special_tokens, "assistant": set(REASONING_TAGS) & self.special_tokens.keys()}
+        self.split = {role: splitter(may_use.get(role, ())) for role in (None, *ROLES)}
 
     def special_token(self, key: str, *usual: str) -> str:
         """The special token that the config names for `key`, else the first of the usual ones that exists."""
         token = self.config.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         token = next((name for name in usual if name in self.special_tokens), None) if token is None else token
-        unknown = not isinstance(token, str) or token not in self.special_tokens
-        refuse_if(unknown, f"tokenizer_config.json must name one of the special tokens as {key}, not {token!r}")
+        if token not in list(self.special_tokens):  # a list: what a file says may be unhashable
+            raise ValueError(f"tokenizer_config.json must name one of the special tokens as {key}, not {token!r}")
         return token
 
     @classmethod
@@ -220,12 +217,10 @@ class Tokenizer:
         """The ids of ordinary text: no BOS, no EOS, and special tokens written in it are just characters."""
         return [i for part in split_long_whitespace(text) for i in self.local.encoding.encode_ordinary(part)]
 
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """`encode` of every text, as uint32 arrays: a ninth of a list's memory. Several threads may call it at once;
-        tiktoken releases Python's lock."""
-        encode = functools.partial(self.local.encoding.encode_to_numpy, disallowed_special=())
-        parts = (split_long_whitespace(fix_surrogates(text)) for text in texts)
-        return [np.concatenate([encode(part) for part in some]) for some in parts]
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """`encode` as a uint32 array: a ninth of a list's memory, and threads run in parallel, without the GIL."""
+        encode, parts = self.local.encoding.encode_to_numpy, split_long_whitespace(fix_surrogates(text))
+        return np.concatenate([encode(part, disallowed_special=()) for part in parts])
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id; they may be half a character. Raises ValueError for an id that is not there."""
@@ -242,36 +237,29 @@ class Tokenizer:
     def stream(self, skip_special: bool = False) -> Callable[[int | None], str]:
         """A function that takes ids one by one, and None at the end, and returns the text that is complete by then. (A
         character may be several tokens: an emoji is four bytes.)"""
-        hidden = set(self.special_tokens.values()) if skip_special else ()
+        hidden = {None, *(self.special_tokens.values() if skip_special else ())}
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-        def feed(id: int | None) -> str:
-            return decoder.decode(b"" if id is None or id in hidden else self.token_bytes(id), final=id is None)
-
-        return feed
+        return lambda id: decoder.decode(b"" if id in hidden else self.token_bytes(id), final=id is None)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-        """A conversation as (ids, mask), two lists of one length; the mask is 1 for the assistant's tokens, else 0.
+        """(ids, mask) of a conversation in the layout of the chat template.
 
         messages: [{"role": "user", "content": "Hi"}, ...]; other keys are ignored. The ids are those of transformers'
         `apply_chat_template`, except that special tokens in the messages stay plain text. (The assistant may write the
-        reasoning tags.) So there is one BOS, where the template puts it.
+        reasoning tags.)
 
         The mask marks what the model learns to write: the assistant's words and the special token that ends its turn,
         EOS; not the header before them, and not the blank lines after. A token belongs to whoever wrote its first byte:
         one that begins in the header and runs into the answer is not the assistant's, because at generation time the
         header is already there. Raises ValueError for unusable messages and for templates that rewrite them.
         """
-        pieces, answered = [], False  # pieces: (text, is it a special token, is it learned)
+        pieces, is_answer = [], False  # pieces: (text, is it a special token, is it learned)
         for text, role in self.template_parts(messages, add_generation_prompt):
-            if role is None:
-                split = self.split_special(text)  # text, token, text, ..., text
-                learned = 2 if answered and len(split) > 1 else 0  # up to the special token that ends the turn
-            else:
-                split = self.split_tags(text) if role == "assistant" else [text]
-                learned = len(split) if role == "assistant" else 0
+            split = self.split[role](text)  # text, token, text, ..., text
+            end = 2 if is_answer and len(split) > 1 else 0  # after an answer: up to the token that ends the turn
+            is_answer = role == "assistant"
+            learned = len(split) if is_answer else end
             pieces += [(piece, k % 2, int(k < learned)) for k, piece in enumerate(split)]
-            answered = role == "assistant"
         ids, mask = [], []
         for is_special, run in groupby(pieces, key=itemgetter(1)):
             texts, _, learned = zip(*run, strict=True)
@@ -293,10 +281,10 @@ class Tokenizer:
         again with a numbered mark in place of every content, and the marks are then replaced.
         """
         refuse_if(not self.chat_template, "the tokenizer has no chat template: it cannot render a conversation")
-        contents = message_texts(messages)
+        contents, roles = message_texts(messages), [message["role"] for message in messages]
 
         def run(contents: list[str]) -> str:
-            filled = [{"role": m["role"], "content": text} for m, text in zip(messages, contents, strict=True)]
+            filled = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
             values = {"messages": filled, "add_generation_prompt": add_generation_prompt, **self.names}
             try:
                 return compile_template(self.chat_template).render(tools=None, documents=None, **values)
@@ -308,11 +296,11 @@ class Tokenizer:
             trimmed = [*contents[:i], content.strip(), *contents[i + 1 :]]
             if trimmed[i] != content and run(trimmed) == text:
                 contents = trimmed
-        parts = re.split("\0([0-9]+)\0", run([f"\0{i}\0" for i in range(len(contents))]))
-        roles = [messages[int(part)]["role"] if k % 2 else None for k, part in enumerate(parts)]
-        parts[1::2] = [contents[int(part)] for part in parts[1::2]]
-        refuse_if("".join(parts) != text, "the chat template rewrites the messages: who wrote what is lost")
-        return list(zip(parts, roles, strict=True))
+        marked = re.split("\0([0-9]+)\0", run([f"\0{i}\0" for i in range(len(contents))]))
+        parts = [(contents[int(p)], roles[int(p)]) if k % 2 else (p, None) for k, p in enumerate(marked)]
+        if "".join(part for part, _ in parts) != text:
+            raise ValueError("the chat template rewrites the messages: who wrote what is lost")
+        return parts
 
 
 def message_texts(messages: list[dict]) -> list[str]:

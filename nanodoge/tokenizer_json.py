@@ -1,8 +1,8 @@
 """Vocabularies as files: Hugging Face's tokenizer.json, read strictly and written, and tiktoken's encodings by name.
 
-Three things decide how tiktoken encodes (Vocabulary). A tokenizer.json can say much more: normalizers, other kinds of
-models, tokens that include the blanks around them. It is read only if tiktoken and Hugging Face's library give the same
-ids for every text. Any other file is refused with the reason: a model that gets slightly wrong ids gives no error.
+A tokenizer.json can say much more than a Vocabulary: normalizers, other kinds of models, tokens that include the blanks
+around them. It is read only if tiktoken and Hugging Face's library give the same ids for every text. Any other file is
+refused with the reason, because a model that gets slightly wrong ids gives no error.
 """
 
 import functools
@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import regex
@@ -23,13 +24,14 @@ LETTERS = {byte: chr(byte) for byte in PRINTABLE}
 LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
-SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}  # the two steps of a pre_tokenizer that is known
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+# The two steps of the pre_tokenizer that is read and written here.
+SPLIT = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}  # pattern: each file has its own
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 FETCH_SECONDS = 120  # a download fails after so long a silence
 
 
 class Vocabulary(NamedTuple):
-    """What decides the ids of a text."""
+    """What decides the ids that tiktoken gives a text."""
 
     ranks: dict[bytes, int]  # token -> id; a smaller id is an earlier merge
     special_tokens: dict[str, int]  # text -> id
@@ -58,7 +60,7 @@ def read_object(data: bytes, name: str = "it") -> dict:
             json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON ({one_line(error)})") from None
-    refuse_if(not isinstance(document, dict), f"{name} holds a {type(document).__name__}, where an object was expected")
+    refuse_if(not isinstance(document, dict), f"{name} holds a {type(document).__name__}, not an object")
     return document
 
 
@@ -66,14 +68,14 @@ def merges_of(ranks: dict[bytes, int]) -> list[list[bytes]]:
     """For every token of two bytes or more, in the order of ids, the parts that BPE with the tokens before it makes of
     its bytes: the pair that it is merged from, or more than two parts if no merges lead to it."""
     merges = []
-    for token in sorted(ranks, key=ranks.get):
-        parts = [token[i : i + 1] for i in range(len(token))]
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
+        parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
             rank, i = min((ranks.get(a + b, ranks[token]), i) for i, (a, b) in enumerate(pairwise(parts)))
             if rank >= ranks[token]:
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges += [parts] if len(parts) > 1 else []
+        merges.append(parts)
     return merges
 
 
@@ -82,12 +84,10 @@ def write_tokenizer_json(vocabulary: Vocabulary, bos: str) -> bytes:
     ranks, special_tokens, pattern = vocabulary
     spelled = {token: "".join(map(LETTERS.get, token)) for token in ranks}
     ids = special_tokens | {spelled[token]: i for token, i in ranks.items()}
-    vocab = dict(sorted(ids.items(), key=lambda item: item[1]))
-    merges = [f"{spelled[parts[0]]} {spelled[parts[1]]}" for parts in merges_of(ranks) if len(parts) == 2]
+    vocab = dict(sorted(ids.items(), key=itemgetter(1)))
+    merges = [" ".join(map(spelled.get, parts)) for parts in merges_of(ranks) if len(parts) == 2]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": i, "content": name, **flags} for name, i in vocab.items() if name in special_tokens]
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": which, "type_id": i}} for i, which in enumerate("AB"))
     bos_ids = {bos: {"id": bos, "ids": [special_tokens[bos]], "tokens": [bos]}}
@@ -96,9 +96,9 @@ def write_tokenizer_json(vocabulary: Vocabulary, bos: str) -> bytes:
     document = {
         "version": "1.0",
         "added_tokens": added,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": pattern}}, BYTE_LEVEL]},
         "post_processor": {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": bos_ids},
-        "decoder": byte_level,
+        "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges},
     }
     return json.dumps(document, ensure_ascii=False, indent=1).encode()
@@ -110,13 +110,14 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
     try:
         model = document["model"]
         kind, normalizer = model.get("type", "BPE"), document.get("normalizer")
-        options = {key: model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")}
         refuse_if(kind != "BPE", f"its model is {kind}, and only byte-level BPE is known here")
+        options = {key: model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")}
         refuse_if(any(options.values()), f"its model has {options}, which tiktoken cannot do")
         refuse_if(normalizer is not None, f"it normalizes text ({normalizer}): some characters would be changed")
 
         steps = document["pre_tokenizer"].get("pretokenizers", [])
-        known = len(steps) == 2 and SPLIT.items() <= steps[0].items() and BYTE_LEVEL.items() <= steps[1].items()
+        known = len(steps) == 2 and SPLIT.items() <= (steps[0] | {"pattern": None}).items()
+        known = known and BYTE_LEVEL.items() <= (steps[1] | {"trim_offsets": True}).items()  # it changes no ids
         refuse_if(not known, "its pre_tokenizer is not the one known here: Split by a regex, then ByteLevel")
         pattern = steps[0]["pattern"]["Regex"]
         check_pattern(pattern)
@@ -124,24 +125,22 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
         added, vocab = document["added_tokens"], model["vocab"]
         special_tokens = {token["content"]: token["id"] for token in added}
         greedy = [token["content"] for token in added if any(map(token.get, ("lstrip", "rstrip", "single_word")))]
-        ranks = {token_bytes(text): i for text, i in vocab.items() if text not in special_tokens}
+        ranks = {bytes_of(text): i for text, i in vocab.items() if text not in special_tokens}
         ids = [*ranks.values(), *special_tokens.values()]
         refuse_if(greedy, f"its added tokens {greedy[:3]} include the blanks around them, or are found as words only")
-        refuse_if(
-            any(type(text) is not str or not text for text in special_tokens), "an added token is empty or no text"
-        )
+        refuse_if(not all(type(text) is str and text for text in special_tokens), "an added token is empty or no text")
         refuse_if(not all(type(i) is int and 0 <= i < 2**31 for i in ids), "its ids are not all whole numbers from 0")
         refuse_if(len(set(ids)) < len(ids), "two of its tokens share an id")
         moved = [text for text, i in special_tokens.items() if vocab.get(text, i) != i]
         refuse_if(moved, f"its added tokens {moved[:3]} have another id in the vocabulary")
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        check_merges(ranks, [(token_bytes(a), token_bytes(b)) for a, b in pairs], model.get("ignore_merges"))
+        check_merges(ranks, [(bytes_of(a), bytes_of(b)) for a, b in pairs], model.get("ignore_merges"))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"it is not a complete tokenizer.json ({type(error).__name__}: {error})") from None
     return Vocabulary(ranks, special_tokens, pattern)
 
 
-def token_bytes(text: str) -> bytes:
+def bytes_of(text: str) -> bytes:
     """The bytes of a token that is written in the byte-level alphabet."""
     refuse_if(not text or not set(text) <= BYTES.keys(), f"its token {text!r} is not in the byte-level alphabet")
     return bytes(map(BYTES.get, text))

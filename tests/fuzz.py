@@ -239,7 +239,7 @@ def use_tokenizer(argv: list[str]) -> None:
     assert tokenizer.decode(ids) == PROBE, "text is lost"
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     assert all(0 <= i < tokenizer.vocab_size for i in [*ids, *special])
-    assert tokenizer.encode_batch([PROBE])[0].tolist() == ids
+    assert tokenizer.encode_to_numpy(PROBE).tolist() == ids
     tokenizer.save("saved")
     again = Tokenizer.load("saved")
     assert again.digest == tokenizer.digest and again.encode(PROBE) == ids

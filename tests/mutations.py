@@ -40,8 +40,8 @@ MUTATIONS = [
     Mutation(
         "mask: the EOS that ends an answer is not learned",
         "nanodoge/tokenizer.py",
-        "ours = 2 if answered and len(pieces) > 1 else 0",
-        "ours = 0",
+        "end = 2 if is_answer and len(split) > 1 else 0",
+        "end = 0",
         "test_tokenizer.py test_sft.py",
     ),
     Mutation(
@@ -82,8 +82,8 @@ MUTATIONS = [
     Mutation(
         "special tokens: what a user types can be one",
         "nanodoge/tokenizer.py",
-        "self._tags.split(text) if answered else [text]",
-        "self._tags.split(text) if answered else self._specials.split(text)",
+        "splitter(may_use.get(role, ()))",
+        "splitter(may_use.get(role, self.special_tokens))",
         "test_tokenizer.py test_conversations.py",
     ),
     Mutation(

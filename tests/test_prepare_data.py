@@ -215,7 +215,7 @@ def test_mixed_by_token_with_repetition_whatever_the_workers(run, vocabulary, sm
     one = run(*three_sources(), out="one", tokens=tokens, workers=1)
     assert same_bins(one, run(*three_sources(), out="many", tokens=tokens, workers=7))
     meta, train, val = meta_of(one), read_back(one, "train"), read_back(one, "val")
-    counts = [len(ids) + 2 for ids in Tokenizer.load(vocabulary).encode_batch(train)]
+    counts = [len(Tokenizer.load(vocabulary).encode(text)) + 2 for text in train]
     for mix, share in zip(meta["mix"], (0.7, 0.2, 0.1), strict=True):  # filled, and over by less than one document
         assert share * tokens <= mix["tokens"] < share * tokens + max(counts)
         assert tokens < 100_000 or mix["tokens"] / meta["train"]["tokens"] == pytest.approx(share, abs=0.01)

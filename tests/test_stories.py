@@ -32,9 +32,7 @@ def found(words, text, after=""):
 
 def test_same_bytes_on_every_machine():
     """Losses in the README are comparable only while this holds. Whoever rewords the world updates both."""
-    text = "\n\n".join(text_sample()[:1000])
-    assert text.isascii()
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256("\n\n".join(text_sample()[:1000]).encode("ascii")).hexdigest()
     assert digest == "071ffe665a9a7188b8cb9a8b8114545bcfbaef7de698fa1d0ec9d953dd28e2c7"
 
 
@@ -68,9 +66,8 @@ def test_shape():
         title, *paragraphs = text.split("\n\n")
         assert 3 <= len(paragraphs) <= 4 and "\n" not in title
         assert 60 <= len(text.split()) <= 200 and text.endswith(".")
-        for paragraph in paragraphs:
-            assert "\n" not in paragraph and re.search(r'[.!?]"?$', paragraph)
-            assert paragraph.count('"') % 2 == 0
+        for text in paragraphs:
+            assert "\n" not in text and re.search(r'[.!?]"?$', text) and text.count('"') % 2 == 0
 
 
 MISTAKES = {
@@ -96,12 +93,10 @@ def test_english(mistake):
 
 
 def test_articles():
-    for article, words in (
-        ("an", "apple egg inn old umbrella uncle hour honest iron Umberto I"),
-        ("a", "useful user unicorn uniform kite house year Yusuf"),
-    ):
-        for word in words.split():
-            assert stories.tidy(f"a  {word} , and An {word}") == f"{article} {word}, and {article.capitalize()} {word}"
+    for word in "apple egg inn old umbrella uncle hour honest iron Umberto I".split():
+        assert stories.tidy(f"a  {word} , and An {word}") == f"an {word}, and An {word}"
+    for word in "useful user unicorn uniform kite house year Yusuf".split():
+        assert stories.tidy(f"a  {word} , and An {word}") == f"a {word}, and A {word}"
 
 
 def test_templates_hold_together():
@@ -144,17 +139,14 @@ def test_the_text_itself_has_one_answer():
     """Brute force, without trusting the facts: read every value that the text could give for what is asked."""
     lists = lexicon("all")
     materials = sorted({name for row in lists["things"] for name in row[1].split(", ")})
+    before_thing = {"colour": (lists["colours"], r" \w+ "), "material": (materials, " "), "material2": (materials, " ")}
     for tale in some_stories("all"):
         text, facts = tale.body, {fact.kind: fact for fact in tale.facts}
         for kind, words in (("month", lists["months"]), ("food", sorted(lists["foods"], key=len, reverse=True))):
             assert kind not in facts or found(words, text) == {facts[kind].answer}, (kind, text)
         if "day" in facts or "birthday" in facts:
             assert found(lists["days"], text) == {facts.get("day", facts.get("birthday")).answer}
-        for kind, words, between in (
-            ("colour", lists["colours"], r" \w+ "),
-            ("material", materials, " "),
-            ("material2", materials, " "),
-        ):
+        for kind, (words, between) in before_thing.items():
             if kind in facts:
                 assert found(words, text, rf"{between}{facts[kind].subject}\b") == {facts[kind].answer}, text
         children = found(lists["girls"] + lists["boys"], text)
@@ -194,11 +186,10 @@ def test_train_and_held_out_share_nothing():
         assert len(both) == len(set(both)), f"an entry stands twice in {name}"
         assert not set(train) & set(test) and set(train) | set(test) == set(both) and len(test) >= 5
     assert not {row[0] for row in lexicon("train")["things"]} & {row[0] for row in lexicon("test")["things"]}
-    lists = "girls boys surnames towns pet_names".split()
-    names = {split: {name for key in lists for name in lexicon(split)[key]} for split in ("train", "test")}
     for split, other in (("train", "test"), ("test", "train")):
+        names = [name for key in ("girls", "boys", "surnames", "towns", "pet_names") for name in lexicon(other)[key]]
         for tale in some_stories(split):
-            assert not found(sorted(names[other] - names[split]), tale.body), tale.text
+            assert not found(names, tale.body), tale.text
 
 
 def test_pretraining_text_holds_the_words_of_both_splits():

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
@@ -27,6 +27,7 @@ from nanodoge.tokenizer import CHAT_TEMPLATE, PATTERN, SPECIAL_TOKENS, Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 DOGE = Path(__file__).parents[2] / "shared" / "data" / "doge_tokenizer"
+needs_doge = pytest.mark.skipif(not DOGE.exists(), reason="the published Doge tokenizer is not here")
 STDLIB = Path(os.__file__).parent
 TEXTS = [(STDLIB / name).read_text(encoding="utf-8") for name in ("argparse.py", "typing.py", "ast.py", "enum.py")]
 EXOTIC = "Ünïcödé 😀👩‍👩‍👧 e\u0301 العربية 日本語 हिन्दी ﬁ ſ İ\u00a0\u3000\u200b\ufeff"
@@ -62,6 +63,14 @@ def library(folder: Path) -> "tokenizers.Tokenizer":
 
 def library_ids(folder: Path, text: str) -> list[int]:
     return library(folder).encode(text, add_special_tokens=False).ids
+
+
+def user(content: object) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: object) -> dict:
+    return {"role": "assistant", "content": content}
 
 
 def learned(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> str:
@@ -103,15 +112,13 @@ def brute_force(texts: list[str], vocab_size: int) -> dict[bytes, int]:
 REPEATS = "aaaa aaa aa a aaaaaaa abababab babab" + "ab" * 50 + "\n" * 30
 
 
-@pytest.mark.parametrize("text", [TEXTS[3][:6000], REPEATS, EXOTIC * 3])
-def test_training_equals_brute_force(text):
-    assert train_bpe([text], 400).vocabulary.ranks == brute_force([text], 400)
-
-
 @given(st.lists(st.text(alphabet="ab \n", max_size=30), max_size=5))
+@example([TEXTS[3][:6000]])
+@example([REPEATS])
+@example([EXOTIC * 3])
 @quick
-def test_training_equals_brute_force_on_short_alphabets(parts):
-    assert train_bpe(parts, 290).vocabulary.ranks == brute_force(parts, 290)
+def test_training_equals_brute_force(parts):
+    assert train_bpe(parts, 400).vocabulary.ranks == brute_force(parts, 400)
 
 
 def test_training_is_as_good_as_the_libraries(small):
@@ -150,7 +157,7 @@ def test_ids_equal_the_library(small, folder, text):
     assert not set(ids) & set(range(9))  # nothing a user types is a special token
 
 
-@pytest.mark.skipif(not DOGE.exists(), reason="the published Doge tokenizer is not here")
+@needs_doge
 def test_the_published_doge_tokenizer(tmp_path):
     doge = Tokenizer.load(DOGE)
     assert (doge.vocab_size, doge.bos_id, doge.eos_id, doge.pad_id) == (32768, 0, 1, 2)
@@ -173,22 +180,19 @@ def test_the_published_doge_tokenizer(tmp_path):
     assert written["vocab"] == published["vocab"]
 
 
-def test_batch_equals_single(small):
+def test_numpy_ids_equal_the_list(small):
     many = ["", "a", EXOTIC, "half a pair: \ud83d", "<|end_of_text|>", *TEXTS, *TEXTS[0].splitlines()]
-    batch = small.encode_batch(many)
-    assert all(isinstance(ids, np.ndarray) and ids.dtype == np.uint32 for ids in batch)
-    assert [ids.tolist() for ids in batch] == [small.encode(text) for text in many]
-    assert small.encode_batch([]) == []
-    with ThreadPoolExecutor(3) as pool:  # every thread has an encoding of its own
-        for again in pool.map(small.encode_batch, [many] * 6):
-            assert all(map(np.array_equal, again, batch))
+    for _ in range(6):
+        with ThreadPoolExecutor(3) as pool:  # every thread has an encoding of its own
+            for text, ids in zip(many, pool.map(small.encode_to_numpy, many), strict=True):
+                assert ids.dtype == np.uint32 and ids.tolist() == small.encode(text)
 
 
 @pytest.mark.parametrize("text", [" " * 1_100_000, "a" * 1_100_000, "\n" * 499_999 + "x" + " \t" * 500_000])
 def test_a_million_of_the_same_character(small, text):
     """tiktoken's regex engine aborts on a million blanks; one such document must not end a run over a corpus."""
     ids = small.encode(f"x{text}y")
-    assert small.decode(ids) == f"x{text}y" and small.encode_batch([f"x{text}y"])[0].tolist() == ids
+    assert small.decode(ids) == f"x{text}y" and small.encode_to_numpy(f"x{text}y").tolist() == ids
 
 
 @given(st.text(alphabet="a \n\u3000", max_size=60), st.integers(1, 8))
@@ -220,17 +224,13 @@ def test_cutting_long_whitespace_is_linear():
 @quick
 def test_stream_prints_what_decode_prints(small, parts):
     ids = [9 + byte for part in parts for byte in part]
-    feed = small.stream()
-    pieces = [feed(i) for i in ids]
-    assert "".join(pieces) + feed(None) == small.decode(ids)
+    assert "".join(map(small.stream(), [*ids, None])) == small.decode(ids)
 
 
 def test_stream_never_prints_half_a_character(small):
     ids = [9 + byte for byte in (EXOTIC + "🙂").encode()]
-    feed = small.stream()
-    pieces = [feed(i) for i in ids]
-    assert "\ufffd" not in "".join(pieces) and feed(None) == ""
-    assert all(len(piece) <= 1 for piece in pieces) and "".join(pieces) == EXOTIC + "🙂"
+    pieces = list(map(small.stream(), [*ids, None]))
+    assert all(len(piece) <= 1 for piece in pieces) and "".join(pieces) == EXOTIC + "🙂" and pieces[-1] == ""
     feed = small.stream(skip_special=True)
     assert [feed(i) for i in (small.bos_id, ids[0], small.eos_id, ids[1])] == ["", "", "", "Ü"]
     feed(9 + 0xF0)
@@ -247,10 +247,10 @@ def test_decode_equals_the_library(small, folder, ids):
     assert small.decode(np.array(ids, dtype=np.uint32)) == small.decode(ids)
 
 
-def test_ids_that_are_not_there(small):
-    for bad in (1000, -1, 2**40):
-        refused(lambda bad=bad: small.decode([5, bad]), str(bad), "1000")
-        refused(lambda bad=bad: small.stream()(bad), str(bad), "1000")
+@pytest.mark.parametrize("bad", [1000, -1, 2**40])
+def test_ids_that_are_not_there(small, bad):
+    refused(lambda: small.decode([5, bad]), str(bad), "1000")
+    refused(lambda: small.stream()(bad), str(bad), "1000")
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -285,9 +285,13 @@ def test_a_failed_save_leaves_the_old_files(small, tmp_path, monkeypatch, where,
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def open_automatically(folder: Path):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def auto(folder):
-    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    return open_automatically(folder)
 
 
 def test_transformers_opens_what_we_save(small, auto):
@@ -352,7 +356,7 @@ def test_of_two_special_tokens_the_longer(folder, tmp_path):
     document["added_tokens"].append({**document["added_tokens"][0], "id": 1000, "content": "<|pad|>ding"})
     ours, other = load(document, tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ours.chat_template = "<|pad|>ding <|pad|>din {{ messages[0]['content'] }}"
-    ids, _ = ours.render([{"role": "user", "content": "x"}])
+    ids, _ = ours.render([user("x")])
     assert ids == other.encode("<|pad|>ding <|pad|>din x", add_special_tokens=False).ids and ids[0] == 1000
 
 
@@ -410,6 +414,7 @@ DAMAGE = [
     (MERGES, another_pair, "merges"),
     (("model", "vocab", "B"), 9 + 67, "share"),
     (("model", "vocab", "A"), -3, "whole numbers"),
+    (("added_tokens", 1, "content"), "", "empty"),
     (("model", "vocab", "A"), "7", "whole numbers"),
     (("model", "vocab", "▁the"), 5000, "▁the"),  # as sentencepiece writes it
     (("added_tokens", 0, "lstrip"), True, "blanks"),
@@ -471,7 +476,7 @@ def test_the_config_beside_it(folder, tmp_path):
     refused(lambda: with_config(chat_template=several), "tokenizer_config.json", "chat templates")
     assert with_config(eos_token={"content": "<|end_of_thought|>"}).eos_id == 6
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
-    assert Tokenizer.load(tmp_path).render([{"role": "user", "content": "x"}])[0][0] == 0
+    assert Tokenizer.load(tmp_path).render([user("x")])[0][0] == 0
 
 
 # ------------------------------------------------------------------------------------------------ tiktoken's encodings
@@ -502,7 +507,7 @@ def test_tiktoken_encodings_survive_saving(no_download, name, tmp_path):
     for text in ["a \n\n b  \n", "1234567 12", "x   \n   \n", "tail   ", *TEXTS]:
         same(text)
     given(texts)(quick(same))()
-    refused(lambda: ours.render([{"role": "user", "content": "Hi"}]), "chat template")
+    refused(lambda: ours.render([user("Hi")]), "chat template")
 
 
 def test_a_folder_wins_over_a_tiktoken_name(small, tmp_path, monkeypatch):
@@ -517,12 +522,10 @@ def test_a_folder_wins_over_a_tiktoken_name(small, tmp_path, monkeypatch):
 def test_offline(tmp_path, monkeypatch):
     """Nobody listens: a line, at once. Somebody listens and says nothing: a line after the time is up, not a hang."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
-        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for name, value in {"NO_PROXY": "", "no_proxy": "", "HTTPS_PROXY": proxy, "https_proxy": proxy}.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setattr(tokenizer_json, "FETCH_SECONDS", 0.3)
         refused(lambda: Tokenizer.load("gpt2"), "cannot fetch the tiktoken encoding 'gpt2'", "timed out", "once")
     monkeypatch.setattr(tokenizer_json, "FETCH_SECONDS", 20)
@@ -544,16 +547,21 @@ TWICE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{{ 
 TEMPLATES = [CHAT_TEMPLATE, UNTRIMMED, ONE_TRIMMED, PLAIN, TWICE]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", [*TEMPLATES, pytest.param(None, marks=needs_doge)])
 def test_chats_equal_transformers(folder, auto, template):
-    ours = Tokenizer.load(folder)
-    ours.chat_template = template
+    """Our own vocabulary with the templates; and, for None, the published one with its own."""
+    ours = Tokenizer.load(folder if template else DOGE)
+    theirs = auto if template else open_automatically(DOGE)
+    ours.chat_template = template or ours.chat_template
 
     def same(messages, prompt):
         ids, mask = ours.render(messages, add_generation_prompt=prompt)
         options = {"chat_template": template, "add_generation_prompt": prompt}
-        assert ids == auto.apply_chat_template(messages, **options)["input_ids"]
+        assert ids == theirs.apply_chat_template(messages, **options)["input_ids"]
         assert len(mask) == len(ids) and set(mask) <= {0, 1}
+        if not template:
+            assert learned(ours, ids, mask) == answers(messages)
+            assert ids.count(ours.bos_id) == 1 and ids[0] == ours.bos_id
 
     given(chats, st.booleans())(quick(same))()
 
@@ -575,23 +583,9 @@ def test_mask_equals_transformers(small, auto, messages):
     assert learned(small, ids, mask) == answers(messages)
 
 
-@pytest.mark.skipif(not DOGE.exists(), reason="the published Doge tokenizer is not here")
-def test_chats_of_the_published_doge_tokenizer():
-    doge = Tokenizer.load(DOGE)
-    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(DOGE)
-
-    def same(messages, prompt):
-        ids, mask = doge.render(messages, add_generation_prompt=prompt)
-        assert ids == theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
-        assert learned(doge, ids, mask) == answers(messages)
-        assert ids.count(doge.bos_id) == 1 and ids[0] == doge.bos_id
-
-    given(chats, st.booleans())(quick(same))()
-
-
 def test_one_bos_one_eos_a_turn(small):
     """Peers doubled the first and never learned the second."""
-    messages = [{"role": "user", "content": "Hi <|begin_of_text|>"}, {"role": "assistant", "content": "Hello."}]
+    messages = [user("Hi <|begin_of_text|>"), assistant("Hello.")]
     ids, mask = small.render(messages)
     assert ids.count(small.bos_id) == 1 and ids[0] == small.bos_id
     assert ids.count(small.eos_id) == 2
@@ -606,7 +600,7 @@ def test_one_bos_one_eos_a_turn(small):
 @quick
 def test_what_users_type_is_text(small, parts):
     content = "".join(parts)
-    ids, mask = small.render([{"role": "user", "content": content}, {"role": "system", "content": content}])
+    ids, mask = small.render([user(content), {"role": "system", "content": content}])
     assert not any(mask)
     assert [i for i in ids if i < 9] == [0, 3, 4, 1, 3, 4, 1]
     said = content.strip() + "<|end_of_text|>\n\n"
@@ -616,7 +610,7 @@ def test_what_users_type_is_text(small, parts):
 
 def test_the_assistant_may_reason_but_not_forge_turns(small):
     content = "<|begin_of_thought|>2+2<|end_of_thought|><|begin_of_solution|>4<|end_of_solution|><|end_of_text|>"
-    ids, mask = small.render([{"role": "assistant", "content": content}])
+    ids, mask = small.render([assistant(content)])
     special = [id for id, on in zip(ids, mask, strict=True) if on and id < 9]
     assert special == [5, 6, 7, 8, 1]  # the EOS is the template's; the one in the text is text
     assert learned(small, ids, mask) == content + "<|end_of_text|>"
@@ -625,27 +619,24 @@ def test_the_assistant_may_reason_but_not_forge_turns(small):
 def test_a_token_belongs_to_whoever_wrote_its_first_byte(folder, auto):
     ours = Tokenizer.load(folder)
     ours.chat_template = UNTRIMMED
-    ids, mask = ours.render([{"role": "assistant", "content": "\nx = 1\n"}])
+    ids, mask = ours.render([assistant("\nx = 1\n")])
     pieces = [(ours.decode([i]), on) for i, on in zip(ids, mask, strict=True)]
     assert pieces[pieces.index(("<|end_header_id|>", 0)) + 1] == ("\n\n", 0)  # begins in the header
     assert pieces[-3:-1] == [("\n\n", 1), ("<|end_of_text|>", 1)]  # begins in the answer
     ours.chat_template = PLAIN  # no special token ends the turn: the words alone
-    ids, mask = ours.render([{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}])
+    ids, mask = ours.render([assistant("x"), user("y")])
     assert learned(ours, ids, mask) == "x"
 
 
 def test_messages_as_apis_send_them(small):
     parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "you"}]
-    plain = small.render([{"role": "user", "content": "Hello you"}])
-    assert small.render([{"role": "user", "content": parts}]) == plain
-    assert small.render([{"role": "user", "content": "Hello you", "name": "Ann", "tool_calls": None}]) == plain
-    ids, mask = small.render([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])
+    plain = small.render([user("Hello you")])
+    assert (
+        small.render([user(parts)]) == small.render([user("Hello you") | {"name": "Ann", "tool_calls": None}]) == plain
+    )
+    ids, mask = small.render([user(""), assistant("")])
     assert learned(small, ids, mask) == "<|end_of_text|>" and sum(mask) == 1
-    small.render([{"role": "user", "content": "half a pair \ud83d"}])
-
-
-def user(content: object) -> dict:
-    return {"role": "user", "content": content}
+    small.render([user("half a pair \ud83d")])
 
 
 NO_MESSAGES = [([], "not empty"), ("Hi", "not empty"), (None, "not empty"), (["Hi"], "message 0")]
