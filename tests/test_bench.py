@@ -12,7 +12,7 @@ from helpers import STARTED
 
 import bench
 from model import Doge, DogeConfig
-from nanodoge import measure
+from nanodoge import engine, measure
 from nanodoge.options import HERE, parse_options
 
 SHAPE = dict(
@@ -56,13 +56,8 @@ def case(*argv, dtype="float32", length=0, config=None):
     return bench.Case("decode", "a case", options, "small", config or DogeConfig(**SHAPE), dtype, length)
 
 
-PEERS = {
-    "decode": ["eager", "sdpa"],
-    "train": ["eager", "sdpa", "eager autocast", "sdpa autocast", "eager bfloat16 weights", "sdpa bfloat16 weights"],
-    "prefill": ["eager", "sdpa"],
-    "attention": ["dense causal"],
-    "moe": ["DogeCDMoE"],
-}
+PEERS = dict.fromkeys(["decode", "train", "prefill"], ["eager {}", "sdpa {}"])
+PEERS |= dict(attention=["dense causal"], moe=["DogeCDMoE"])
 
 
 @pytest.mark.parametrize("what", PEERS)
@@ -74,7 +69,7 @@ def test_ours_and_the_peer_give_a_row(what, shape, tmp_path, capsys, quick):
     parts = ["layer", "experts"] if what == "moe" else [""]
     assert [row["dtype"] for row in rows] == [dtype for dtype in ("float32", "bfloat16") for _ in parts]
     for part, row in zip(parts * 2, rows, strict=True):
-        assert list(row) == bench.COLUMNS + measure.CONDITIONS
+        assert list(row) == [*bench.COLUMNS, *measure.conditions()]
         number = {key: float(row[key]) for key in row if key == "seconds" or key.startswith(("peer_s", "sp"))}
         assert all(value > 0 for value in number.values()) and part in row["name"]
         assert number["speedup_min"] <= number["speedup"] <= number["speedup_max"]
@@ -84,7 +79,8 @@ def test_ours_and_the_peer_give_a_row(what, shape, tmp_path, capsys, quick):
         if what in ("decode", "train", "prefill"):
             assert float(row["share"]) == pytest.approx(float(row["reached"]) / 1e9, rel=1e-4)
         assert row["torch"] == torch.__version__ and row["cpu"] and row["date"] and row["transformers"]
-        assert row["peer"] in PEERS[what] and float(row["extra_mb"]) == float(row["peer_extra_mb"]) == 3
+        assert row["peer"] in [peer.format(row["dtype"]) for peer in PEERS[what]]
+        assert float(row["extra_mb"]) == float(row["peer_extra_mb"]) == 3
         assert row["name"] in printed and row["peer"] in printed and str(tmp_path) not in row["name"]
 
 
@@ -98,13 +94,11 @@ def test_a_long_text_is_read_once_and_gone_on_with(shape, tmp_path, capsys, quic
 
 
 def test_both_can_draw_their_tokens(shape, tmp_path, capsys, quick, monkeypatch):
-    drawn, draw = [], bench.choose
-    monkeypatch.setattr(
-        bench, "choose", lambda logits, temperature: drawn.append(temperature) or draw(logits, temperature)
-    )
+    drawn, sample = [], engine.sample
+    monkeypatch.setattr(engine, "sample", lambda *args: drawn.append(float(args[2])) or sample(*args))
     [row], _ = table(tmp_path, capsys, "decode", "--peer", shape, "--new_tokens=3", "--temperature=0.7", "--dtype=int8")
-    assert row["name"] == "decode small int8 decoder drawn 1x32+3" and set(drawn) == {0.7} and len(drawn) == 9
-    assert row["peer"].split()[1] in ("float32", "bfloat16")
+    assert row["name"] == "decode small int8 decoder drawn 1x32+3" and len(drawn) == 9
+    assert drawn == pytest.approx([0.7] * 9) and row["peer"].split()[1] in ("float32", "bfloat16")
 
 
 def test_texts_and_files(tmp_path, capsys, quick, monkeypatch):
@@ -135,11 +129,11 @@ def test_a_process_that_dies_is_one_line(monkeypatch):
 
 def test_the_peer_is_ours_with_the_same_weights():
     seen = []
-    one = case(length=12)
-    peers = bench.make_peers(one, {"": "float32"}, lambda peer: seen.append(peer) or (lambda: None))
+    one = case(length=12)._replace(peer=True)
+    peers = bench.peer_steps(one, lambda peer: seen.append(peer) or (lambda: None))
     model, tokens = bench.make_model(one)
     torch.testing.assert_close(model(tokens)[0], seen[0](tokens).logits, atol=1e-4, rtol=0)
-    assert set(peers) == {"eager", "sdpa"}
+    assert set(peers) == {"eager float32", "sdpa float32"}
 
 
 def test_flop_are_counted_as_by_hand():
@@ -173,7 +167,7 @@ def test_rows_are_appended_and_a_file_of_other_columns_is_left_alone(shape, tmp_
         bench.main([*argv, f"--csv={other}"])
     assert other.read_text() == "step,loss\n1,2\n"
     header = (HERE / "results" / "bench.csv").read_text().partition("\n")[0]
-    assert header == ",".join(bench.COLUMNS + measure.CONDITIONS)  # which the README's rows are in
+    assert header == ",".join([*bench.COLUMNS, *measure.conditions()])  # which the README's rows are in
 
 
 def test_a_case_is_named_after_its_options_and_has_the_shape_of_its_recipe():
