@@ -231,8 +231,8 @@ def token_losses(logp: Tensor, batch: Batch, options: GrpoOptions) -> tuple[Tens
     losses, clipped = clipped_losses(logp, batch.old, batch.advantages, options.clip_low, options.clip_high)
     columns = dict(entropy=-batch.old, clipped=clipped)
     if batch.start is not None:
-        columns["kl"] = divergence(logp, batch.start)
-        losses = losses + options.kl * columns["kl"]
+        k3 = divergence(logp, batch.start)
+        losses, columns["kl"] = losses + options.kl * k3, k3.detach()
     return losses, columns
 
 

@@ -11,8 +11,7 @@ mean loss and its gradient, move the weights a little against it. The rest of th
 
 Data order. An epoch visits every sequence once, in an order that is a pure function of (seed, epoch). So the sequences
 of step n are known without having run the steps before, and a run that was killed continues with exactly what it would
-have read. On a CPU it ends at the same weights to the last bit. (With --compile=on it did so wherever it was tried; no
-one promises it across torch versions, nor on a GPU.)
+have read. On a CPU it ends at the same weights to the last bit (nobody promises that on a GPU or with another torch).
 
 Schedule. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
 et al. 2024, arXiv 2405.18392). Unlike a cosine it does not need to know the end beforehand. The weights just before the
@@ -42,14 +41,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Doge, DogeConfig
-from nanodoge.checkpoint import (
-    checkpoint_file,
-    load_config,
-    load_model,
-    load_optimizer_state,
-    load_training_state,
-    locate,
-)
+from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
 from nanodoge.data import bits_per_byte, check_tokenizer, load_tokenizer, read_meta, token_bytes
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine, full_tensor, shard, unsharded
@@ -163,9 +155,8 @@ def prepare_if_built_in(options: RunOptions, machine: Machine, kind: str = "text
     """Makes options.data if it is a built-in folder that is not there: for tuning with the tokenizer of its model."""
     tokenizer = ""
     if kind != "text":
-        folder = options.out_dir if options.resume else options.init_from
-        load_config(folder)  # if there is no checkpoint, this says so
-        tokenizer = str(checkpoint_file(locate(folder), "tokenizer.json"))
+        tokenizer = options.out_dir if options.resume else options.init_from
+        load_config(tokenizer)  # if there is no checkpoint, this says so
     if machine.is_main:
         from prepare_data import prepare_built_in
 
@@ -390,6 +381,7 @@ def train(options: TrainOptions, machine: Machine) -> None:
         run.restore(state)
     elif state:
         load_optimizer_state(optimizers, run.names, state["optimizer"])
+    schedule = options.max_steps, options.warmup_steps, options.decay_steps, options.decay
     common = common_tokens(data.read(0, 10_000_000), tokenizer.vocab_size) if options.copy_steps else None
 
     def batch(rows: list[int], copying: bool) -> tuple[Tensor, Tensor]:
@@ -398,9 +390,7 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
     with run:
         for step in run.steps():
-            lr = options.learning_rate * wsd(
-                step, options.max_steps, options.warmup_steps, options.decay_steps, options.decay
-            )
+            lr = options.learning_rate * wsd(step, *schedule)
             rows = rows_of_step(step, data.count, options.batch_tokens // T, options.seed)
             micro_batches = [rows[i : i + B] for i in range(0, len(rows), B)]  # of all ranks
             copying, count = is_copy_step(step, options.copy_steps, options.seed), options.batch_tokens
@@ -422,14 +412,13 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
 def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: TrainOptions) -> None:
     """Prints what the model writes after the token that begins every document."""
-    stop = [tokenizer.eos_id]
-    request = Request([tokenizer.bos_id], options.sample_tokens, 0.7, top_p=0.95, seed=options.seed, stop_ids=stop)
+    settings = dict(temperature=0.7, top_p=0.95, seed=options.seed, stop_ids=[tokenizer.eos_id])
+    request = Request([tokenizer.bos_id], options.sample_tokens, **settings)
     with machine.autocast():
         [ids] = Engine(model.eval(), slots=1, vocab_size=tokenizer.vocab_size).generate([request])
     text = tokenizer.decode(ids, skip_special=True)
-    machine.print(
-        f"\nThe model is in {options.out_dir}. It writes:\n\n{text}\n\nMore: python sample.py {options.out_dir}"
-    )
+    machine.print(f"\nThe model is in {options.out_dir}. It writes:\n\n{text}\n")
+    machine.print(f"More: python sample.py {options.out_dir}")
 
 
 # What a resumed run may change: its cost, where and how often it reports, and when it ends. The rest makes it another.

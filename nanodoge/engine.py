@@ -157,9 +157,10 @@ class Sampler:
         self.temperature, self.penalty = column("temperature", 0), column("repetition_penalty", 1)
         self.cuts = column("top_k", 0), column("top_p", 1), column("min_p", 0)
         if self.penalty is not None:
-            self.seen = torch.zeros(len(requests), vocab_size, dtype=torch.bool, device=device)
+            seen = torch.zeros(len(requests), vocab_size, dtype=torch.bool)
             for row, request in enumerate(requests):
-                self.seen[row, [id for id in request.prompt + request.tokens if id < vocab_size]] = True
+                seen[row, [id for id in request.prompt + request.tokens if id < vocab_size]] = True
+            self.seen = seen.to(device)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits (B, V) -> tokens (B,) int64 below vocab_size. If none is greedy, takes a random number per request."""

@@ -22,7 +22,7 @@ from model import Doge, DogeConfig
 from nanodoge import tokenizer
 from nanodoge.checkpoint import save_checkpoint
 from nanodoge.options import run_command
-from nanodoge.run import Run
+from nanodoge.run import Run, read_log
 
 TINY = """--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2
     --max_position_embeddings=16 --micro_batch_size=2 --batch_tokens=64 --max_steps=12 --warmup_steps=2
@@ -182,3 +182,14 @@ def command(main, argv, processes=1, timeout=120):
             process.join()
         out, err = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
     return SimpleNamespace(returncode=next((p.exitcode for p in started if p.exitcode), 0), stdout=out, stderr=err)
+
+
+def tune(main, base, data, out, *options, processes=1):
+    """Runs a tuning stage from the checkpoint `base` on the folder `data`, and returns the rows of its log.csv."""
+    argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options]
+    if processes > 1:
+        done = command(main, argv, processes)
+        assert done.returncode == 0, done.stderr
+    else:
+        main(argv)
+    return read_log(out / "log.csv")

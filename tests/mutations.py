@@ -89,8 +89,8 @@ MUTATIONS = [
     Mutation(
         "loss: a mean of the micro-batches' means",
         "sft.py",
-        "loss_sum(train_rows, rows[group], network) / targets",
-        "loss_sum(train_rows, rows[group], network) / int(train_rows.targets[rows[group]].sum()) / len(groups)",
+        "loss_sum(network, *data.batch(group), machine) / targets",
+        "loss_sum(network, *data.batch(group), machine) / int(data.targets[group].sum()) / len(groups)",
         "test_sft.py",
     ),
     Mutation(

@@ -14,10 +14,12 @@ import train
 from model import Doge, DogeConfig
 from nanodoge.checkpoint import load_model
 from nanodoge.decode import Decoder
+from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.run import Run, read_log
 
 pytestmark = pytest.mark.skipif(not POSSIBLE, reason="this torch can have no device made in Python")
+UNLOCKED = (Engine, "step"), (Engine, "cancel"), (Decoder, "__call__")  # what generation computes
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, keep_window_size=16)
 
 
@@ -70,16 +72,15 @@ def test_a_step_equals_the_processors_and_does_not_wait(experts, length, monkeyp
 @pytest.mark.parametrize("experts, dtype", [(False, None), (True, None), (False, torch.bfloat16), (True, torch.int8)])
 def test_what_it_writes_equals_the_processors(experts, dtype, monkeypatch):
     """Prompts of different lengths, beyond the window; by the model itself and by a Decoder."""
-    prompts, lengths = torch.randint(300, (3, 40)), torch.tensor([40, 7, 23])
+    prompts, lengths = torch.randint(300, (3, 40)), [40, 7, 23]
     options = dict(is_moe=True, num_experts=64, num_experts_per_tok=4) if experts else {}
-    with Toy(), without_inference_mode(monkeypatch, (Doge, "stream"), (Decoder, "__call__")):
+    with Toy(), without_inference_mode(monkeypatch, *UNLOCKED):
         written = []
         for model in pair(**options):
-            device = model.norm.weight.device
             decoder = dtype and Decoder(model, dtype)
-            ids = model.generate(prompts.to(device), 8, temperature=0, lengths=lengths.to(device), decoder=decoder)
-            written.append(inside(ids))
-        assert torch.equal(*written)
+            requests = [Request(row[:n], 8, temperature=0) for row, n in zip(prompts.tolist(), lengths, strict=True)]
+            written.append(Engine(model, decoder, slots=2).generate(requests))
+        assert written[0] == written[1]
 
 
 class Away(Machine):
@@ -116,7 +117,7 @@ def test_a_stage_equals_the_processors_and_waits_only_to_log(stage, kind, option
 
     stage.main([*arguments, f"--out_dir={tmp_path / 'here'}"])
     waited = {}
-    with Toy() as toy, without_inference_mode(monkeypatch, (Doge, "stream"), (Decoder, "__call__")):
+    with Toy() as toy, without_inference_mode(monkeypatch, *UNLOCKED):
         end_step = Run.end_step
 
         def watched(run, **names):
@@ -149,7 +150,7 @@ def test_samples_and_scores_equal_the_processors(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out, [bits[0], *(score for score, _ in evaluate.log_likelihoods(model, pairs))]
 
     text, numbers = outputs(model)
-    unlocked = (Doge, "stream"), (Decoder, "__call__"), (evaluate, "nats"), (evaluate, "log_likelihoods")
+    unlocked = *UNLOCKED, (evaluate, "nats"), (evaluate, "log_likelihoods")
     with Toy(), without_inference_mode(monkeypatch, *unlocked):
         monkeypatch.setattr("sample.Machine", Away)
         same_text, same_numbers = outputs(model.to(NAME))

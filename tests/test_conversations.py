@@ -359,7 +359,7 @@ def test_built_in_answers_are_right():
     for i in range(400):
         chat = stories.conversation(i, "train")["messages"]
         assert [m["role"] for m in chat] == ["user", "assistant"] * (len(chat) // 2) and 2 <= len(chat) <= 6
-        facts = stories.story(stories.CHAT_SEED + i, "train", paragraphs=1).facts
+        facts = stories.Story(stories.CHAT_SEED + i, "train", paragraphs=1).facts
         right = {fact.say() for fact in facts if fact.answer in chat[0]["content"]}  # the passage says so
         assert all(m["content"] in right for m in chat[1::2])
         pair = stories.preference(i, "test")

@@ -435,7 +435,7 @@ def test_every_stage_takes_a_name_on_the_hub(hub, tmp_path, words, capsys):
     data_and_model = f"--data={data} --init_from={name} --out_dir=run --max_steps=4 --warmup_steps=0 --batch_tokens=128"
     train.main([*options, *data_and_model.split()])
     sft.main([*TUNE, f"--data={chats}", f"--init_from={name}", "--out_dir=chat", "--max_steps=1"])
-    assert capsys.readouterr().out.count(f"from {name}") == 1
+    assert capsys.readouterr().out.count(f"from {name}") == 2  # train.py and sft.py
     assert sum(path.endswith("revision/main") for path in hub.asked) <= 2  # one download for all of them
     # and what the stages wrote opens in transformers as it lies
     for folder in ("run", "chat"):
@@ -644,7 +644,7 @@ def test_a_classifier_is_no_language_model_and_labels_are_checked(classifier, tm
     for rows, labels, message in [
         ([dict(text="x", label=3)], ["0", "1"], "label '3' is not one of --labels=0,1$"),
         ([dict(text="x")], ["0", "1"], "needed is one of text, label$"),
-        ([dict(text="x", label=0)], ["0"], "--labels=0: --kind=labels, and no other, needs two or more"),
+        ([dict(text="x", label=0)], ["0"], "--labels=0: --kind=labels, and no other, needs two different names"),
         ([dict(text="x", label=0)], [], "--labels=: --kind=labels"),
     ]:
         with pytest.raises(ValueError, match=message):

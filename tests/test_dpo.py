@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    TUNE,
     assert_close_logs,
     assert_refused,
     assert_same_weights,
-    command,
     gradients_seen,
     make_checkpoint,
     make_set,
     rows_of,
     steady,
     stopped_after,
+    tune,
 )
 from transformers import AutoModelForCausalLM
 
@@ -66,9 +65,8 @@ def selected(token_set, length=64):
     return dpo.select(token_set, dpo.DpoOptions(sequence_length=length))
 
 
-def run(base, data, out, *options):
-    dpo.main([*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options])
-    return read_log(out / "log.csv")
+def run(base, data, out, *options, **processes):
+    return tune(dpo.main, base, data, out, *options, **processes)
 
 
 def float64(folder):
@@ -277,11 +275,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, pairs,
 
 def test_two_processes_equal_one(base, data, tmp_path):
     alone = run(base, data, tmp_path / "one", "--max_steps=4")
-    argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--max_steps=4"]
-    done = command(dpo.main, argv, processes=2)
-    assert done.returncode == 0, done.stderr
     names = "loss grad_norm accuracy margin chosen_reward rejected_reward kl val_loss val_accuracy val_chosen_logp"
-    assert_close_logs(alone, read_log(tmp_path / "two" / "log.csv"), names.split(), 1e-4)
+    assert_close_logs(alone, run(base, data, tmp_path / "two", "--max_steps=4", processes=2), names.split(), 1e-4)
 
 
 def test_before_the_first_step_an_example_shows_what_is_compared(base, data, tmp_path, capsys):

@@ -1,12 +1,38 @@
-"""nanodoge/engine.py: how a token is drawn."""
+"""nanodoge/engine.py: how a token is drawn; that a request's text is what model.generate defines, whoever shares the
+batch; what a slot costs and when it is free."""
+
+import itertools
+import math
+import types
 
 import pytest
 import torch
 from test_model import SMALL, distinct_tokens, randomise, reference_of
 
-import model as m
 from model import Doge, DogeConfig
 from nanodoge import engine
+from nanodoge.decode import Decoder
+from nanodoge.engine import Engine, Request, TextStream
+from nanodoge.tokenizer import train_bpe
+
+
+def make_model(seed=0, **change):
+    torch.manual_seed(seed)
+    return randomise(Doge(DogeConfig(**SMALL | change)), spread=0.3)
+
+
+def random_points(count, seed=1):
+    return 1 - torch.rand(count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_often(logits, count, seed=1, temperature=1.0, **options):
+    """`count` tokens drawn from logits (1, V) with the same options."""
+    options = {name: torch.full((count, 1), value) for name, value in dict(temperature=temperature, **options).items()}
+    return engine.sample(logits.expand(count, -1), random_points(count, seed), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a token is drawn
 
 
 def test_sampling_options_against_their_definition():
@@ -19,43 +45,40 @@ def test_sampling_options_against_their_definition():
         "top_p": (dict(top_p=0.6), set(order[:nucleus])),
         "min_p": (dict(min_p=0.3), {i for i in range(50) if p[i] >= 0.3 * p.max()}),
         "tiny top_p": (dict(top_p=1e-9), {order[0]}),
+        "greedy": (dict(temperature=0.0), {order[0]}),
+        "all": (dict(top_p=1.0, min_p=0.0), set(range(50))),
     }
     for name, (options, expected) in allowed.items():
-        drawn = engine.sample(logits.expand(4000, 50), 1.0, **options, generator=torch.Generator().manual_seed(1))
+        drawn = draw_often(logits, 4000, **options)
         assert set(drawn.tolist()) <= expected, name
         assert len(set(drawn.tolist())) >= min(len(expected), 5), name
-    assert engine.sample(logits, 0).item() == order[0]
-    flat = engine.sample(logits.expand(20000, 50), 1.0, generator=torch.Generator().manual_seed(2))
-    frequency = torch.bincount(flat, minlength=50) / 20000
+    frequency = torch.bincount(draw_often(logits, 20000, seed=2), minlength=50) / 20000
     assert (frequency - p).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("size", [1000, 1024])  # one block of tokens, and four
-def test_draws_are_in_proportion_and_nothing_is_drawn_that_cannot_be(monkeypatch, size):
+def test_draws_are_in_proportion_and_nothing_is_drawn_that_cannot_be(size):
     p = (3 * torch.randn(size, generator=torch.Generator().manual_seed(0))).softmax(-1)
     p[::3] = 0
     p[-300:] = 0  # padding of the vocabulary: a whole block of it
-    drawn = engine.draw(p.expand(20000, -1), torch.Generator().manual_seed(1))[:, 0]
+    drawn = engine.draw(p.expand(20000, -1), random_points(20000))[:, 0]
     counts, expected = torch.bincount(drawn, minlength=size).double(), 20000 * p.double() / p.double().sum()
     often = expected > 5
     chi2 = ((counts - expected)[often].square() / expected[often]).sum()
     assert abs(chi2 - often.sum()) < 4 * (2 * often.sum()).sqrt()  # its mean and its deviation
     assert counts[p == 0].sum() == 0
     first, last = p.nonzero()[0].item(), p.nonzero()[-1].item()
-    for number, token in ((0.0, last), (1 - 2**-53, first)):  # the ends of what torch.rand can give
-        point = torch.tensor([[number]], dtype=torch.float64)
-        monkeypatch.setattr(torch, "rand", lambda *size, point=point, **options: point)
-        assert engine.draw(p[None]).item() == token
+    for point, token in ((1.0, last), (2**-53, first)):  # the ends of what a generator can give
+        assert engine.draw(p[None], torch.tensor([[point]], dtype=torch.float64)).item() == token
 
 
-def test_unlikely_tokens_get_their_due(monkeypatch):
+def test_unlikely_tokens_get_their_share():
     """Ten thousand of 1e-9 each, which float32 would not add to 1."""
     p = torch.full((1, 10240), 1e-9)
     p[0, 5000] = 1.0
     before = torch.arange(0, 5000, 100)[:, None]
-    points = 1 - (before.double() + 0.5) * 1e-9 / (1 + 10239e-9)
-    monkeypatch.setattr(torch, "rand", lambda *size, **options: points)
-    assert torch.equal(engine.draw(p.expand(len(points), -1)), before)
+    points = (before.double() + 0.5) * 1e-9 / (1 + 10239e-9)
+    assert torch.equal(engine.draw(p.expand(len(points), -1), points), before)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0])
@@ -65,38 +88,230 @@ def test_top_p_of_a_large_vocabulary_peaked_or_flat(scale):
     p, order = logits[0].softmax(-1).sort(descending=True)
     count = int((p.cumsum(0) < 0.9).sum()) + 1
     assert (count > engine.LIKELY) == (scale == 0.1)
-    drawn = engine.sample(logits.expand(3000, -1), 1.0, top_p=0.9, generator=torch.Generator().manual_seed(1))
+    drawn = draw_often(logits, 3000, top_p=0.9)
     assert set(drawn.tolist()) <= set(order[:count].tolist())
     assert len(set(drawn.tolist())) > count / 2
 
 
+def test_each_row_is_drawn_by_its_own_options():
+    """A batch of all kinds of options draws what each row alone does."""
+    kinds = itertools.product((0.0, 0.7, 1.3), (0, 3, 40, 2000), (0.5, 0.99, 1.0), (0.0, 0.2))
+    columns = [torch.tensor(column)[:, None] for column in zip(*kinds, strict=True)]
+    names, count = ("temperature", "top_k", "top_p", "min_p"), len(columns[0])
+    logits = torch.randn(count, 1000, generator=torch.Generator().manual_seed(0))
+    points = random_points(count)
+    together = engine.sample(logits, points, **dict(zip(names, columns, strict=True)))
+    for i in range(count):
+        alone = {name: column[i : i + 1] for name, column in zip(names, columns, strict=True)}
+        used = {name: x for name, x in alone.items() if x.item() != dict(top_k=0, top_p=1, min_p=0).get(name)}
+        assert engine.sample(logits[i : i + 1], points[i : i + 1], **used) == together[i]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A request's text
+
+
+def many_requests(count=24, **options):
+    """Requests of different lengths. (Distinct tokens: equal ones tie up to rounding when keys have to leave.)"""
+    lengths = torch.randint(1, 60, (count, 2), generator=torch.Generator().manual_seed(3)).tolist()
+    prompts = [distinct_tokens(1, n, 97, seed=i)[0].tolist() for i, (n, _) in enumerate(lengths)]
+    return [Request(prompts[i], new // 2, seed=i, **options) for i, (_, new) in enumerate(lengths)]
+
+
+MODELS = {
+    "fast": dict(),
+    "beyond the window": dict(keep_window_size=13),
+    "experts": dict(is_moe=True, num_experts=49, num_experts_per_tok=5),
+    "stretched": dict(rope_factor=4.0, max_position_embeddings=20),
+    "by definition": dict(keep_window_size=13, attention="definition"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_text_is_that_of_model_generate(kind):
+    """Alone and in company, prompts whole and in pieces, rows that join and leave; by the model and by a Decoder."""
+    model = make_model(**MODELS[kind])
+    expected = [
+        model.generate(torch.tensor([request.prompt]), request.max_new_tokens, temperature=0)[0].tolist()
+        for request in many_requests()
+    ]
+    decoders = [None] if kind == "by definition" else [None, Decoder(model)]
+    for decoder, slots, piece in itertools.product(decoders, (1, 5, 16), (8, 100)):
+        requests = many_requests(temperature=0)
+        assert Engine(model, decoder, slots=slots, piece=piece).generate(requests) == expected
+        assert all(request.finish_reason == "length" for request in requests)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_other_formats_write_in_company_what_they_write_alone(dtype):
+    model = make_model()
+    decoder = Decoder(model.bfloat16() if dtype == torch.bfloat16 else model, dtype)
+    alone = [Engine(model, decoder, slots=1).generate([r])[0][:4] for r in many_requests(8, temperature=0)]
+    together = Engine(model, decoder, slots=8).generate(many_requests(8, temperature=0))
+    same = sum(a == b[:4] for a, b in zip(alone, together, strict=True))
+    assert same >= 6  # products of another shape round otherwise, which in few bits can change a token
+
+
+@pytest.mark.parametrize("options", [{}, dict(top_p=0.9), dict(top_k=7, min_p=0.01, repetition_penalty=1.3)], ids=str)
+def test_drawn_text_depends_on_the_seed_and_not_on_the_company(options):
+    model = make_model()
+    alone = [Engine(model, slots=1).generate([request])[0] for request in many_requests(**options)]
+    mixed = many_requests(**options)
+    others = [Request(request.prompt, 9, temperature=i % 3 / 2, top_p=0.5) for i, request in enumerate(mixed)]
+    together = Engine(model, slots=7).generate([r for pair in zip(mixed, others, strict=True) for r in pair])
+    assert together[::2] == alone
+    again = [Request(request.prompt, request.max_new_tokens, seed=99, **options) for request in mixed]
+    assert Engine(model, slots=7).generate(again) != alone
+
+
 def test_repetition_penalty_equals_transformers_and_padding_ids_are_never_drawn():
-    model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=200))))
-    reference, prompt = reference_of(model), distinct_tokens(1, 8, 97)
-    theirs = reference.generate(prompt, max_new_tokens=40, do_sample=False, repetition_penalty=1.7, eos_token_id=None,
-                                pad_token_id=0)[:, 8:]  # fmt: skip
-    assert torch.equal(model.generate(prompt, 40, temperature=0, repetition_penalty=1.7), theirs)
-    generator = torch.Generator().manual_seed(0)
-    assert model.generate(prompt, 60, temperature=5.0, vocab_size=40, generator=generator).max() < 40
-
-
-def test_generation_stops_at_a_stop_id_and_refuses_an_empty_prompt():
-    model = randomise(Doge(DogeConfig(**SMALL)))
+    model = make_model(keep_window_size=200)
     prompt = distinct_tokens(1, 8, 97)
-    free = model.generate(prompt, 30, temperature=0)[0].tolist()
-    stop = free[4]
-    assert model.generate(prompt, 30, temperature=0, stop_ids=[stop])[0].tolist() == free[: free.index(stop) + 1]
-    assert model.generate(prompt, 0).shape == (1, 0)
+    options = dict(max_new_tokens=40, do_sample=False, repetition_penalty=1.7, eos_token_id=None, pad_token_id=0)
+    theirs = reference_of(model).generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, 8:]
+    request = Request(prompt[0].tolist(), 40, temperature=0, repetition_penalty=1.7)
+    assert Engine(model).generate([request]) == theirs.tolist()
+    drawn = Engine(model, vocab_size=40).generate([Request(prompt[0].tolist(), 60, temperature=5.0)])
+    assert max(drawn[0]) < 40
+
+
+def test_a_request_ends_at_a_stop_id_and_an_empty_prompt_is_refused():
+    model, prompt = make_model(), distinct_tokens(1, 8, 97)[0].tolist()
+    free = model.generate(torch.tensor([prompt]), 30, temperature=0)[0].tolist()
+    expected = free[: free.index(free[4]) + 1]
+    request = Request(prompt, 30, temperature=0, stop_ids=[free[4]])
+    assert Engine(model).generate([request]) == [expected] and request.finish_reason == "stop"
+    assert model.generate(torch.tensor([prompt]), 30, 0, stop_ids=[free[4]])[0].tolist() == expected
+    assert Engine(model).generate([Request(prompt, 0)]) == [[]] and Engine(model).generate([]) == []
     with pytest.raises(ValueError, match="prompt is empty"):
-        model.generate(prompt[:, :0], 5)
+        Engine(model).generate([Request([], 5)])
 
 
-@pytest.mark.parametrize("window", [12, 100])
-def test_a_prompt_read_in_pieces_gives_the_same_text(monkeypatch, window):
-    """Rows that end before, at and after the borders of the pieces; alone and whole, each gives the same tokens."""
-    model = randomise(Doge(DogeConfig(**SMALL | dict(keep_window_size=window))))
-    tokens, lengths = distinct_tokens(4, 40, 97), torch.tensor([40, 5, 14, 22])
-    alone = [model.generate(tokens[i : i + 1, :n], 20, temperature=0)[0] for i, n in enumerate(lengths.tolist())]
-    monkeypatch.setattr(m, "PIECE", 7)
-    together = model.generate(tokens, 20, temperature=0, lengths=lengths)
-    assert torch.equal(together, torch.stack(alone))
+def test_damaged_weights_are_named_and_the_engine_is_free_again():
+    model, good = make_model(), make_model()
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    broken = Engine(model, slots=2)
+    with pytest.raises(ValueError, match="nan or inf: its weights are damaged"):
+        broken.generate(many_requests())
+    model.load_state_dict(good.state_dict())
+    assert broken.generate([Request([5, 6], 4, 0)]) == Engine(good).generate([Request([5, 6], 4, 0)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slots
+
+
+def test_requests_join_and_leave_between_tokens():
+    """The 4 slots are always in use while there is work, and no row is computed without a request."""
+    model, rows = make_model(), []
+    decoder = Decoder(model)
+
+    def count(token, cache):
+        rows.append(len(token))
+        return decoder(token, cache)
+
+    count.room, count.compiled = decoder.room, False
+    requests = [Request([7 + i], 3 + 5 * (i % 4), 0) for i in range(20)]
+    Engine(model, count, slots=4).generate(requests)
+    assert sum(rows) == sum(request.max_new_tokens - 1 for request in requests)  # the first comes from the prompt
+    assert max(rows) == 4 and sum(rows) > 3.3 * len(rows)
+
+
+def test_a_cancelled_request_frees_its_slot_at_once():
+    model = make_model()
+    engine, (a, b, c) = Engine(model, slots=2), (Request([i], 50, 0) for i in (5, 6, 7))
+    for request in (a, b, c):
+        engine.add(request)
+    assert set(engine.step()) == {a, b}
+    engine.cancel(a)
+    assert a.finish_reason == "cancelled" and len(a.tokens) == 1
+    assert set(engine.step()) == {b, c}
+    d = Request([8], 3, 0)
+    engine.add(d)
+    engine.cancel(d)  # while it waits
+    engine.cancel(b), engine.cancel(c), engine.cancel(c)
+    assert engine.step() == [] and d.tokens == []
+    stream = engine.stream(e := Request([9], 50, 0))
+    assert next(stream) == e.tokens[0]
+    stream.close()
+    assert e.finish_reason == "cancelled" and not engine.live
+    assert b.tokens == model.generate(torch.tensor([[6]]), len(b.tokens), 0)[0].tolist()
+
+
+def test_a_long_prompt_is_read_a_piece_per_step_beside_the_others_tokens():
+    """A token per step for who writes already, and for who comes later: neither waits for the long prompt."""
+    model, tokens = make_model(max_position_embeddings=512), torch.randint(97, (1, 400)).tolist()[0]
+    engine = Engine(model, slots=3, piece=50)
+    writing, long, short = Request([5], 90, 0), Request(tokens, 5, 0), Request([6, 7], 5, 0)
+    engine.add(writing), engine.step(), engine.add(long)
+    for step in range(7):
+        if step == 2:
+            engine.add(short)
+        assert set(engine.step()) == ({writing} if step < 2 or step > 6 else {writing, short})
+    assert set(engine.step()) == {writing, long}
+    engine.generate([])
+    while not long.finish_reason:
+        engine.step()
+    assert long.tokens == model.generate(torch.tensor([tokens]), 5, 0)[0].tolist()
+    cancelled = Request(tokens, 5, 0)
+    engine.add(cancelled), engine.step(), engine.cancel(cancelled)
+    assert engine.reader is None
+
+
+def test_memory_is_allocated_once_and_is_enough_for_any_length():
+    """In a window of 13 keys, a text of 300 tokens."""
+    model = make_model(keep_window_size=13)
+    engine, first, second = Engine(model, slots=2), Request([5], 20, 0), Request([6], 300, 0)
+    engine.add(first), engine.add(second)
+    before = [(x.data_ptr(), x.shape) for slots in engine.cache.layers for x in slots]
+    while not second.finish_reason:
+        engine.step()
+    assert before == [(x.data_ptr(), x.shape) for slots in engine.cache.layers for x in slots]
+    assert before[0][1][2] == 14 and len(second.tokens) == 300
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class Letters:
+    """A tokenizer whose ids are pieces of text."""
+
+    vocab_size = 97
+
+    def stream(self, skip_special=False):
+        return lambda id: "" if id is None else id if isinstance(id, str) else chr(id + 32)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_stop_strings_are_cut_wherever_the_pieces_break(size):
+    text = "one two END three"
+    pieces = ["".join(group) for group in itertools.zip_longest(*[iter(text)] * size, fillvalue="")]
+    stream, shown = TextStream(Letters(), ["END", "never"]), ""
+    for piece in pieces:
+        shown += stream.feed(piece)
+        assert "E" not in shown and shown == stream.text  # nothing of the stop string is ever shown
+    assert shown == "one two " and stream.stopped and stream.feed(None) == ""
+    stream = TextStream(Letters(), ["END"])
+    assert stream.feed("one EN") == "one " and stream.feed(None) == "EN"  # it was not one after all
+    assert TextStream(Letters(), ["aab"]).feed("aaab") == "a"
+
+
+def test_half_a_character_is_held_back():
+    tokenizer = train_bpe(["a b c"], 300)
+    stream, text = TextStream(tokenizer), "a é 😀!"
+    pieces = [stream.feed(id) for id in tokenizer.encode(text)] + [stream.feed(None)]
+    assert "".join(pieces) == text == stream.text and not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_stop_string_ends_a_request():
+    model, tokenizer = make_model(), Letters()
+    request = Request([5], 40, 0)
+    Engine(model, tokenizer=tokenizer).generate([request])
+    assert request.text.text == "".join(chr(id + 32) for id in request.tokens)
+    stop = request.text.text[5:8]
+    again = Request([5], 40, 0, stop=["never", stop])
+    Engine(model, tokenizer=types.SimpleNamespace(stream=tokenizer.stream, vocab_size=97)).generate([again])
+    assert again.finish_reason == "stop" and again.text.text == request.text.text.partition(stop)[0]
+    assert again.tokens == request.tokens[: len(again.text.text) + 3]

@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    TUNE,
     assert_close_logs,
     assert_refused,
     assert_same_weights,
-    command,
     gradients_seen,
     make_checkpoint,
     make_set,
     steady,
     stopped_after,
     texts,
+    tune,
 )
 from transformers import AutoModelForCausalLM
 
@@ -45,18 +44,8 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     rows = [dict(question=text, answer="7" if i % 2 else "12") for i, text in enumerate(QUESTIONS)]
     data = make_set(folder / "chat", make_checkpoint(folder / "random"), rows=rows)
-    sft.main(
-        [
-            *TUNE,
-            f"--init_from={folder / 'random'}",
-            f"--data={data}",
-            f"--out_dir={folder / 'base'}",
-            "--max_steps=30",
-            "--learning_rate=1e-2",
-            "--eval_every=30",
-            "--save_every=30",
-        ]
-    )
+    extra = "--max_steps=30 --learning_rate=1e-2 --eval_every=30 --save_every=30".split()
+    tune(sft.main, folder / "random", data, folder / "base", *extra)
     return folder / "base"
 
 
@@ -71,9 +60,8 @@ def selected(data, **options):
     return grpo.select(TokenSet(data, "train", "problems", Tokenizer.load(data)), options), options
 
 
-def run(base, data, out, *options):
-    grpo.main([*TUNE, *GRPO, f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options])
-    return read_log(out / "log.csv")
+def run(base, data, out, *options, **processes):
+    return tune(grpo.main, base, data, out, *GRPO, *options, **processes)
 
 
 # ---- The loss
@@ -332,11 +320,9 @@ def test_two_processes_equal_one(base, data, tmp_path):
     of the weights."""
     extra = ["--slots=6", "--kl=0.1", "--eval_every=4", "--save_every=4"]
     alone = run(base, data, tmp_path / "one", *extra)
-    argv = [*TUNE, *GRPO, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'two'}", *extra, "--shard"]
-    done = command(grpo.main, argv, processes=2)
-    assert done.returncode == 0, done.stderr
+    two = run(base, data, tmp_path / "two", *extra, "--shard", processes=2)
     names = ("loss", "grad_norm", "kl", *grpo.COLUMNS)
-    assert_close_logs(alone, read_log(tmp_path / "two" / "log.csv"), names, 2e-5)
+    assert_close_logs(alone, two, names, 2e-5)
     assert len({row["length"] for row in alone}) > 2  # they did differ from step to step
     samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("one", "two")]
     assert samples[0] == samples[1]

@@ -14,6 +14,7 @@ from helpers import TINY, command, make_data
 import sample
 import train
 from nanodoge.checkpoint import load_model
+from nanodoge.engine import Engine
 from nanodoge.tokenizer import Tokenizer
 
 
@@ -65,22 +66,6 @@ def test_samples_files_and_standard_input(checkpoint, tmp_path, capsys, monkeypa
     assert outputs(checkpoint, "--prompt=-", short, capsys=capsys).out.startswith("über")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_stop_strings_are_cut_wherever_the_pieces_break(size):
-    text = "one two END three"
-    pieces = ["".join(group) for group in itertools.zip_longest(*[iter(text)] * size, fillvalue="")]
-    stopper, shown = sample.Stopper(["END", "never"]), ""
-    for piece in pieces:
-        shown += stopper.feed(piece)
-        assert "E" not in shown  # nothing of the stop string is ever shown
-        if stopper.found:
-            break
-    assert shown == "one two " and stopper.found
-    stopper = sample.Stopper(["END"])
-    assert stopper.feed("one EN") == "one " and stopper.feed("", last=True) == "EN"  # it was not one after all
-    assert sample.Stopper(["aab"]).feed("aaab") == "a"
-
-
 def test_stop_strings_end_the_sample(checkpoint, capsys):
     options = ["--temperature=2", "--top_p=1", "--max_new_tokens=40", "--seed=1"]
     free = outputs(checkpoint, *options, capsys=capsys).out
@@ -105,17 +90,58 @@ def test_a_conversation_remembers_and_can_begin_anew(checkpoint, capsys, monkeyp
     assert ids.count(ids[0]) == 1  # one BOS
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--temperature=-1"], "temperature=-1.0 must be from 0"), (["--top_p=2"], "top_p=2.0 must be from 0 to 1"),
-    (["--max_new_tokens=0"], "max_new_tokens=0"), (["--temperature=nan"], "temperature=nan"),
-    (["--repetition_penalty=0"], "divide by zero"), (["--file=absent"], "absent"), (["more"], "one checkpoint folder"),
-    (["--prompt=a", "--chat"], "exclude one another"), (["--device=cuda"], "--device=cuda is not available"),
-])  # fmt: skip
+def test_a_text_beyond_the_trained_context_is_only_noticed(checkpoint, capsys, monkeypatch):
+    notice = "exceed the 16 tokens the model was trained on"
+    assert notice not in outputs(checkpoint, "--max_new_tokens=15", capsys=capsys).err
+    assert notice in outputs(checkpoint, "--max_new_tokens=16", capsys=capsys).err
+    lines = iter(["hello there", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert notice in outputs(checkpoint, "--chat", "--max_new_tokens=15", capsys=capsys).err
+
+
+def test_ctrl_c_ends_the_text_and_keeps_what_was_written(checkpoint, capsys, monkeypatch):
+    options = ["--temperature=0", "--prompt=the red", "--max_new_tokens=30"]
+    whole, step, steps = outputs(checkpoint, *options, capsys=capsys).out, Engine.step, itertools.count()
+
+    def interrupted(self):
+        if next(steps) == 9:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    result = outputs(checkpoint, *options, capsys=capsys)
+    assert "[9 tokens" in result.err and "the red" < result.out.rstrip("\n") < whole
+    assert whole.startswith(result.out.rstrip("\n"))
+
+
+def test_attention_by_definition_writes_the_same(checkpoint, capsys):
+    fast, slow = (
+        outputs(checkpoint, "--temperature=0", "--max_new_tokens=20", f"--attention={kind}", capsys=capsys).out
+        for kind in ("fast", "definition")
+    )
+    assert fast == slow
+
+
+BAD_OPTIONS = {
+    "--temperature=-1": "temperature=-1.0 must be a number from 0",
+    "--temperature=nan": "temperature=nan",
+    "--top_p=2": "top_p=2.0 must be from 0 to 1",
+    "--max_new_tokens=0": "max_new_tokens=0",
+    "--repetition_penalty=0": "repetition_penalty=0.0 must be a number above 0",
+    "--file=absent": "absent",
+    "more": "one checkpoint folder",
+    "--prompt=a --chat": "exclude one another",
+    "--attention=definition --dtype=int8": "without --compile and --dtype=int8",
+    "--device=cuda": "--device=cuda is not available",
+}
+
+
+@pytest.mark.parametrize("options, words", BAD_OPTIONS.items())
 def test_bad_options_are_named(checkpoint, options, words):
-    if options == ["--device=cuda"] and torch.cuda.is_available():
+    if options == "--device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises((ValueError, OSError), match=words):
-        sample.main([str(checkpoint), *options])
+        sample.main([str(checkpoint), *options.split()])
 
 
 def test_no_checkpoint_is_one_line(tmp_path):

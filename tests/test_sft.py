@@ -8,17 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    TUNE,
     assert_close_logs,
     assert_refused,
     assert_same_weights,
-    command,
     gradients_seen,
     make_checkpoint,
     make_set,
     rows_of,
     steady,
     stopped_after,
+    tune,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
@@ -51,9 +50,8 @@ def selected(token_set, length=64):
     return sft.select(token_set, sft.SftOptions(sequence_length=length))
 
 
-def run(base, data, out, *options):
-    sft.main([*TUNE, "--eval_answers=0", f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options])
-    return read_log(out / "log.csv")
+def run(base, data, out, *options, **processes):
+    return tune(sft.main, base, data, out, "--eval_answers=0", *options, **processes)
 
 
 # ---- What is learned
@@ -248,10 +246,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
 def test_several_processes_equal_one(base, data, tmp_path, count):
     """Though they hold different numbers of targets."""
     alone = run(base, data, tmp_path / "one", "--eval_answers=6")
-    argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'several'}", "--eval_answers=6"]
-    done = command(sft.main, argv, processes=count)
-    assert done.returncode == 0, done.stderr
-    several = read_log(tmp_path / "several" / "log.csv")
+    several = run(base, data, tmp_path / "several", "--eval_answers=6", processes=count)
     assert_close_logs(alone, several, ("loss", "grad_norm", "val_loss", "val_exact"), 2e-5)
 
 
