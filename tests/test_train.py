@@ -307,6 +307,15 @@ def test_two_processes_go_on_where_one_was_stopped_and_one_where_they_were(data,
     assert_close_logs(alone, rows, ["loss", "val_bpb"], 1e-5)
 
 
+def test_ranks_validate_a_moe_model_with_different_numbers_of_batches(data, tmp_path):
+    """A collective in the network's forward pass, such as DDP's broadcast of buffers, would hang."""
+    extra = [*MOE, "--eval_tokens=48", "--micro_batch_size=1", "--max_steps=4", "--decay_steps=1"]  # three sequences
+    alone, out = run(data, tmp_path / "one", *extra), tmp_path / "two"
+    done = command(train.main, [*TINY, f"--data={data}", f"--out_dir={out}", *extra, "--patience=20"], processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_close_logs(alone, log_of(out), ["loss", "val_bpb"], 1e-5)
+
+
 def run_signalled(number, data, out, *options):
     """A run that gets a signal when its seventh step begins: it ends after that step, with a checkpoint."""
     rows_of_step = train.rows_of_step
