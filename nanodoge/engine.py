@@ -163,7 +163,7 @@ class Sampler:
             self.seen = seen.to(device)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Tokens (B,) int64 for logits (B, V), below vocab_size. Draws one random number per request, unless all are greedy."""
+        """Tokens (B,) for logits (B, V), below vocab_size. Takes one random number per request, unless all are greedy."""
         logits = logits[:, : self.vocab_size].float()
         if self.penalty is not None:
             less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)  # Keskar et al. 2019
@@ -329,7 +329,7 @@ class Engine:
                     self.copy(len(self.live), row)
 
     def allocate(self, length: int) -> None:
-        """Memory for texts of `length` tokens, if there is less. Where keys are evicted, W + 1 are enough for any text."""
+        """Memory for texts of `length` tokens, if there is less. Where keys leave, W + 1 suffice for any text."""
         length = min(length, self.enough)
         if self.max_length < length:
             assert not self.live and not self.reader, "the first request to an idle engine decides how long all may be"
