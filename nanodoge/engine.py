@@ -163,7 +163,7 @@ class Sampler:
             self.seen = seen.to(device)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Tokens (B,) for logits (B, V), below vocab_size. Takes one random number per request, unless all are greedy."""
+        """Tokens (B,) for logits (B, V), below vocab_size. Unless all are greedy, takes a random number per request."""
         logits = logits[:, : self.vocab_size].float()
         if self.penalty is not None:
             less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)  # Keskar et al. 2019
