@@ -4,16 +4,14 @@
     python convert.py downloads/doge out/doge --dtype=bfloat16               from a folder; half the size
     python convert.py out/moe exports/moe --for=transformers                 says what will differ there
 
-No stage needs this step: whatever takes a checkpoint folder takes a name on the hub, or a folder in any published
-layout, and converts it in memory (layouts.py says which there are and how each is recognised). This makes a folder of
-it, to keep, to look at, or for others.
+No stage needs this step: each takes a name on the hub, or a folder in any published layout (nanodoge/layouts.py), and
+converts it in memory. This writes a folder to keep, to look at, or for others.
 
-A folder of ours is at the same time one of transformers, as it lies, as long as that library computes the same. Two
-kinds of model it does not: it always normalises queries and keys, which most published checkpoints never did, and its
-router of experts mixes the tokens of a text, so that a later token changes what an earlier one is told. Such folders
-say `"model_type": "nanodoge"`, and transformers refuses them instead of computing something else. `--for=transformers`
-asks for a folder it opens all the same: without the norms there is no such folder, with experts there is, and it is
-said what they do there.
+transformers opens a folder of ours as it is, as long as it computes the same. For two kinds of model it does not: it
+always normalises queries and keys, which most published checkpoints never did, and its router of experts mixes the
+tokens of a text, so that a later token changes an earlier one's experts. Such folders say `"model_type": "nanodoge"`,
+so that transformers refuses them. `--for=transformers` asks for a folder that it opens all the same: without the norms
+this is refused, with experts it is written and the differences are printed.
 """
 
 from dataclasses import dataclass, field
@@ -22,14 +20,15 @@ from typing import Literal
 
 import torch
 
-from nanodoge import layouts
-from nanodoge.checkpoint import load_model, save_checkpoint
-from nanodoge.layouts import checkpoint_file
+from model import DogeConfig
+from nanodoge.checkpoint import checkpoint_file, load_model, locate, open_checkpoint, save_checkpoint
 from nanodoge.options import parse_options, run_command
 
 
 @dataclass
 class ConvertOptions:
+    """What is converted"""
+
     paths: list[str] = field(default_factory=list)  # what to read, a folder or a name on the hub; the folder to write
     for_: Literal["nanodoge", "transformers"] = "nanodoge"  # who is to open the folder
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in the new folder
@@ -41,34 +40,34 @@ class ConvertOptions:
             raise ValueError(f"{self.paths[1]} holds a checkpoint already: name a folder that does not exist")
 
 
-def differences(config):
-    """What transformers computes differently with this model, in words. Raises ValueError if it is everything."""
+def differences(config: DogeConfig) -> list[str]:
+    """What transformers computes differently with this model, in words. Raises ValueError for queries and keys without
+    norms: then everything differs."""
     if not config.qk_norm:
-        raise ValueError("--for=transformers: transformers' Doge always normalises queries and keys, and this model "
-                         "does not, so it cannot go there; without --for it is converted for nanoDoge")  # fmt: skip
-    lines = []
-    if config.is_moe:
-        lines.append("transformers' router mixes the tokens it gets at once: it chooses the experts trained here only "
-                     "for one text, read through a cache token by token from its first one")  # fmt: skip
-    if config.rope_factor:
-        lines.append(f"beyond {config.max_position_embeddings} tokens transformers rotates the keys of its cache by "
-                     "the length there was when each came, here all by the length the text may reach")  # fmt: skip
-    return lines
+        reason = "transformers' Doge always normalises queries and keys, and this model does not"
+        raise ValueError(f"--for=transformers: {reason}; without --for it is converted for nanoDoge")
+    router = "its router mixes the tokens it gets at once: the same experts only for one text, read token by token"
+    rope = f"beyond {config.max_position_embeddings} tokens it rotates each cached key by the length at that time"
+    return [router] * config.is_moe + [rope] * bool(config.rope_factor)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     options = parse_options(ConvertOptions, argv, positional="paths")
     source, target = options.paths
-    checkpoint = layouts.inspect(layouts.locate(source))
-    lines, fields = checkpoint.notes, {}
-    if options.for_ == "transformers":
-        lines, fields = lines + differences(checkpoint.config), dict(model_type="doge")
-    model, tokenizer = load_model(source, labels=() if checkpoint.labels else None)
-    model = model.to(getattr(torch, options.dtype))
-    print(f"{source}: " + "\n  ".join([f"{sum(p.numel() for p in model.parameters()):,} parameters", *lines]))
-    save_checkpoint(target, model, tokenizer, fields=fields)
+    layout, _ = open_checkpoint(locate(source))
+    heads = layout.config.num_key_value_heads
+    repeated = f", {heads // layout.repeat} key/value heads repeated to {heads}" if layout.repeat > 1 else ""
+    norm = "" if layout.config.qk_norm else ", queries and keys without a norm"
+    print(f"{source}: {len(layout.tensors)} tensors{repeated}{norm}")
+    warnings = differences(layout.config) if options.for_ == "transformers" else []
+    fields = dict(model_type="doge") if options.for_ == "transformers" else None
+    model, tokenizer = load_model(source, labels=() if layout.labels else None)
+    save_checkpoint(target, model.to(getattr(torch, options.dtype)), tokenizer, fields=fields)
     size = sum(path.stat().st_size for path in Path(target).iterdir())
-    print(f"{target}: written, {size / 1e6:,.1f} MB, {options.dtype}")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{target}: {parameters:,} parameters, {options.dtype}, {size / 1e6:,.1f} MB")
+    for warning in warnings:
+        print(f"  in transformers {warning}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Text in, tokens out: the data that train.py reads.
+"""Text in, tokens out: the data that train.py, sft.py, dpo.py and grpo.py read.
 
-A language model never sees text. It sees a long row of integers, and this file writes that row: read documents from
-wherever they are, cut each into tokens, put a BOS token before it and an EOS token behind it, append it to a file.
-Two bytes a token (four when the vocabulary has more than 65,536) and nothing else, so that train.py can map the file
-into memory and read any window of it, even when it is larger than the machine's memory.
+A language model reads integers, not text. This script cuts each document into tokens, puts a BOS token before it and an
+EOS token after it, and appends it to train.bin or val.bin: two bytes per token (four if the vocabulary has more than
+65,536) and nothing else. So train.py can map a file into memory, even one that is larger than the machine's memory.
 
     python prepare_data.py                                              the built-in stories: data/stories
     python prepare_data.py book.txt --out=data/book                     a text of your own
     python prepare_data.py web.jsonl@0.7 code/@0.3 --tokens=1_000_000   two sources, mixed 70 to 30 by tokens
     python prepare_data.py --config=config/smollm_corpus.py             what Doge was trained on
 
-and the other data, that sft.py, dpo.py and grpo.py read, made with the tokenizer of the model that is to be tuned:
+The tuning stages read rows, tokenised for the model to be tuned; conversations.py lists their columns:
 
     python prepare_data.py --kind=chat stories sums --tokenizer=out/stories                  built-in conversations
     python prepare_data.py --kind=chat hf:HuggingFaceTB/smoltalk:all --tokenizer=out/doge20m --out=data/smoltalk
@@ -18,233 +17,225 @@ and the other data, that sft.py, dpo.py and grpo.py read, made with the tokenize
     python prepare_data.py --kind=problems hf:openai/gsm8k:main --tokenizer=out/chat         question, answer
     python prepare_data.py --kind=labels reviews.jsonl --labels=bad,good --tokenizer=out/chat     text, label
 
-A SOURCE is one of these. An existing file or folder always wins over the other meanings of a name.
+A SOURCE is one of these; an existing file or folder comes before the other meanings of a name:
 
     stories                      the built-in world of stories.py, the same on every machine
     sums                         problems of adding and counting from that world (--kind=chat or problems)
     stdlib                       the language reference and the sources of this Python's standard library
     FILE                         .txt .md .py .jsonl .parquet, the text ones also as .gz or .zst
-    FOLDER                       every such file below it, in sorted order (names that start with a dot are passed over)
+    FOLDER                       every such file below it in sorted order, except names that start with a dot
     http(s)://...[#sha256=HEX]   one such file, downloaded once; an interrupted download continues where it stopped
     hf:NAME[:SUBSET[:SPLIT]]     a dataset of the Hugging Face hub, or a local folder of one, streamed; split "train"
     swh:NAME[:SUBSET[:SPLIT]]    the same for a dataset whose rows name files of the Software Heritage archive (blob_id)
 
-What a row of another --kind is: conversations.py lists the schemas it reads, and what the written files hold.
+Documents. A row is one document (its --text_column), and so is a .py file, and text up to a --document_separator.
+Without a separator, .txt and .md files are cut into pieces of at most --piece_chars characters: after the last blank
+line in the second half of the piece, else a line, else a space. No text is lost. Empty documents are counted only.
 
-What a document is. A row of a .jsonl, .parquet or dataset is one (--text_column), a .py file is one, a piece of text up
-to --document_separator is one. Without a separator, .txt and .md files are cut into pieces of at most --piece_chars
-characters, after the last blank line in the second half of the piece, else after a line, else after a space. No
-character is lost. Nothing is truncated; empty documents are left out and counted.
+Train or validation? The hash of a document decides (of a row: the hash of the user's first words). So a document stays
+on its side when data is added, and two copies of it are never on both sides.
 
-Train or validation? The hash of a document's text decides, so a document stays on its side when data is added, and two
-copies of it are never on both sides. Of a row it is the hash of the user's first words.
+Mixing. SOURCE@RATIO gives each source a share of the --tokens training tokens. A source that is used up starts again,
+and its number of epochs is reported. Without ratios the shares follow the sizes (equal if one is unknown); without
+--tokens every document is taken once. Documents of different sources alternate from start to end.
 
-Mixing. `SOURCE@RATIO` gives every source a share of the --tokens training tokens. A source that is used up starts
-again, and its number of epochs is reported. Without ratios the shares follow the sizes (equal if one is unknown), and
-without --tokens every document is taken once. Documents of different sources are interleaved all along.
-
-Stopping. Tokens go to OUT.partial; after every 128 MB of text the files are flushed and meta.json notes how far each
-source has been read. A killed run continues from that note and ends with the same bytes. OUT appears at the end, whole.
-
-Why threads and not processes: tiktoken lets go of Python's lock while it works, and a thread costs no memory.
+Stopping. Tokens are written to OUT.partial. After every 128 MB of text meta.json records how far each source is read: a
+killed run continues from there and ends with the same bytes. OUT appears at the end, in one rename.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
 import shutil
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock  # torch and datasets bring it
+from tqdm import tqdm
 
 from nanodoge import conversations
-from nanodoge.layouts import locate, read_json
-from nanodoge.options import parse_options, run_command
-from nanodoge.sources import Rows, check_space, in_validation, open_source, parse_source, progress, text_rows
+from nanodoge.checkpoint import flush, locate, read_json
+from nanodoge.options import Count, Range, Whole, check_ranges, parse_options, run_command
+from nanodoge.sources import Source, check_space, in_validation, open_source, parse_source, shares_of, text_of
 from nanodoge.tokenizer import Tokenizer, train_bpe
 
-BATCH = 1 << 19  # characters in the unit of work of a thread: some 50 ms of tokenising, so that hand-over costs nothing
-AHEAD = 64  # batches read ahead of the one being written: work for as many cores, at most 32 MB of text
-SHARD = 1 << 27  # characters between two commits: a few seconds of work are lost at most
 SAMPLE = 20_000_000  # characters a vocabulary is learned from; our trainer takes about ten seconds for 32,768 tokens
+BATCH = 1 << 19  # characters a thread tokenises at a time: about 50 ms
+AHEAD = 64  # batches read ahead of the one being written: work for as many cores, at most 32 MB of text
+SHARD = 1 << 27  # characters between two commits: a killed run loses a few seconds of work at most
 
 
 @dataclass
 class PrepareOptions:
-    sources: list[str] = field(default_factory=lambda: ["stories"])  # where the text comes from, see above
+    """The options people need first"""
+
+    sources: list[str] = field(default_factory=lambda: ["stories"])  # where the text comes from, see below
     out: str = ""  # the folder to write; empty: data/ and the name of the first source
     tokenizer: str = ""  # a tokenizer.json, its folder or hub name, an encoding of tiktoken (gpt2); empty: train one
     vocab_size: int = 4096  # of the tokenizer to train; small, or a tiny model is all embedding; real runs use 32768
-    kind: Literal["text", "chat", "preferences", "problems", "labels"] = "text"  # what the rows are, see above
+    kind: Literal["text", "chat", "preferences", "problems", "labels"] = "text"  # what the rows are, see below
+    tokens: Whole = 0  # training tokens to write; 0: every document of every source, once
+    val_fraction: Annotated[float, Range(0, 1, True, True)] = 0.05  # share of the documents kept for validation
+    text_column: str = "text"  # the column of .jsonl, .parquet and datasets
+    stories: Count = 20000  # of the built-in world: stories and lessons (12 MB of text), or rows
+    overwrite: bool = False  # replace what an earlier, different call wrote to OUT
+    # ---- Details
     labels: list[str] = field(default_factory=list)  # what the label of a row may be, in the order of their numbers
     system: str = ""  # a system message for the conversations that have none
-    tokens: int = 0  # training tokens to write; 0: every document of every source, once
-    val_fraction: float = 0.05  # share of the documents kept for validation; enough for a book, large corpora need less
-    text_column: str = "text"  # the column of .jsonl, .parquet and datasets
-    piece_chars: int = 4096  # longest piece a .txt or .md file is cut into; 0: a file is one document
+    piece_chars: Annotated[int, Range(0, 10_000_000)] = 4096  # longest piece of a .txt or .md file; 0: never cut
     document_separator: str = ""  # cut .txt and .md files here instead, as at <|endoftext|>
-    stories: int = 20000  # how many stories and lessons (12 MB of text, minutes of training on a CPU), or built-in rows
-    workers: int = 0  # threads; 0: one for each core; the output does not depend on it
+    workers: Whole = 0  # threads; 0: one per core; the output does not depend on it
     cache: str = ""  # folder for downloads; empty: downloads/ beside OUT
-    overwrite: bool = False  # replace what an earlier, different call wrote to OUT
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        names = self.labels
+        if self.kind != "text" and not self.tokenizer:
+            raise ValueError(f"--kind={self.kind} needs the --tokenizer of the model to be tuned")
+        if self.kind in ("text", "labels") and self.system:
+            raise ValueError("--system is a message of conversations: it needs --kind=chat, preferences or problems")
+        if (self.kind == "labels") != bool(names) or len(names) == 1 or len(set(names)) < len(names):
+            raise ValueError(f"--labels={','.join(names)}: --kind=labels, and no other, needs two different names")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From documents to bins
+# ---- From documents to files
 
 
-def shares_of(sources):
-    """What part of the tokens each source contributes: by its ratio, else by its size, else all alike."""
-    sized = all(source.size for source in sources)
-    weights = [source.ratio or (source.size if sized else 1) for source in sources]
-    return [weight / sum(weights) for weight in weights]
+class Document(NamedTuple):
+    """A document on its way to the files. A thread takes the text away and adds the last five fields."""
+
+    source: int  # the number of its source
+    epoch: int  # how often that source was read before
+    text: str
+    characters: int  # of the text, and one
+    size: int = 0  # bytes of text
+    is_val: bool = False
+    left_out: str = ""  # why it is not to be written
+    sequences: Sequence = ()  # (ids, mask): one pair, or a preference's two; the mask of plain text is None
+    answer: bytes = b""  # a problem's line of answers.jsonl
 
 
 class Mixer:
-    """Chooses whose document comes next: always the source that is furthest behind its share of the tokens.
+    """Chooses whose document comes next: that of the source which is furthest behind its share of the tokens.
 
-    How many tokens a document has is known only when it comes back from a thread. Until then its characters count, at
-    the rate of this source so far. Batches come back in a fixed order, so the choice depends on nothing but the data.
+    Until a document returns from its thread its tokens are estimated, from its characters and the tokens per character
+    of its source so far. Batches return in a fixed order, so the choice depends on the data alone.
     """
 
-    def __init__(self, sources, mix, tokens):
-        """mix: for each source the dictionary that meta.json keeps, updated in place. tokens: the aim, 0 for all."""
-        self.sources, self.mix, self.repeat = sources, mix, bool(tokens)
+    def __init__(self, sources: list[Source], meta: dict, tokens: int):
+        """meta: of the folder, updated in place. tokens: the aim; 0: every document once."""
+        self.mix, self.left_out, self.repeat = meta["mix"], meta["left_out"], tokens > 0
         self.shares = shares_of(sources)
-        self.quotas = [share * tokens if tokens else math.inf for share in self.shares]
+        self.quotas = [share * tokens or math.inf for share in self.shares]
         self.waiting = [0] * len(sources)  # characters handed out whose tokens are not counted yet
-        self.readers = [self.read(i) for i in range(len(sources))]
-        self.ended = set()
+        self.readers = {i: self.read(i, source) for i, source in enumerate(sources)}  # of sources that have not ended
 
-    def read(self, i):
-        """Yields the documents of source i from where `mix` says that the last run stopped, as (i, epoch, text)."""
-        source, mix = self.sources[i], self.mix[i]
-        epoch, part, document = mix["position"]
+    def read(self, i: int, source: Source) -> Iterator[Document]:
+        """Yields the documents of source i from the position where the last run stopped."""
+        mix = self.mix[i]
+        epoch, first, document = mix["position"]
         while True:
-            while part < len(source.parts):
+            for part in range(first, len(source.parts)):
                 for text in source.read(source.parts[part], document):
                     document += 1
                     mix["position"] = [epoch, part, document]
-                    yield i, epoch, text
-                part, document = part + 1, 0
+                    yield Document(i, epoch, text, len(text) + 1)
+                document = 0
             if not self.repeat:
                 return
             if mix["position"] == [epoch, 0, 0] or (epoch > 1 and mix["characters"] and not mix["tokens"]):
                 raise ValueError(f"source {source.spec!r}: no document to train on, so --tokens cannot be reached")
-            epoch, part = epoch + 1, 0
+            epoch, first = epoch + 1, 0
             mix["position"] = [epoch, 0, 0]
 
-    def expected(self, i):
-        mix = self.mix[i]
-        rate = mix["tokens"] / mix["characters"] if mix["characters"] else 0.25  # tokens a character; typical English
-        return mix["tokens"] + rate * self.waiting[i]
+    def batch(self) -> list[Document]:
+        """The next documents, BATCH characters together; fewer when all sources have ended or should be full."""
+        documents, size = [], 0
 
-    def next(self):
-        """(source, epoch, text), or None while every source has ended or can be expected to have filled its share."""
-        while True:
-            behind = [i for i in range(len(self.mix)) if i not in self.ended and self.expected(i) < self.quotas[i]]
-            if not behind:
-                return None
-            i = min(behind, key=lambda i: self.expected(i) / self.shares[i])
-            if (document := next(self.readers[i], None)) is not None:
-                self.waiting[i] += len(document[2]) + 1
-                return document
-            self.ended.add(i)
+        def expected(i: int) -> float:  # tokens of source i when all its documents have returned
+            tokens, characters = self.mix[i]["tokens"], self.mix[i]["characters"]
+            return tokens + self.waiting[i] * (tokens / characters if characters else 0.25)  # typical for English
 
+        while size < BATCH and (behind := [i for i in self.readers if expected(i) < self.quotas[i]]):
+            i = min(behind, key=lambda i: expected(i) / self.shares[i])
+            if document := next(self.readers[i], None):
+                documents.append(document)
+                size += document.characters
+                self.waiting[i] += document.characters
+            else:
+                del self.readers[i]
+        return documents
 
-class Document(NamedTuple):
-    """What comes back from a thread: one document as tokens."""
-
-    source: int
-    epoch: int
-    characters: int  # of the text it was read as
-    size: int = 0  # bytes of text
-    is_val: bool = False
-    left_out: str = ""  # why it is not to be written
-    tokens: list = []  # an array, a preference's two
-    masks: list = []  # as many, but for plain text
-    line: bytes = b""  # for answers.jsonl
-
-
-def encode(tokenizer, options, dtype, batch):
-    """Runs in a thread. [(source, epoch, text)] -> [Document]"""
-    if options.kind != "text":
-        return [encode_row(tokenizer, options, dtype, *document) for document in batch]
-    done = []
-    for (source, epoch, text), ids in zip(batch, tokenizer.encode_batch([text for *_, text in batch], 1), strict=True):
-        utf8, tokens = text.encode(), np.empty(len(ids) + 2, dtype)
-        tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
-        is_val = in_validation(utf8, options.val_fraction)
-        done.append(Document(source, epoch, len(text) + 1, len(utf8), is_val, "" if text else "empty", [tokens]))
-    return done
+    def count(self, document: Document) -> bool:
+        """Counts a document that has returned from its thread. True if it is to be written."""
+        i, is_first = document.source, document.epoch == 0
+        self.waiting[i] -= document.characters
+        self.mix[i]["characters"] += document.characters
+        if document.left_out:
+            self.left_out[document.left_out] = self.left_out.get(document.left_out, 0) + is_first
+            return False
+        if document.is_val or self.mix[i]["tokens"] >= self.quotas[i]:
+            return document.is_val and is_first  # validation documents are never repeated
+        self.mix[i]["tokens"] += sum(len(ids) for ids, _ in document.sequences)
+        self.mix[i]["epochs"] = document.epoch + 1
+        return True
 
 
-def encode_row(tokenizer, options, dtype, source, epoch, text):
-    """The same for a row that conversations.document has brought into form."""
-    row, start = json.loads(text), (source, epoch, len(text) + 1)
+def encode(tokenizer: Tokenizer, options: PrepareOptions, dtype: np.dtype, document: Document) -> Document:
+    """The document with its tokens. Runs in a thread: tiktoken releases Python's lock, and a thread costs no memory."""
+    text, utf8 = document.text, document.text.encode()
+    document = document._replace(text="", size=len(utf8))
+    if not text:
+        return document._replace(left_out="empty")
+    if options.kind == "text":
+        ids = tokenizer.encode_to_numpy(text)
+        ids = np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(dtype)
+        return document._replace(is_val=in_validation(utf8, options.val_fraction), sequences=[(ids, None)])
+    row = json.loads(text)  # as conversations.document made it
     if "left_out" in row:
-        return Document(*start, left_out=row["left_out"])
+        return document._replace(left_out=row["left_out"])
     is_val = row.get("held_out", in_validation(conversations.key_of(row), options.val_fraction))
-    pairs, line = conversations.encode(tokenizer, row, dtype)
-    ids, masks = map(list, zip(*pairs, strict=True))
-    return Document(*start, len(text.encode()), is_val, "", ids, masks, line)
+    sequences, answer = conversations.encode(tokenizer, row, dtype)
+    return document._replace(is_val=is_val, sequences=sequences, answer=answer)
 
 
 class Writer:
-    """The files and meta.json of an unfinished folder."""
+    """The files of an unfinished folder, and its meta.json, which says how much of each counts."""
 
-    def __init__(self, folder, meta, bar):
-        self.folder, self.meta, self.bar, self.files = folder, meta, bar, {}
+    def __init__(self, folder: Path, meta: dict, stack: ExitStack):
+        self.folder, self.meta, self.files = folder, meta, {}
         for name, size in meta["sizes"].items():
-            path = folder / name
-            path.touch()
-            os.truncate(path, size)  # what came after is redone
-            self.files[name] = open(path, "ab")
+            file = self.files[name] = stack.enter_context(open(folder / name, "ab"))
+            file.truncate(size)  # what follows is written again
+            file.seek(size)
 
-    def write(self, batch, mixer):
-        """Appends a batch that came back from its thread; leaves out what a share no longer needs."""
-        for document in batch:
-            mix, split = self.meta["mix"][document.source], "val" if document.is_val else "train"
-            mixer.waiting[document.source] -= document.characters
-            mix["characters"] += document.characters
-            if document.left_out:
-                reasons = self.meta["left_out"]
-                reasons[document.left_out] = reasons.get(document.left_out, 0) + (not document.epoch)
-                continue
-            if document.epoch if document.is_val else mix["tokens"] >= mixer.quotas[document.source]:
-                continue  # validation documents are never repeated
-            count = self.append(document, split)
-            if not document.is_val:
-                mix["tokens"] += count
-                mix["epochs"] = document.epoch + 1
-            self.bar.update(document.size if not mixer.repeat else 0 if document.is_val else count)
-
-    def append(self, document, split):
-        """Writes one document and counts it. -> how many tokens it has"""
-        counts, before = self.meta[split], self.meta[split]["tokens"]
-        for tokens, mask in zip(document.tokens, document.masks or [None], strict=True):
-            counts["tokens"] += len(tokens)
+    def write(self, document: Document) -> None:
+        """Appends a document and counts it."""
+        split = "val" if document.is_val else "train"
+        counts = self.meta[split]
+        for ids, mask in document.sequences:
+            counts["tokens"] += len(ids)
             if mask is None:
-                self.files[f"{split}.bin"].write(tokens)
+                self.files[f"{split}.bin"].write(ids)
                 continue
-            self.files[f"{split}.ids.bin"].write(tokens)
-            self.files[f"{split}.mask.bin"].write(mask)
-            self.files[f"{split}.offsets.bin"].write(np.array(counts["tokens"], "<i8"))
             counts["targets"] += int(mask.sum())
-        if document.line:
-            self.files[f"{split}.answers.jsonl"].write(document.line)
+            for name, array in {"ids": ids, "mask": mask, "offsets": np.array(counts["tokens"], "<i8")}.items():
+                self.files[f"{split}.{name}.bin"].write(array)
+        if document.answer:
+            self.files[f"{split}.answers.jsonl"].write(document.answer)
         counts["bytes"] += document.size
         counts["documents"] += 1
-        return counts["tokens"] - before
 
-    def commit(self, finished=False):
+    def commit(self, finished: bool = False) -> None:
+        """Makes what was written count."""
         for name, file in self.files.items():
             file.flush()
             os.fsync(file.fileno())
@@ -252,255 +243,205 @@ class Writer:
         self.meta["finished"] = finished
         write_meta(self.folder, self.meta)
 
-    def close(self):
-        for file in self.files.values():
-            file.close()
 
-
-def write_bins(sources, tokenizer, options, folder, meta, bar):
-    """The main loop: this thread reads and writes, the pool tokenises in between; batches come back in order."""
-    workers = options.workers or os.cpu_count() or 1
-    mixer, writer = Mixer(sources, meta["mix"], options.tokens), Writer(folder, meta, bar)
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    pool, pending, since_commit = ThreadPoolExecutor(workers), deque(), 0
-    try:
-        while True:
-            batch, size = [], 0
-            while size < BATCH and (document := mixer.next()):
-                batch.append(document)
-                size += len(document[2]) + 1
+def write_documents(sources: list[Source], options: PrepareOptions, folder: Path, meta: dict, quiet: bool) -> None:
+    """The main loop: this thread reads and writes, the pool tokenises in between; batches return in order."""
+    mixer, pending, since_commit = Mixer(sources, meta, options.tokens), deque(), 0
+    work = partial(encode, Tokenizer.load(folder), options, np.dtype(meta["dtype"]).newbyteorder("<"))
+    unit, total = ("tokens", options.tokens) if options.tokens else ("bytes", sum(source.size for source in sources))
+    with ExitStack() as stack:
+        writer, pool = Writer(folder, meta, stack), ThreadPoolExecutor(options.workers or os.cpu_count())
+        stack.callback(pool.shutdown, cancel_futures=True)
+        bar = tqdm(desc=folder.stem, total=total or None, unit=unit, unit_scale=True, disable=quiet or None)
+        stack.enter_context(bar)
+        while (batch := mixer.batch()) or pending:
             if batch:
-                pending.append(pool.submit(encode, tokenizer, options, dtype, batch))
-                since_commit += size
-            elif not pending:
-                break
-            full = since_commit >= SHARD
-            keep = 0 if full else AHEAD if batch else len(pending) - 1
+                pending.append(pool.submit(list, map(work, batch)))
+                since_commit += sum(document.characters for document in batch)
+            keep = 0 if since_commit >= SHARD else AHEAD if batch else len(pending) - 1
             while pending and (len(pending) > keep or sum(mixer.waiting) > AHEAD * BATCH):
-                writer.write(pending.popleft().result(), mixer)
-            if full:
+                for document in filter(mixer.count, pending.popleft().result()):
+                    writer.write(document)
+                bar.update(meta["train"][unit] + meta["val"][unit] - bar.n)
+            if since_commit >= SHARD:
                 writer.commit()
                 since_commit = 0
         for split in ("train", "val"):
             if not meta[split]["documents"]:
-                count = meta["train"]["documents"] + meta["val"]["documents"]
-                raise ValueError(f"--val_fraction={options.val_fraction}: of {count} documents none is in {split}.bin; "
-                                 "give more text, another fraction or smaller --piece_chars")
+                problem = f"of {meta['train']['documents'] + meta['val']['documents']} documents none is in {split}.bin"
+                advice = "give more text, another --val_fraction or smaller --piece_chars"
+                raise ValueError(f"--val_fraction={options.val_fraction}: {problem}; {advice}")
         writer.commit(finished=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        writer.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole
+# ---- The folder
 
 
-def sample(sources, options):
-    """Yields training documents to learn a vocabulary from: up to SAMPLE characters, shared by the sources as they are
-    mixed and by up to 64 evenly spaced parts of each."""
+def sample(sources: list[Source], options: PrepareOptions) -> Iterator[str]:
+    """Yields training documents to learn a vocabulary from: SAMPLE characters, shared by the sources as they are mixed
+    and by up to 64 evenly spaced parts of each."""
     for source, share in zip(sources, shares_of(sources), strict=True):
-        parts = source.parts[:: -(-len(source.parts) // 64) or 1]
-        for part in parts:
+        for part in (parts := source.parts[:: -(-len(source.parts) // 64) or 1]):
             left = SAMPLE * share / len(parts)
-            for text in source.read(part, 0):
+            for text in source.read(part):
                 if not in_validation(text.encode(), options.val_fraction):
                     yield text
                 if (left := left - len(text)) <= 0:
                     break
 
 
-def check_options(options, sources):
-    for name, low, high in (("stories", 1, 1e9), ("tokens", 0, 1e15), ("workers", 0, 1024), ("piece_chars", 0, 1e7)):
-        if not low <= getattr(options, name) <= high:
-            raise ValueError(f"--{name}={getattr(options, name)}: must be from {low} to {high:.0f}")
-    if not 0 < options.val_fraction < 1:
-        raise ValueError(f"--val_fraction={options.val_fraction}: must be above 0 and below 1")
+def parse_sources(options: PrepareOptions) -> list[Source]:
+    """The sources of the command line. Raises ValueError for a combination that has no meaning."""
+    sources = [parse_source(spec) for spec in options.sources]
     if len({source.place for source in sources}) < len(sources) or not sources:
         raise ValueError(f"sources {options.sources}: at least one is needed, and each only once")
-    ratios = [source.ratio for source in sources]
-    if any(ratios) and not all(ratios):
-        raise ValueError(f"source {sources[ratios.index(0)].spec!r} has no @RATIO: give one to every source or to none")
-    if any(ratios) and not options.tokens:
+    bare = [source.spec for source in sources if not source.ratio]
+    if 0 < len(bare) < len(sources):
+        raise ValueError(f"source {bare[0]!r} has no @RATIO: give one to every source or to none")
+    if not bare and not options.tokens:
         raise ValueError("ratios need --tokens=N: the training tokens they are shares of")
-    if options.kind != "text" and not options.tokenizer:
-        raise ValueError(f"--kind={options.kind} needs the --tokenizer of the model to be tuned: its checkpoint folder")
-    if options.kind in ("text", "labels") and options.system:
-        raise ValueError("--system is a message of conversations: it needs --kind=chat, preferences or problems")
-    labels = options.labels
-    if (options.kind == "labels") != bool(labels) or len(labels) == 1 or len(set(labels)) < len(labels):
-        raise ValueError(f"--labels={','.join(labels)}: --kind=labels, and no other, needs two or more different names")
+    return sources
 
 
-def read_meta(folder):
-    path = Path(folder) / "meta.json"
-    return read_json(path) if path.is_file() else None
+def describe(options: PrepareOptions, sources: list[Source], tokenizer: Tokenizer | None) -> dict:
+    """All that the output depends on: calls with equal descriptions write the same bytes."""
+    names = "sources tokens val_fraction text_column piece_chars document_separator stories"
+    names += {"text": "", "labels": " kind system labels"}.get(options.kind, " kind system")
+    request = {name: getattr(options, name) for name in names.split()}
+    request["inputs"] = [source.inputs for source in sources]
+    request["tokenizer"] = tokenizer.digest if tokenizer else f"trained, vocab_size={options.vocab_size}"
+    return request
 
 
-def write_meta(folder, meta):
+def read_meta(folder: Path) -> dict:
+    path = Path(folder, "meta.json")
+    return read_json(path) if path.is_file() else {}
+
+
+def write_meta(folder: Path, meta: dict) -> None:
     temporary = folder / "meta.json.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    flush(temporary)
     os.replace(temporary, folder / "meta.json")
 
 
-def is_there(out, request, overwrite):
-    """True if `out` is the finished output of the same request. Raises ValueError if it is anything else of value."""
-    meta = read_meta(out) if out.is_dir() else None
-    if meta and meta.get("request") == request:
+def holds(folder: Path, request: dict, overwrite: bool) -> bool:
+    """True if `folder` is of this request. Raises ValueError if it is of another one that it must not overwrite."""
+    meta = read_meta(folder)
+    if meta.get("request") == request:
         return True
-    if meta and not overwrite:
-        raise ValueError(f"{out}: of another call ({differences(meta, request)}); give another --out, or --overwrite")
-    if not meta and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out}: exists and was not made by prepare_data.py; give another --out")
+    if meta and not overwrite and (meta.get("finished") or meta["train"]["documents"]):
+        what = "of another call" if meta.get("finished") else "unfinished work of another call"
+        differs = ", ".join(key for key in request if meta.get("request", {}).get(key) != request[key])
+        raise ValueError(f"{folder}: {what} (differs in {differs}); give another --out, or --overwrite")
     return False
 
 
-def differences(meta, request):
-    old = meta.get("request", {})
-    return "differs in " + ", ".join(key for key in request if old.get(key) != request[key])
-
-
-def describe(options, sources, tokenizer):
-    """Everything the output depends on: two calls with equal descriptions write the same bytes."""
-    same = ("sources", "tokens", "val_fraction", "text_column", "piece_chars", "document_separator", "stories")
-    same += ("kind", "system") if options.kind != "text" else ()
-    same += ("labels",) if options.kind == "labels" else ()
-    request = {name: getattr(options, name) for name in same}
-    request["inputs"] = [source.inputs for source in sources]
-    request["tokenizer"] = tokenizer.digest if tokenizer else f"trained, vocab_size={options.vocab_size}"
-    return json.loads(json.dumps(request))
-
-
-def begin(partial, request, tokenizer, sources):
-    """Makes the unfinished folder, with its tokenizer and a meta.json that says that nothing is written yet."""
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tokenizer.save(partial)
+def begin(folder: Path, request: dict, tokenizer: Tokenizer) -> dict:
+    """Makes the unfinished folder with its tokenizer -> its meta.json, which says that nothing is written yet."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tokenizer.save(folder)
     meta = {"dtype": "uint16" if tokenizer.vocab_size <= 65536 else "uint32", "vocab_size": tokenizer.vocab_size}
     meta |= {"tokenizer": "tokenizer.json", "tokenizer_sha256": tokenizer.digest, "source": request["sources"]}
-    names = ["bin"]
-    if (kind := request.get("kind", "text")) != "text":
-        meta |= {"kind": kind, "chat_template": tokenizer.chat_template}
-        meta |= {"labels": request["labels"]} if kind == "labels" else {}
-        names = ["ids.bin", "mask.bin", "offsets.bin"] + ["answers.jsonl"] * (kind == "problems")
-    for split in ("train", "val"):
-        meta[split] = {"tokens": 0, "bytes": 0, "documents": 0} | ({"targets": 0} if kind != "text" else {})
-    meta["sizes"] = {f"{split}.{name}": 0 for split in ("train", "val") for name in names}
-    for split in ("train", "val") if kind != "text" else ():
-        (partial / f"{split}.offsets.bin").write_bytes(bytes(8))  # the first conversation begins at 0
-        meta["sizes"][f"{split}.offsets.bin"] = 8
+    counts, files = {"tokens": 0, "bytes": 0, "documents": 0}, {"bin": 0}
+    if "kind" in request:
+        meta |= {"kind": request["kind"], "chat_template": tokenizer.chat_template}
+        meta |= {"labels": request["labels"]} if "labels" in request else {}
+        counts, files = counts | {"targets": 0}, {"ids.bin": 0, "mask.bin": 0, "offsets.bin": 8}  # 8 bytes: a first 0
+        files |= {"answers.jsonl": 0} if request["kind"] == "problems" else {}
+    meta |= {"train": counts, "val": dict(counts)}
+    meta["sizes"] = {f"{split}.{name}": size for split in ("train", "val") for name, size in files.items()}
     start = {"tokens": 0, "characters": 0, "epochs": 1, "position": [0, 0, 0]}
-    meta |= {"mix": [{"source": source.spec, **start} for source in sources], "left_out": {}}
-    meta |= {"finished": False, "request": request}
-    write_meta(partial, meta)
+    meta["mix"] = [{"source": spec, **start} for spec in request["sources"]]
+    meta |= {"left_out": {}, "finished": False, "request": request}
+    write_meta(folder, meta)
     return meta
 
 
-def prepare(options, quiet=False):
-    """Makes the folder that `options` (PrepareOptions) describe, unless it is there already. Returns its path.
+def default_out(place: str, kind: str) -> str:
+    """data/ and the name of a source, and the kind of its rows."""
+    name = re.split(r"[/\\:]", place.partition("#")[0].rstrip("/\\"))[-1].split(".")[0] or "text"
+    return f"data/{name}" + f"-{kind}" * (kind != "text")
 
-    Raises ValueError with one line for a user's mistake; what an earlier call made is then untouched.
-    """
-    say = (lambda *words: None) if quiet else print
-    sources = [parse_source(spec) for spec in options.sources]
-    check_options(options, sources)
-    name = re.split(r"[/\\:]", sources[0].place.partition("#")[0].rstrip("/\\"))[-1].split(".")[0] or "text"
-    out = Path(options.out or f"data/{name}" + f"-{options.kind}" * (options.kind != "text"))
-    if not out.name:
-        raise ValueError(f"--out={options.out}: not the name of a folder of its own")
-    given = Tokenizer.load(locate(options.tokenizer)) if options.tokenizer else None
-    request = describe(options, sources, given)
-    if not is_there(out, request, options.overwrite):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with alone(out):
-            if not is_there(out, request, options.overwrite):  # another process may have made it meanwhile
-                make(options, sources, given, request, out, say, quiet)
-                return out
-    say(f"{out} is there already, made by the same call")
+
+def prepare(options: PrepareOptions, quiet: bool = False) -> Path:
+    """The folder that `options` describe, made unless it is there already. Raises ValueError with one line for a user's
+    mistake; what an earlier call made is then untouched."""
+    sources = parse_sources(options)
+    out = Path(options.out or default_out(sources[0].place, options.kind))
+    if not out.name or (out.exists() and not read_meta(out) and not (out.is_dir() and not any(out.iterdir()))):
+        raise ValueError(f"--out={out}: exists and was not made by prepare_data.py; give another folder")
+    tokenizer = Tokenizer.load(locate(options.tokenizer)) if options.tokenizer else None
+    request = describe(options, sources, tokenizer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.with_name(out.name + ".lock")
+    try:
+        with FileLock(lock):  # two processes would write into each other's files: the second waits
+            is_there = holds(out, request, options.overwrite)
+            meta = read_meta(out) if is_there else make(out, sources, tokenizer, options, quiet)
+    finally:
+        lock.unlink(missing_ok=True)
+    if not quiet:
+        print(f"{out} is there already, made by the same call" if is_there else f"{out} is complete")
+        report(out, meta)
     return out
 
 
-@contextlib.contextmanager
-def alone(out):
-    """Waits until no other process prepares `out`: two at once would write into each other's files."""
-    path = out.with_name(out.name + ".lock")
-    try:
-        with FileLock(path):
-            yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def make(options, sources, given, request, out, say, quiet):
-    """Reads the sources into OUT.partial, from where an earlier call was stopped, then makes that `out`."""
-    partial = out.with_name(out.name + ".partial")
-    meta = read_meta(partial)
-    if meta and meta.get("request") != request:
-        if meta["train"]["documents"] and not options.overwrite:
-            raise ValueError(f"{partial}: unfinished work of another call ({differences(meta, request)}); finish that, "
-                             "or discard it with --overwrite")
-        meta = None
-    rows = text_rows(options.text_column)
+def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options: PrepareOptions, quiet: bool) -> dict:
+    """Reads the sources into OUT.partial, from where an earlier call was stopped, then makes that `out` -> its meta."""
+    folder, request = out.with_name(out.name + ".partial"), describe(options, sources, tokenizer)
+    meta = read_meta(folder) if holds(folder, request, options.overwrite) else {}
+    document = partial(text_of, column=options.text_column)
     if options.kind != "text":
-        rows = Rows(*conversations.rows(options.kind, options.system, options.labels))
+        document = partial(conversations.document, kind=options.kind, system=options.system, labels=options.labels)
     for source in sources:
-        open_source(source, options, rows, options.cache or out.parent / "downloads", quiet)
-    width = 2 if not given or given.vocab_size <= 65536 else 4
+        open_source(source, options, document, options.cache or out.parent / "downloads", quiet)
     size = sum(source.size for source in sources)
-    check_space(out.parent, width * (options.tokens or size / 4), f"writing {out}")  # 4 bytes a token at the best
-    if meta is None:
-        if not given:
-            say(f"learning a vocabulary of {options.vocab_size} tokens")
-        meta = begin(partial, request, given or train_bpe(sample(sources, options), options.vocab_size), sources)
-    else:
-        say(f"continuing after {meta['train']['documents']:,} documents")
-    if not meta["finished"]:
-        goal = {"unit": "tok", "total": options.tokens} if options.tokens else {"unit": "B", "total": size or None}
-        done = meta["train"]["tokens"] if options.tokens else meta["train"]["bytes"] + meta["val"]["bytes"]
-        try:
-            with progress(quiet, out.name, start=done, **goal) as bar:
-                write_bins(sources, Tokenizer.load(partial), options, partial, meta, bar)
-        except ValueError:
-            if not read_meta(partial)["train"]["documents"]:  # nothing worth continuing
-                shutil.rmtree(partial)
-            raise
-    replace_folder(partial, out)
-    report(out, meta, say)
-
-
-def replace_folder(new, out):
-    """Renames `new` to `out`; a folder that was there is moved aside first and deleted last."""
-    old = out.with_name(out.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
+    check_space(out.parent, 2 * (options.tokens or size / 4), f"writing {out}")  # 2 bytes per token of 4 bytes of text
+    if not meta:
+        if not tokenizer and not quiet:
+            print(f"learning a vocabulary of {options.vocab_size} tokens")
+        meta = begin(folder, request, tokenizer or train_bpe(sample(sources, options), options.vocab_size))
+    try:
+        if not meta["finished"]:
+            write_documents(sources, options, folder, meta, quiet)
+    except ValueError:
+        if not read_meta(folder)["train"]["documents"]:  # nothing worth continuing
+            shutil.rmtree(folder)
+        raise
+    replaced = out.with_name(out.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
-        os.replace(out, old)
-    os.replace(new, out)
-    shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, replaced)
+    os.replace(folder, out)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return meta
 
 
-def report(out, meta, say):
-    kind = meta.get("kind", "text")
+def report(out: Path, meta: dict) -> None:
+    """Prints what a folder holds."""
     for split in ("train", "val"):
         count = meta[split]
-        documents = f"{count['documents']:,} {dict(text='documents', chat='conversations').get(kind, kind)}"
-        if kind == "text":
-            rate = f"{count['bytes'] / count['tokens']:.2f} bytes a token"
-            say(f"{out / split}.bin: {count['tokens']:,} tokens, {documents}, {rate}")
-        else:
-            learned = f", {count['targets']:,} of them to learn" if kind != "problems" else ""
-            say(f"{out / split}.*: {documents}, {count['tokens']:,} tokens{learned}")
+        what = f"{count['documents']:,} {meta.get('kind', 'documents')}, {count['tokens']:,} tokens"
+        learn = f", {count['targets']:,} of them to learn" if count.get("targets") else ""
+        print(f"{out / split}: {what}{learn}, {count['bytes'] / count['tokens']:.2f} bytes per token")
     for mix in meta["mix"]:
-        if len(meta["mix"]) > 1 or mix["epochs"] > 1:
-            again = f", read {mix['epochs']} times" if mix["epochs"] > 1 else ""
-            say(f"  {mix['tokens'] / meta['train']['tokens']:6.1%} {mix['source']}{again}")
+        print(f"  {mix['tokens'] / meta['train']['tokens']:6.1%} {mix['source']}, epochs: {mix['epochs']}")
     for reason, count in meta["left_out"].items():
-        say(f"  left out: {count:,} {reason}")
+        print(f"  left out: {count:,} {reason}")
 
 
-def main(argv):
+def prepare_built_in(folder: str, kind: str = "text", tokenizer: str = "", say: Callable = print) -> None:
+    """Makes data/stories, data/stdlib, data/stories-chat, data/sums-problems and their like, unless it is there. Does
+    nothing for a folder of another name or kind. tokenizer: as --tokenizer. Of several ranks, rank 0 calls this."""
+    for source in ("stories", "stdlib", "sums"):
+        if folder == default_out(source, kind) and not Path(folder, "meta.json").is_file():
+            say(f"preparing the built-in {folder}")
+            prepare(PrepareOptions([source], folder, tokenizer, kind=kind))
+
+
+def main(argv: list[str]) -> None:
     prepare(parse_options(PrepareOptions, argv, positional="sources"))
 
 

@@ -1,250 +1,154 @@
-"""Supervised fine-tuning: a model that continues text learns to answer.
+"""Supervised fine-tuning (SFT): a model that continues text learns to answer.
 
-    python sft.py                                                   the tiny model on questions about built-in stories
-    python sft.py config/sft_doge20m.py                             a real recipe
-    torchrun --nproc_per_node=8 sft.py config/sft_doge20m.py        the same on eight GPUs: same batches, same losses
-    python sft.py --out_dir=out/stories-chat --resume               go on as if it had never stopped
+    python sft.py                                                   the tiny model, questions about built-in stories
+    python sft.py config/sft_doge.py                                a real recipe
+    torchrun --nproc_per_node=8 sft.py config/sft_doge.py           the same on eight GPUs: same batches, same losses
+    python sft.py --out_dir=out/stories-chat --resume               continues as if it had never stopped
 
-A base model asked a question may well ask three more: that is how such texts go on. So it is shown conversations, and
-trained as before to predict the next token, with one difference: only where the assistant speaks. What is learned is
-decided by the mask of the data, and four things about it are easy to get wrong, each of which has cost others weeks.
+A base model that is asked a question may write three more questions, because texts often go on like that. So it is
+trained on conversations. It predicts the next token as before, but only where the assistant speaks. What it learns is
+decided by the mask of the data, and four things about it are easy to get wrong.
 
-What counts. The assistant's words, and the EOS that ends its turn: a model that is not shown the end never stops. Not
-the user's words, or it learns to ask. Before the first step one row is printed with its trained part marked: look.
+What is learned. The assistant's words, and the EOS that ends each answer: a model that never learned the end does not
+stop. Not the user's words, or it learns to ask. Before the first step one example is printed with its targets marked:
+look at it.
 
-How much a token counts. The loss of a step is the sum over all its targets divided by their number. Micro-batches and
-processes hold different numbers of targets, so a mean of their means would weigh a token by its company; each gives
-its sum over the whole step's number instead, which every process knows beforehand.
+The weight of a token. The loss of a step is the sum over all its targets, divided by their number. Micro-batches and
+ranks have different numbers of targets, so a mean of their means would weight a token by the size of its micro-batch.
+Each contributes its sum divided by the targets of the whole step, which every rank knows beforehand.
 
-Who sees whom. Packing several conversations into a row needs a mask that keeps them apart, and attention is then no
-longer the plain causal one that is fastest. Here every conversation is a row of its own. Rows of like length go
-together and are filled up on the right, where no token looks: exact without any mask, and with rows sorted by length
-there is little to fill (the start of a run says how much).
+Packing. Several conversations in one row need a mask that separates them, and attention is then no longer the plain
+causal one, which is the fastest. Here every conversation is a row of its own. Rows of similar length share a
+micro-batch and are padded on the right, where no token looks: exact without any mask, and with little padding.
 
-What is too long. A conversation is cut after the last answer that fits, and one whose first answer does not fit is
-left out; both are counted. An answer cut in the middle would teach to stop there, and a row without a target teaches
-nothing and divides by zero.
+Long conversations. A conversation is cut after the last answer that fits. If not one fits, it is left out. Both are
+counted and printed. An answer cut in the middle would teach the model to stop there, and a row without targets teaches
+nothing.
 
-Reasoning is learned in the same way from conversations whose answers begin with a thought (config/sft_reason_*.py).
+Reasoning is learned in the same way, from answers that begin with a thought (config/sft_reason_tiny.py).
 
-A classifier too (--kind=labels, data of prepare_data.py --kind=labels): of a text the one thing to predict, behind its
-last token, is its label. A small matrix with a row a label takes the place of the vocabulary, and the rest is the same.
+A classifier too (--kind=labels, data of prepare_data.py --kind=labels): the only target of a text is its label, at the
+position after its last token. A matrix with one row per label replaces the output matrix; all else is the same.
 """
 
-import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 
-from nanodoge.conversations import divide, final_answer, generate, open_sets, pad
-from nanodoge.machine import shard
-from nanodoge.options import run_command
+from model import Doge
+from nanodoge import stage
+from nanodoge.conversations import final_answer
+from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets
+from nanodoge.machine import Machine, shard
+from nanodoge.options import Whole, run_command
+from nanodoge.policy import write_answers
 from nanodoge.run import Run
-from nanodoge.stage import (
-    TUNE_MAY_CHANGE,
-    TuneOptions,
-    count_steps,
-    profile_step,
-    read_run_options,
-    run_stage,
-    start_tuning,
-)
-from train import cosine, make_optimizers, optimizer_step, rows_of_step
+from nanodoge.tokenizer import Tokenizer
+from train import cosine, loss_sum, make_optimizers, optimizer_step, prepare_if_built_in, rows_of_step
 
 
 @dataclass
-class SftOptions(TuneOptions):
+class SftOptions(stage.TuneOptions):
+    """Supervised fine-tuning."""
+
     data: str = "data/stories-chat"  # folder made by prepare_data.py
     kind: Literal["chat", "labels"] = "chat"  # of the data: conversations, or texts with a label
-    eval_answers: int = 0  # validation answers that are written and compared word for word; of labels, always all
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.eval_answers < 0:
-            raise ValueError(f"--eval_answers={self.eval_answers} must be from 0 up")
+    eval_answers: Whole = 0  # validation answers that are written and compared word for word; of labels, always all
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
+def select(token_set: TokenSet, options: SftOptions) -> Examples:
+    """The conversations, each up to the end of the last answer that fits into sequence_length tokens."""
+    length = options.sequence_length
+    sizes, targets, cut = fit_answers(token_set, length)
+    kept = np.flatnonzero(sizes)
+    left_out = {
+        f"cut after an earlier answer, to fit into --sequence_length={length}": int((cut[kept] > 0).sum()),
+        f"without an answer that ends within --sequence_length={length}": len(sizes) - len(kept),
+    }
+    return Examples("conversations", token_set, kept, sizes[kept, None], targets[kept, None], left_out)
 
 
-class Conversations:
-    """The rows of a TokenSet: each conversation up to the end of its last answer that fits into `length` tokens.
-
-    lengths, targets, answers (count,) int64: tokens that go into the model; how many of their successors are learned,
-    at least one; where the last answer begins. cut and left_out: how many conversations lost their end, or were lost
-    whole.
-    """
-
-    def __init__(self, token_set, length):
-        self.set, offsets = token_set, np.asarray(token_set.offsets)
-        begins, ends = turns(token_set.mask)
-        learned = np.concatenate(([0], np.cumsum(ends - begins + 1)))
-        first, stop = np.searchsorted(ends, offsets[:-1]), np.searchsorted(ends, offsets[1:])  # the turns of each
-        fits = np.minimum(stop, np.searchsorted(ends, offsets[:-1] + length, side="right"))
-        rows = np.flatnonzero(fits > first)
-        last = fits[rows] - 1
-        self.starts = offsets[:-1][rows]
-        self.lengths, self.answers = ends[last] - self.starts, begins[last] - self.starts
-        self.targets = learned[last + 1] - learned[first[rows]]
-        self.count, self.cut = len(rows), int((fits < stop)[rows].sum())
-        self.left_out = len(token_set) - self.count
-
-    def row(self, i):
-        """ids and mask, lengths[i] + 1 of each: the last one is only a target."""
-        span = slice(self.starts[i], self.starts[i] + self.lengths[i] + 1)
-        return self.set.ids[span].astype(np.int64), self.set.mask[span].astype(bool)
-
-
-def turns(mask, piece=1 << 26):
-    """The first and the last place of every run of 1 in a mask (n,), which is read in pieces, for it may be larger than
-    memory. A conversation begins with a 0, so no run goes from one to the next."""
-    begins, ends, before = [], [], np.int8(0)
-    for start in range(0, len(mask), piece):
-        part = mask[start : start + piece].astype(np.int8)
-        edges = np.diff(part, prepend=before)
-        begins.append(start + np.flatnonzero(edges == 1))
-        ends.append(start + np.flatnonzero(edges == -1) - 1)
-        before = part[-1]
-    return np.concatenate(begins), np.concatenate(ends + [np.full(int(before), len(mask) - 1)])
-
-
-def show_example(rows, i, tokenizer, machine, labels=()):
-    """Prints a row with what is learned marked: green on a terminal, between {+ and +} elsewhere."""
-    begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("{+", "+}")
-    ids, mask = rows.row(i)
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
-    parts = np.split(ids, edges)
-    pieces = [labels[part[0]] if labels and k % 2 else tokenizer.decode(part) for k, part in enumerate(parts)]
-    machine.print("an example, with what is learned marked:\n\n"
-                  + "".join(begin + text + end if k % 2 else text for k, text in enumerate(pieces)) + "\n")  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
-
-
-def make_evaluate(machine, model, loss_sum, rows, tokenizer, options):
-    """-> evaluate(): mean loss a target over the first eval_size conversations; and the share of the first eval_answers
-    whose last answer, written by taking the likeliest token each time, is right to the last word; of a classifier, the
-    share of all whose label is. All processes share the work."""
-    count, asked = min(rows.count, options.eval_size), min(rows.count, options.eval_answers)
-    asked = count if model.labels else asked
-    groups = divide(rows.lengths[:count], options.micro_batch_tokens)[machine.rank :: machine.world_size]
-
-    @torch.no_grad()
-    def evaluate():
-        nats = sum(loss_sum(rows, group, network=model).item() for group in groups)
-        targets = sum(int(rows.targets[group].sum()) for group in groups)
+@torch.no_grad()
+def evaluate(machine: Machine, model: Doge, val: Examples, tokenizer: Tokenizer, options: SftOptions) -> dict:
+    """{log column: value}. val_loss: mean loss per target of the first eval_size examples, in nats. val_exact: of the
+    first eval_answers conversations, the share whose last answer the model writes word for word; of a classifier, the
+    share of the texts that get their label. The ranks share the work."""
+    count, nats, targets, right = min(val.count, options.eval_size), 0.0, 0, 0
+    for group in val.micro_batches(range(count), options.micro_batch_tokens)[machine.rank :: machine.world_size]:
+        batch = val.batch(group)
+        nats += loss_sum(model, *batch, machine).item()
+        targets += int(val.targets[group].sum())
         if model.labels:
-            right = sum(count_labels(model, rows, group, tokenizer, machine) for group in groups)
-        else:
-            right = count_right(model, rows, range(asked)[machine.rank :: machine.world_size], tokenizer, machine)
-        nats, targets, right = machine.sum([float(nats), float(targets), float(right)])
-        return dict(val_loss=nats / targets) | (dict(val_exact=right / asked) if asked else {})
-
-    return evaluate
-
-
-def count_right(model, rows, which, tokenizer, machine):
-    """How many of the conversations `which` end in the model's own last answer, given all that came before it. An
-    answer counts when it comes to the same (see final_answer) and the model ends it."""
-    if not len(which):
-        return 0
-    wanted = [rows.row(i)[0][rows.answers[i] :].tolist() for i in which]
-    prompts = [rows.row(i)[0][: rows.answers[i]] for i in which]
-    with machine.autocast():
-        written = generate(model, tokenizer, prompts, max(map(len, wanted)) + 8, temperature=0.0)
-    same = [final_answer(tokenizer.decode(a[:-1])) == final_answer(tokenizer.decode(b[:-1]))
-            for a, b in zip(written, wanted, strict=True) if a[-1] == tokenizer.eos_id]  # fmt: skip
-    return sum(same)
+            tokens, labels = machine.to_device(*batch)
+            with machine.autocast():
+                right += int((model(tokens)[0].argmax(-1) == labels).sum())
+    nats, targets, right = machine.sum([nats, float(targets), float(right)])
+    asked = count if model.labels else min(val.count, options.eval_answers)
+    if asked and not model.labels:
+        right = count_exact(machine, model, [val.rows(i)[0] for i in range(asked)], tokenizer)
+    return dict(val_loss=nats / targets) | (dict(val_exact=right / asked) if asked else {})
 
 
-def count_labels(model, rows, group, tokenizer, machine):
-    """How many texts of a group the classifier gives their label."""
-    tokens, targets, _ = pad([rows.row(i) for i in group], tokenizer.pad_id)
-    tokens, targets = machine.to_device(tokens, targets)
-    with machine.autocast():
-        found = model(tokens)[0].argmax(-1)
-    return int((found == targets).sum())
+def count_exact(machine: Machine, model: Doge, rows: list[tuple], tokenizer: Tokenizer) -> int:
+    """How many conversations (ids, mask) end in the answer that the model writes there, taking the likeliest token each
+    time. An answer counts if it comes to the same (see final_answer) and the model ends it with EOS."""
+    prompts, wanted = [], []
+    for ids, mask in rows:
+        begin = np.flatnonzero(~mask)[-1] + 1  # of the last answer, which ends the row
+        prompts.append(ids[:begin].tolist())
+        wanted.append(ids[begin:].tolist())
+    written = write_answers(machine, model, tokenizer, prompts, max(map(len, wanted)) + 8)
+    ended = [(a[:-1], b[:-1]) for a, b in zip(written, wanted, strict=True) if a[-1] == tokenizer.eos_id]
+    return sum(final_answer(tokenizer.decode(a)) == final_answer(tokenizer.decode(b)) for a, b in ended)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def describe(options, machine, model, train_rows, val_rows, seconds, which):
-    """Prints, before the first step, what is going to happen, on what, and what it will cost."""
-    used, steps = int(train_rows.lengths.sum()), options.max_steps
-    step = rows_of_step(0, train_rows.count, options.batch_size, options.seed)
-    groups = divide(train_rows.lengths[step], options.micro_batch_tokens, machine.world_size)
-    padded = sum(len(group) * int(train_rows.lengths[step][group].max()) for group in groups)
-    duration = seconds * len(groups) / machine.world_size * steps
-    for split, rows in (("training", train_rows), ("validation", val_rows)):
-        if rows.cut or rows.left_out:
-            machine.print(f"too long for {options.sequence_length} tokens: {rows.cut:,} {split} conversations are cut "
-                          f"after an earlier answer, {rows.left_out:,} left out, for not one answer fits")  # fmt: skip
-    machine.print(
-        f"model     {sum(p.numel() for p in model.parameters()):,} parameters, from {options.init_from}\n"
-        f"data      {options.data}: {train_rows.count:,} conversations, {used:,} tokens, {train_rows.targets.sum():,} "
-        f"of them learned; {steps * options.batch_size / train_rows.count:.2f} epochs\n"
-        f"step      {options.batch_size} conversations in about {len(groups)} micro-batches on {machine.world_size} "
-        f"processes; {1 - train_rows.lengths[step].sum() / padded:.0%} of the first step is padding\n"
-        f"device    {machine.summary}; {which}\n"
-        f"cost      {steps:,} steps; about {duration // 3600:.0f} h {duration // 60 % 60 + 1:.0f} min at the most"
-    )
-
-
-def train(options, machine):
+def train(options: SftOptions, machine: Machine) -> None:
     """Runs the whole tuning and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
-    train_set, val_set, tokenizer = open_sets(options, options.kind, machine)
-    labels = tuple(train_set.meta["labels"]) if options.kind == "labels" else None
-    model, state = start_tuning(options, machine, tokenizer, labels)
-    train_rows, val_rows = (Conversations(token_set, options.sequence_length) for token_set in (train_set, val_set))
-    if not (train_rows.count and val_rows.count):
-        raise ValueError(f"--sequence_length={options.sequence_length}: of {len(train_set)} training and "
-                         f"{len(val_set)} validation conversations, {train_rows.count} and {val_rows.count} fit")
-    count_steps(options, train_rows.count, machine)
+    prepare_if_built_in(options, machine, options.kind)
+    *sets, tokenizer = open_sets(options.data, options.kind)
+    labels = tuple(sets[0].meta["labels"]) if options.kind == "labels" else None
+    model, state = stage.start_tuning(options, machine, tokenizer, labels)
+    data, val = (select(token_set, options) for token_set in sets)
+    stage.count_steps(options, data.count, machine)
     if options.shard:
         shard(model, machine)
     optimizers = make_optimizers(model, options, machine)
+    longest = data.batch(data.longest(options.micro_batch_tokens))
+    network, seconds, note = stage.profile_step(machine, model, lambda n: loss_sum(n, *longest, machine), options)
 
-    def loss_sum(rows, group, network):
-        """The cross-entropies of the targets of these rows, added up."""
-        tokens, targets, _ = pad([rows.row(i) for i in group], tokenizer.pad_id)
-        with machine.autocast():
-            mean = network(*machine.to_device(tokens, targets))[1]
-        return mean * int(rows.targets[group].sum())
-
-    longest = np.argsort(-train_rows.lengths, kind="stable")[: options.micro_batch_tokens // train_rows.lengths.max()]
-    tried = profile_step(machine, model, lambda network: loss_sum(train_rows, longest, network), options)
-    network, seconds, which = tried
-    describe(options, machine, model, train_rows, val_rows, seconds, which)
-    show_example(train_rows, rows_of_step(0, train_rows.count, 1, options.seed)[0], tokenizer, machine, model.labels)
-    evaluate = make_evaluate(machine, model, loss_sum, val_rows, tokenizer, options)
-    run = Run(options, machine, model, network, tokenizer, optimizers, evaluate,
-              model.flops_per_token(train_rows.lengths.mean()), columns=["val_exact"],
-              evaluate_first=True)  # fmt: skip
+    first = rows_of_step(0, data.count, options.batch_size, options.seed)
+    groups = data.micro_batches(first, options.micro_batch_tokens, machine.world_size)
+    seconds *= len(groups) / machine.world_size * options.max_steps
+    stage.announce(options, machine, model, describe(data, val, groups, options), seconds, note)
+    machine.print(f"an example, with what is learned marked:\n\n{data.show(first[0])}\n")
+    validate = partial(evaluate, machine, model, val, tokenizer, options)
+    flops, columns = model.flops_per_token(data.sizes.mean()), ["val_exact"]
+    run = Run(
+        options, machine, model, network, tokenizer, optimizers, validate, flops, columns=columns, evaluate_first=True
+    )
     if options.resume:
         run.restore(state)
+
     with run:
         for step in run.steps():
-            rows = np.array(rows_of_step(step, train_rows.count, options.batch_size, options.seed))
-            groups = divide(train_rows.lengths[rows], options.micro_batch_tokens, machine.world_size)
-            targets = int(train_rows.targets[rows].sum())  # of the whole step, on all processes
             lr = options.learning_rate * cosine(step, options.max_steps, int(options.warmup * options.max_steps))
-            loss = 0.0
+            rows = rows_of_step(step, data.count, options.batch_size, options.seed)
+            groups = data.micro_batches(rows, options.micro_batch_tokens, machine.world_size)  # of all ranks
+            targets, loss = int(data.targets[rows].sum()), 0.0  # targets of the whole step
             for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
-                loss += run.backward(loss_sum(train_rows, rows[group], network) / targets)
+                loss += run.backward(loss_sum(network, *data.batch(group), machine) / targets)
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
-            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(train_rows.lengths[rows].sum()))
+            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()))
     run.finish()
 
 
-def main(argv):
-    run_stage(train, read_run_options(SftOptions, argv, "sft_tiny.py", TUNE_MAY_CHANGE | {"eval_answers"}))
+def main(argv: list[str]) -> None:
+    stage.run_stage(
+        train, stage.read_run_options(SftOptions, argv, "sft_tiny.py", stage.TUNE_MAY_CHANGE | {"eval_answers"})
+    )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ mean loss and its gradient, move the weights a little against it. The rest of th
 
 Data order. An epoch visits every sequence once, in an order that is a pure function of (seed, epoch). So the sequences
 of step n are known without having run the steps before, and a run that was killed continues with exactly what it would
-have read. On a CPU it ends at the same weights to the last bit. (With --compile=on it did so wherever it was tried; no
-one promises it across torch versions, nor on a GPU.)
+have read. On a CPU it ends at the same weights to the last bit (nobody promises that on a GPU or with another torch).
 
 Schedule. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
 et al. 2024, arXiv 2405.18392). Unlike a cosine it does not need to know the end beforehand. The weights just before the
@@ -42,7 +41,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Doge, DogeConfig
-from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_run, read_meta
+from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
+from nanodoge.data import bits_per_byte, check_tokenizer, load_tokenizer, read_meta, token_bytes
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon
@@ -50,8 +50,6 @@ from nanodoge.options import Count, Whole, run_command
 from nanodoge.run import Run
 from nanodoge.stage import RunOptions, announce, profile_step, read_run_options, run_stage, saved_options
 from nanodoge.tokenizer import Tokenizer
-
-BUILT_IN = ("data/stories", "data/stdlib")  # made on the spot when they are not there: both come without a network
 
 
 @dataclass
@@ -153,22 +151,24 @@ def rows_of_step(step: int, count: int, rows_per_step: int, seed: int) -> list[i
     return [shuffled(place % count, count, scramble(seed) + place // count) for place in places]
 
 
+def prepare_if_built_in(options: RunOptions, machine: Machine, kind: str = "text") -> None:
+    """Makes options.data if it is a built-in folder that is not there: for tuning with the tokenizer of its model."""
+    tokenizer = ""
+    if kind != "text":
+        tokenizer = options.out_dir if options.resume else options.init_from
+        load_config(tokenizer)  # if there is no checkpoint, this says so
+    if machine.is_main:
+        from prepare_data import prepare_built_in
+
+        prepare_built_in(options.data, kind, tokenizer, machine.print)
+    machine.barrier()
+
+
 def open_data(options: TrainOptions, machine: Machine) -> tuple[Sequences, Sequences, Tokenizer]:
     """Training sequences, validation sequences, tokenizer. Built-in data is prepared if it is not there."""
-    if options.data in BUILT_IN and not Path(options.data, "meta.json").is_file():
-        if machine.is_main:
-            import prepare_data
-
-            source = Path(options.data).name
-            machine.print(f"preparing the built-in {source} in {options.data}")
-            prepare_data.prepare(prepare_data.PrepareOptions(sources=[source], out=options.data))
-    machine.barrier()
-    meta = read_meta(options.data)
+    prepare_if_built_in(options, machine)
     train, val = (Sequences(options.data, split, options.sequence_length) for split in ("train", "val"))
-    tokenizer = Tokenizer.load(options.data)
-    if (tokenizer.digest, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
-        reason = "is not the one its tokens were made with (sha256 or vocab_size differs)"
-        raise ValueError(f"{options.data}/tokenizer.json {reason}")
+    tokenizer = load_tokenizer(options.data)
     if len(val.tokens) < 2:
         raise ValueError(f"{options.data}/val.bin has {len(val.tokens)} tokens: too few to validate on")
     return train, val, tokenizer
@@ -273,34 +273,27 @@ def optimizer_step(
 # ---- Loss and validation
 
 
-def loss_sum(network: nn.Module, tokens: Tensor, targets: Tensor, machine: Machine) -> Tensor:
+def loss_sum(
+    network: nn.Module, tokens: Tensor, targets: Tensor, machine: Machine, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The sum in nats of the losses of all targets (B, T) that are not -100."""
     with machine.autocast():
         mean = network(*machine.to_device(tokens, targets))[1]
-    return mean * int((targets >= 0).sum())
-
-
-def bytes_of_tokens(tokenizer: Tokenizer) -> Tensor:
-    """(V,) int64: how many bytes of text each token stands for; a special token for none."""
-    special = set(tokenizer.special_tokens.values())
-    return torch.tensor([0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    return mean.to(dtype) * int((targets >= 0).sum())
 
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, data: Sequences, sizes: Tensor, machine: Machine, options: TrainOptions
+    network: nn.Module, data: Sequences, bytes_of: Tensor, machine: Machine, options: TrainOptions
 ) -> dict[str, float]:
-    """Mean loss and bits per byte over the first eval_tokens of the validation text, shared by all ranks. sizes:
-    bytes_of_tokens. Bits count every token, the end of a document too; bytes are those of the text alone."""
-    count = math.ceil(min(len(data.tokens) - 1, options.eval_tokens) / data.length)
-    mine, nats, seen, size = range(count)[machine.rank :: machine.world_size], 0.0, 0, 0
-    for i in range(0, len(mine), options.micro_batch_size):
-        tokens, targets = data.batch(mine[i : i + options.micro_batch_size])
-        real = targets[targets >= 0]
-        nats += loss_sum(network, tokens, targets, machine).double().item()
-        seen, size = seen + len(real), size + sizes[real].sum().item()
-    nats, seen, size = machine.sum([nats, float(seen), float(size)])
-    return dict(val_loss=nats / seen, val_bpb=nats / math.log(2) / max(size, 1))
+    """Mean loss and bits per byte over the first eval_tokens of the validation text, shared by all ranks. bytes_of:
+    token_bytes."""
+
+    def nats_of(tokens: Tensor, targets: Tensor) -> float:
+        return loss_sum(network, tokens, targets, machine, machine.wide_dtype).item()
+
+    loss, bits, _ = bits_per_byte(nats_of, data, bytes_of, options.eval_tokens, options.micro_batch_size, machine)
+    return dict(val_loss=loss, val_bpb=bits)
 
 
 # ---- The run
@@ -319,9 +312,7 @@ def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tupl
         fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DogeConfig)}
         return Doge(DogeConfig(**fields)).to(machine.device), None
     model, own = load_model(folder)
-    if own.digest != tokenizer.digest:
-        advice = f"prepare the data with --tokenizer={folder}"
-        raise ValueError(f"{folder} was trained with another tokenizer than --data={options.data}: {advice}")
+    check_tokenizer(own, options.data, source=folder)
     if not options.resume:
         becomes_moe = options.is_moe and not model.config.is_moe
         free = {"router_aux_loss_coef", "attention"}
@@ -335,7 +326,7 @@ def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tupl
             model = Doge.from_dense(model, options.num_experts, options.num_experts_per_tok)
         model.config.router_aux_loss_coef = options.router_aux_loss_coef
     model.config.attention = options.attention
-    return model.train().to(machine.device), load_run(folder)
+    return model.train().to(machine.device), load_training_state(folder)
 
 
 def describe(options: TrainOptions, machine: Machine, model: Doge, data: Sequences) -> dict[str, str]:
@@ -381,15 +372,15 @@ def train(options: TrainOptions, machine: Machine) -> None:
     seconds *= options.max_steps * options.batch_tokens / (T * B * world)
     announce(options, machine, model, describe(options, machine, model, data), seconds, compile_note)
 
-    stable, sizes = options.max_steps - options.decay_steps, bytes_of_tokens(tokenizer)
+    stable, sizes = options.max_steps - options.decay_steps, token_bytes(tokenizer)
     milestones = {stable: Path(options.out_dir) / "stable"} if options.decay_steps and stable else {}
     validate = lambda: evaluate(model if options.shard else network, val_data, sizes, machine, options)  # noqa: E731
-    flops = model.flops_per_token(T)
-    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, milestones)
+    run = Run(options, machine, model, network, tokenizer, optimizers, validate, model.flops_per_token(T), milestones)
     if options.resume:
         run.restore(state)
     elif state:
         load_optimizer_state(optimizers, run.names, state["optimizer"])
+    schedule = options.max_steps, options.warmup_steps, options.decay_steps, options.decay
     common = common_tokens(data.read(0, 10_000_000), tokenizer.vocab_size) if options.copy_steps else None
 
     def batch(rows: list[int], copying: bool) -> tuple[Tensor, Tensor]:
@@ -398,9 +389,7 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
     with run:
         for step in run.steps():
-            lr = options.learning_rate * wsd(
-                step, options.max_steps, options.warmup_steps, options.decay_steps, options.decay
-            )
+            lr = options.learning_rate * wsd(step, *schedule)
             rows = rows_of_step(step, data.count, options.batch_tokens // T, options.seed)
             micro_batches = [rows[i : i + B] for i in range(0, len(rows), B)]  # of all ranks
             copying, count = is_copy_step(step, options.copy_steps, options.seed), options.batch_tokens
@@ -422,14 +411,13 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
 def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: TrainOptions) -> None:
     """Prints what the model writes after the token that begins every document."""
-    stop = [tokenizer.eos_id]
-    request = Request([tokenizer.bos_id], options.sample_tokens, 0.7, top_p=0.95, seed=options.seed, stop_ids=stop)
+    settings = dict(temperature=0.7, top_p=0.95, seed=options.seed, stop_ids=[tokenizer.eos_id])
+    request = Request([tokenizer.bos_id], options.sample_tokens, **settings)
     with machine.autocast():
         [ids] = Engine(model.eval(), slots=1, vocab_size=tokenizer.vocab_size).generate([request])
-    text = tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
-    machine.print(
-        f"\nThe model is in {options.out_dir}. It writes:\n\n{text}\n\nMore: python sample.py {options.out_dir}"
-    )
+    text = tokenizer.decode(ids, skip_special=True)
+    machine.print(f"\nThe model is in {options.out_dir}. It writes:\n\n{text}\n")
+    machine.print(f"More: python sample.py {options.out_dir}")
 
 
 # What a resumed run may change: its cost, where and how often it reports, and when it ends. The rest makes it another.
@@ -442,7 +430,7 @@ MAY_CHANGE = set(
 def inherited(source: str) -> dict[str, Any]:
     """The options that a run from the checkpoint `source` takes over: its shape, and its recipe if train.py made it. It
     is warm already, and can copy."""
-    recipe = saved_options(TrainOptions, load_run(source) or {"options": {}})
+    recipe = saved_options(TrainOptions, load_training_state(source) or {"options": {}})
     if not recipe.keys() <= {field.name for field in dataclasses.fields(TrainOptions)}:
         recipe = {}  # it was tuned
     own = ("out_dir", "data", "init_from", "overwrite", "resume", "resume_or_start")

@@ -1,4 +1,5 @@
-"""Doge-20M, 13.1M parameters, 4.2B tokens: the published recipe of the family.
+"""Doge-20M, 13.1M parameters, 4.2B tokens: the published recipe of the family. The larger sizes
+differ in the numbers; the reason of every line is here.
 
     torchrun --nproc_per_node=8 train.py config/doge20m.py
 """
@@ -6,7 +7,7 @@
 out_dir = "out/doge20m"
 data = "data/smollm_corpus"  # python prepare_data.py --config=config/smollm_corpus.py
 
-# shape: heads of 128 throughout the family, two query heads a key/value head, an MLP twice the width
+# shape: heads of 128 throughout the family, two query heads per key/value head, an MLP twice the width
 vocab_size = 32768  # the Doge tokenizer's
 hidden_size = 256
 intermediate_size = 512
@@ -14,11 +15,11 @@ num_hidden_layers = 8
 num_attention_heads = 2
 num_key_value_heads = 1
 max_position_embeddings = 2048
-keep_window_size = 2048  # as long as the context: in training every earlier token is seen
+keep_window_size = 2048  # as long as the context: in training every earlier token is visible
 
-# batch: 256 rows of 2,048 = 0.5M tokens a step
+# batch: 256 sequences of 2,048 = 0.5M tokens per step
 batch_tokens = 524288
-micro_batch_size = 16  # rows a GPU computes at once; must divide 256 / number of GPUs
+micro_batch_size = 16  # sequences a GPU computes at once; must divide 256 / number of GPUs
 
 # schedule: 10 % up, 80 % flat, 10 % down
 max_steps = 8000
@@ -33,6 +34,5 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0
 
-log_every = 10
 eval_every = 500
 save_every = 500

@@ -1,7 +1,5 @@
-"""Doge-120M-MoE, 122.7M parameters: the dense Doge-60M with 4,096 experts in every layer.
-
-It starts from the dense model's weights before their decay, at the same learning rate and without a warm-up, and at its
-first step computes exactly what the dense model did.
+"""Doge-120M-MoE, 122.7M parameters: the dense Doge-60M with 4,096 experts in every layer,
+as config/doge20m_moe.py explains.
 
     torchrun --nproc_per_node=8 train.py config/doge60m_moe.py --init_from=out/doge60m/stable
 """
@@ -9,26 +7,9 @@ first step computes exactly what the dense model did.
 out_dir = "out/doge60m_moe"
 data = "data/smollm_corpus"
 
-# experts: 4,096 = 64 x 64 product keys
 is_moe = True
-num_experts = 4096
+num_experts = 4096  # 64 x 64 product keys
 num_experts_per_tok = 32
-router_aux_loss_coef = 0.0  # as published; 0.001 is the usual weight where experts must be balanced
-moe_warmup_steps = 1600  # the new parameters first; then all
-
-# the rest as in config/doge60m.py, whose shape is that of the checkpoint
-batch_tokens = 1048576
-micro_batch_size = 8  # the experts' activations take memory too
-max_steps = 16000
-learning_rate = 6e-3
+moe_warmup_steps = 1600
 warmup_steps = 0
-decay_steps = 1600
-decay = "linear"
-weight_decay = 0.01
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0
-
-log_every = 10
-eval_every = 500
-save_every = 500
+micro_batch_size = 8

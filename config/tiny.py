@@ -1,9 +1,9 @@
-"""A Doge for a laptop's processor: five and a half minutes on two cores, on the built-in stories. NOTES.md says what
-else was tried in its place."""
+"""A Doge for a laptop's CPU: five and a half minutes on two cores, on the built-in stories. NOTES.md says what else
+was tried in its place."""
 
 data = "data/stories"  # or any other: the run goes to out/ and the name of its data
 
-# shape: the family's proportions (MLP twice the width, two query heads a key/value head) at half the 20M's width
+# shape: the family's proportions (MLP twice the width, two query heads per key/value head) at half the 20M's width
 hidden_size = 128
 intermediate_size = 256
 num_hidden_layers = 4
@@ -13,7 +13,7 @@ max_position_embeddings = 256  # a story and a bit
 
 # batch: small, since a run of minutes is short of steps; not smaller, since Muon's work is the same at any size
 micro_batch_size = 8
-batch_tokens = 4096  # 16 rows of 256
+batch_tokens = 4096  # 16 sequences of 256
 
 # schedule: the peak that suits Muon here; the decay takes the last third, where much of the gain is
 optimizer = "muon"
@@ -24,7 +24,6 @@ decay_steps = 200
 decay = "1-sqrt"
 copy_steps = 300  # names first: NOTES.md
 
-log_every = 10
 eval_every = 150
 eval_tokens = 65536
 save_every = 150

@@ -1,83 +1,63 @@
-"""Checkpoints: a folder written in one rename and opened by one function."""
+"""Checkpoints: a folder written in one rename and opened by one function.
+
+    config.json              the shape of the model, in the fields of transformers' DogeConfig
+    model.safetensors        the weights: a header of names and shapes, then the bare numbers
+    tokenizer.json           and tokenizer_config.json: the tokenizer, with its chat template
+    training_state.pt        of a run that can be resumed: step, optimizer, options
+
+Every stage takes a folder, or a name on the Hugging Face hub, in any published layout (layouts.py). Published weights
+may be split into model-00001-of-00003 and so on, or be a Python pickle (pytorch_model.bin). Reading a pickle can run
+any program, so it is opened by a reader that knows tensors and nothing else, or refused.
+"""
 
 import dataclasses
+import functools
 import json
 import os
+import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
 
-from model import Doge
-from nanodoge.layouts import checkpoint_file, hf_name, locate, read_json, read_pickle, read_weights
-from nanodoge.layouts import inspect as inspect_checkpoint
+from model import Doge, DogeConfig
+from nanodoge import layouts
 from nanodoge.machine import full_state_dict, shard_like
 from nanodoge.options import one_line
-from nanodoge.tokenizer import Tokenizer
+from nanodoge.tokenizer import PROGRAM_ERRORS, Tokenizer, read_object
+
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"]
 
 
-def read_meta(folder, kind="text"):
-    """meta.json of a data folder. Raises ValueError for a folder that prepare_data.py did not finish, or that holds
-    another kind of data."""
-    path = Path(folder) / "meta.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: there is no {path}; python prepare_data.py SOURCE "
-                         f"--kind={kind} --out={folder} makes one")  # fmt: skip
-    try:
-        meta = read_json(path)
-        numbers = [meta["vocab_size"], meta["train"]["tokens"], meta["val"]["tokens"]]
-        if meta["dtype"] not in ("uint16", "uint32") or not all(type(n) is int and n >= 0 for n in numbers):
-            raise KeyError(f"dtype {meta['dtype']}, numbers {numbers}")
-        if kind != "text" and not isinstance(meta.get("sizes"), dict):
-            raise KeyError("sizes")
-        labels = meta["labels"] if kind == meta.get("kind") == "labels" else ["", ""]
-        if type(labels) is not list or len(labels) < 2 or not all(type(label) is str for label in labels):
-            raise KeyError(f"labels {labels}")
-        if (found := meta.get("kind", "text")) != kind:
-            raise ValueError(f"{folder} holds --kind={found}, and this stage reads --kind={kind}")
-        return meta | {"tokenizer_sha256": str(meta["tokenizer_sha256"])}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from None
+# ---- Writing
 
 
-def hugging_face_config(model, tokenizer):
-    """The config.json of a checkpoint: Hugging Face's DogeConfig fields. A model that transformers would compute
-    differently (no q/k norm; experts, whose router mixes tokens there) must not open there, so its type is another."""
-    config = model.config
-    same = config.qk_norm and not config.is_moe
-    fields = dataclasses.asdict(config)
-    del fields["attention"]  # how to compute, not what
-    if factor := fields.pop("rope_factor"):
-        context = config.max_position_embeddings
-        fields["rope_scaling"] = dict(rope_type="dynamic", factor=factor, original_max_position_embeddings=context)
-    ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-    kind = dict(model_type="doge" if same else "nanodoge", architectures=["DogeForCausalLM"],
-                torch_dtype=str(model.norm.weight.dtype).removeprefix("torch."))  # fmt: skip
-    if model.labels:
-        kind |= dict(architectures=["DogeForSequenceClassification"], id2label=dict(enumerate(model.labels)),
-                     label2id={label: i for i, label in enumerate(model.labels)})  # fmt: skip
-    return kind | fields | ids | dict(hidden_act="silu", hidden_dropout=0.0, attention_dropout=0.0)
+def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=None) -> None:
+    """Writes a checkpoint into `folder`, with training_state.pt if `state` is given. fields: of config.json, in place
+    of what it would say. weights: the state dict of a sharded model, from full_state_dict. Raises OSError.
 
-
-def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=None):
-    """Writes model.safetensors, config.json, tokenizer.json and, if given, training_state.pt into `folder`. fields: of
-    config.json, in place of what it would say. weights: model.state_dict(), in full.
-
-    The files must change together. They are written to folder/.saving, flushed to the disk, and the rename of that
-    to .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a
-    .saved folder that every reader looks into first and the next save moves into place.
+    The files must change together. They are written to folder/.saving and flushed to the disk. Renaming that folder to
+    .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a .saved
+    folder, where every reader looks first, and whose files the next save moves into place.
     """
     folder = Path(folder)
     saving, saved = folder / ".saving", folder / ".saved"
-    settle(folder)
-    weights = {hf_name(name): w.detach().contiguous().cpu() for name, w in (weights or model.state_dict()).items()}
+    finish_interrupted_save(folder)
+    weights = model.state_dict() if weights is None else weights
+    tensors = {layouts.hf_name(name): w.detach().contiguous().cpu() for name, w in weights.items()}
     stamp = {} if state is None else {"step": str(state["step"])}  # see load_training_state
     try:
         saving.mkdir(parents=True)
-        save_file(weights, saving / "model.safetensors", metadata={"format": "pt"} | stamp)
+        save_file(tensors, saving / "model.safetensors", metadata={"format": "pt"} | stamp)
         if state is not None:
             torch.save(state, saving / "training_state.pt")
         text = json.dumps(hugging_face_config(model, tokenizer) | (fields or {}), indent=2)
@@ -86,17 +66,34 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=N
         for path in [*saving.iterdir(), saving]:
             if path.is_file() or os.name == "posix":  # Windows cannot flush a folder
                 flush(path)
-    except (SafetensorError, RuntimeError, OSError) as error:  # the first two: what these libraries make of a full disk
+    except (SafetensorError, RuntimeError, OSError) as error:  # the first two: how these libraries report a full disk
         shutil.rmtree(saving, ignore_errors=True)
-        there = checkpoint_file(folder, "config.json").is_file()
-        before = "the one before it is whole" if there else "there is none yet"
+        has_old = checkpoint_file(folder, "config.json").is_file()
+        before = "the one before it is whole" if has_old else "there is none yet"
         reason = error if isinstance(error, OSError) else f"{one_line(error)}; is the disk full?"
         raise OSError(f"cannot write a checkpoint to {folder} ({before}): {reason}") from None
     os.rename(saving, saved)
-    settle(folder)
+    finish_interrupted_save(folder)
 
 
-def flush(path):
+def hugging_face_config(model: Doge, tokenizer: Tokenizer) -> dict:
+    """config.json, in the fields of transformers' DogeConfig. A model that transformers would compute differently (no
+    q/k norm; experts, whose router mixes tokens there) has the model_type nanodoge, so that it does not open there."""
+    config, labels = model.config, dict(enumerate(model.labels))
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in layouts.UNSAVED}
+    fields["model_type"] = "doge" if config.qk_norm and not config.is_moe else "nanodoge"
+    fields["architectures"] = ["DogeForSequenceClassification" if labels else "DogeForCausalLM"]
+    fields["torch_dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
+    if labels:
+        fields |= dict(id2label=labels, label2id={label: i for i, label in labels.items()})
+    if factor := fields.pop("rope_factor"):
+        context = config.max_position_embeddings
+        fields["rope_scaling"] = dict(rope_type="dynamic", factor=factor, original_max_position_embeddings=context)
+    fields |= dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    return fields | dict(hidden_act="silu", hidden_dropout=0.0, attention_dropout=0.0)
+
+
+def flush(path: Path) -> None:
     """Waits until a file or a folder is on the disk, where a power cut does not reach it."""
     descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
     try:
@@ -105,110 +102,203 @@ def flush(path):
         os.close(descriptor)
 
 
-def settle(folder):
-    """Finishes or undoes what an interrupted save left behind: a .saved folder is whole, a .saving folder is not."""
+def finish_interrupted_save(folder: str | Path) -> None:
+    """Moves the files of a complete save (.saved) into place and removes those of an incomplete one (.saving). A link,
+    which would lead to files of another folder, is not followed."""
     saving, saved = Path(folder) / ".saving", Path(folder) / ".saved"
-    if saved.is_dir() and not saved.is_symlink():  # a link would bring in somebody else's files
+    if saved.is_dir() and not saved.is_symlink():
         for path in saved.iterdir():
             os.replace(path, Path(folder) / path.name)
         saved.rmdir()
     if saving.is_dir() and not saving.is_symlink():
         shutil.rmtree(saving)
-    saving.unlink(missing_ok=True)  # none of ours
+    saving.unlink(missing_ok=True)  # a link or a file, not from here
 
 
-def clear(folder):
+def clear(folder: str | Path) -> None:
     """Removes a checkpoint, and nothing else, from a folder."""
-    settle(folder)
-    for name in "training_state.pt model.safetensors config.json tokenizer.json tokenizer_config.json".split():
+    finish_interrupted_save(folder)
+    for name in ("training_state.pt", "model.safetensors", "config.json", *TOKENIZER_FILES[:2]):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
-def load_config(source):
-    """The DogeConfig of a checkpoint: a folder, or a name on the hub. Raises ValueError, naming the file, for what is
-    not one."""
-    return inspect_checkpoint(locate(source)).config
+# ---- Finding and reading files
 
 
-def load_model(source, device="cpu", labels=None):
-    """A checkpoint -> (model in eval mode, tokenizer). source: a folder, or a name on the hub, in any published layout
-    (see layouts.py). labels: None for a language model; () for a classifier; names for a classifier of these, which a
-    language model becomes, all labels being equally likely at first. Raises ValueError, naming the file and the tensor,
-    for a checkpoint that is incomplete, damaged, or of the other kind."""
+def checkpoint_file(folder: str | Path, name: str) -> Path:
+    """The path of a checkpoint's file: in folder/.saved if a save was interrupted after the rename."""
+    path = Path(folder) / ".saved" / name
+    return path if path.is_file() else Path(folder) / name
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of a checkpoint, given by its path or by its name on the hub, OWNER/NAME. If a folder OWNER exists, or
+    if it is `out`, where our runs are, this is a path, so that a typing error there asks no server."""
+    owner = str(source).split("/")[0]
+    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and owner != "out" and not Path(owner).is_dir()
+    return download(str(source)) if is_name else Path(source)
+
+
+@functools.cache  # so that all files of a run are of one revision
+def download(name: str) -> Path:
+    """The folder in huggingface_hub's cache with the files of a model, downloaded if they are not there."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    small = ["config.json", *TOKENIZER_FILES]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*small, "model*.safetensors"]))
+        if not any(folder.glob("model*.safetensors")):
+            snapshot_download(name, allow_patterns=[*small, "pytorch_model*.bin"])
+        return folder
+    except errors.HFValidationError:
+        reason = "a model on the hub cannot have this name"
+    except errors.RepositoryNotFoundError:
+        reason = f"no model of this name on {constants.ENDPOINT} (private and gated ones need `hf auth login`)"
+    except (OSError, errors.HTTPError) as error:  # no network; the hub is down; the disk is full; the download is cut
+        reason = f"it could not be fetched from {constants.ENDPOINT}: {one_line(error)}"
+    raise ValueError(f"there is no checkpoint folder {name!r}, and {reason}")
+
+
+@contextmanager
+def naming(path: Path, separator: str = ": ") -> Iterator[None]:
+    """Within it, ValueErrors about the content of a file begin with its path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}{separator}{error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file."""
+    with naming(path, " is damaged: "):
+        return read_object(path.read_bytes())
+
+
+def read_pickle(path: Path) -> dict:
+    """The dict that torch.save wrote. Nothing in it is executed: what is not made of tensors, numbers, text, lists and
+    dicts is refused."""
+    try:
+        if not is_zipfile(path):  # what torch.save writes, with its table of contents at the end
+            raise ValueError("it is not a whole zip archive")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
+    except (UnpicklingError, EOFError, RuntimeError, *PROGRAM_ERRORS) as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path} is damaged or not ours: {one_line(error)}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """{name: tensor} of a file of weights. A safetensors file is mapped into memory, not read."""
+    try:
+        tensors = read_pickle(path) if path.suffix == ".bin" else load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if other := [name for name, w in tensors.items() if not isinstance(w, Tensor)]:
+        raise ValueError(f"{path} holds {other[0]}, which is not a tensor")
+    return {str(name): w for name, w in tensors.items()}
+
+
+def open_checkpoint(folder: Path) -> tuple[layouts.Layout, Path]:
+    """The layout of what a folder holds, and the file of weights (a pattern if they are several). Raises ValueError,
+    naming the file, for what is not a Doge."""
+    config = checkpoint_file(folder, "config.json")
+    if not config.is_file():
+        reason = f"{folder} is not a checkpoint: it has no config.json"
+        raise ValueError(reason if folder.is_dir() else f"there is no checkpoint folder {str(folder)!r}")
+    found = [main for main in (checkpoint_file(folder, name) for name in WEIGHTS) if [*main.parent.glob(main.name)]]
+    if not found:
+        raise ValueError(f"{folder} has no model.safetensors, nor its parts, nor a pytorch_model.bin")
+    tensors = {}
+    for path in sorted(found[0].parent.glob(found[0].name)):
+        part = read_tensors(path)
+        if twice := tensors.keys() & part.keys():
+            raise ValueError(f"{path} has {min(twice)}, which another file has too")
+        tensors |= part
+    fields = read_json(config)
+    with naming(config):
+        return layouts.read_layout(fields, tensors), found[0]
+
+
+# ---- Loading
+
+
+def load_config(source: str | Path) -> DogeConfig:
+    """The DogeConfig of a checkpoint: a folder, or a name on the hub."""
+    return open_checkpoint(locate(source))[0].config
+
+
+def load_model(source, device="cpu", labels=None) -> tuple[Doge, Tokenizer]:
+    """The model, in eval mode, and the tokenizer of a checkpoint: a folder or a name on the hub, in any layout.
+
+    labels: None for a language model; () for a classifier; names for a classifier of these, which a language model
+    becomes, all labels being equally likely at first. Raises ValueError, naming the file and the tensor, for a
+    checkpoint that is incomplete, damaged, or of the other kind.
+    """
     folder = locate(source)
-    checkpoint = inspect_checkpoint(folder)
-    places = (checkpoint_file(folder, name).parent for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = Tokenizer.load(*places)  # two, if a crash came while settle was at work
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json "
-                         f"{checkpoint.config.vocab_size}")  # fmt: skip
-    has, wants = checkpoint.labels, checkpoint.labels if labels == () else tuple(labels or ())
+    layout, main = open_checkpoint(folder)
+    places = [checkpoint_file(folder, name).parent for name in TOKENIZER_FILES[:2]]
+    tokenizer = Tokenizer.load(*places)  # two, if finish_interrupted_save was interrupted itself
+    if tokenizer.vocab_size > (size := layout.config.vocab_size):
+        raise ValueError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json {size}")
+    has, wants = layout.labels, layout.labels if labels == () else tuple(labels or ())
     if (has and has != wants) or (labels is not None and not wants):
-        what = "a classifier of " + ", ".join(has) if has else "a language model"
-        asked = "a classifier of " + ", ".join(wants) if wants else "a language model" if has else "a classifier"
-        raise ValueError(f"{folder} is {what}, and what is needed here is {asked}")
+        kinds = ["a classifier of " + ", ".join(names) if names else "a language model" for names in (has, wants)]
+        kinds[1] = "a classifier" if labels == () else kinds[1]
+        raise ValueError(f"{folder} is {kinds[0]}, and what is needed here is {kinds[1]}")
     with torch.device("meta"):
-        model = Doge(checkpoint.config, wants)
-    weights = read_weights(checkpoint, device)
+        model = Doge(layout.config, wants)
+    with naming(main, " "):
+        weights = layouts.convert(layout, device)
     if wants and not has:
         weights.pop("lm_head.weight", None)
-        weights["score.weight"] = torch.zeros(len(wants), checkpoint.config.hidden_size, device=device)
+        weights["score.weight"] = torch.zeros(len(wants), layout.config.hidden_size, device=device)
     model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer
 
 
-def load_training_state(folder):
-    """The dict that save_checkpoint got as `state`, or None if the folder has none. Nothing in it is executed. Raises
-    ValueError if it is damaged, or of another step than the weights beside it, as after a copy that was cut off."""
+def load_training_state(folder: str | Path) -> dict | None:
+    """The `state` that save_checkpoint wrote, or None if the folder has none. Raises ValueError if it is not that of a
+    run, or of another step than the weights, as after a copy that was cut off."""
     path = checkpoint_file(folder, "training_state.pt")
     if not path.is_file():
         return None
-    state, step = read_pickle(path), None
+    state = read_pickle(path)
+    step = one_line(repr(state.get("step")))[:50]
     with suppress(SafetensorError, OSError):  # load_model says what is wrong with the weights
         with safe_open(checkpoint_file(folder, "model.safetensors"), framework="pt") as file:
-            step = (file.metadata() or {}).get("step")
-    if step is not None and step != str(state.get("step")):
-        raise ValueError(f"{folder} is a mixture of two checkpoints: model.safetensors is of step {step}, "
-                         f"training_state.pt of step {one_line(repr(state.get('step')))[:50]}; "
-                         "copy it again, whole")  # fmt: skip
-    return state
-
-
-def load_run(folder):
-    """load_training_state of a training run. Raises ValueError if it is not that of one."""
-    state = load_training_state(folder)
+            if (stamp := (file.metadata() or {}).get("step", step)) != step:
+                steps = f"model.safetensors is of step {stamp}, training_state.pt of step {step}"
+                raise ValueError(f"{folder} is a mixture of two checkpoints: {steps}; copy it again, whole")
     kinds = dict(options=dict, optimizer=dict, step=int, tokens=int, seconds=int | float, row=dict | None)
-    for name, kind in kinds.items() if state is not None else ():
+    for name, kind in kinds.items():
         value = state.get(name)
-        whole = isinstance(value, kind) and (not isinstance(value, int | float) or 0 <= value < 2**62)
-        if not whole or name == "optimizer" and not all(isinstance(entry, dict) for entry in value.values()):
-            raise ValueError(f"{folder}/training_state.pt is not that of a training run: its {name} is "
-                             f"{one_line(repr(value))[:50]}")  # fmt: skip
+        is_right = isinstance(value, kind) and (not isinstance(value, int | float) or 0 <= value < 2**62)
+        if not is_right or (name == "optimizer" and not all(isinstance(part, dict) for part in value.values())):
+            raise ValueError(f"{path} is not that of a training run: its {name} is {one_line(repr(value))[:50]}")
     return state
 
 
-def optimizer_state(optimizers, names):
-    """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (a MoE
-    twin) can take it over. names = {parameter: its name}."""
+def optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str]) -> dict[str, dict[str, Tensor]]:
+    """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (experts)
+    can take it over. names: {parameter: its name}."""
     return {names[p]: full_state_dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
-def load_optimizer_state(optimizers, names, state):
-    """Gives every parameter that `state` knows its part of it back. The others start afresh, and so do those whose
-    state another kind of optimizer left."""
+def load_optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str], state: dict) -> None:
+    """Restores what optimizer_state returned. Parameters that it lacks, or has from another kind of optimizer, start
+    afresh. Raises ValueError for another shape, which the kernels do not check."""
     for optimizer in optimizers:
         muon = isinstance(optimizer, torch.optim.Muon)
-        own = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq", "step")
+        quantities = ["momentum_buffer"] if muon else ["exp_avg", "exp_avg_sq", "step"]
         for group in optimizer.param_groups:
-            for p in (p for p in group["params"] if own[0] in state.get(names[p], ())):
-                optimizer.state[p] = {}
-                for k in own:  # the kernels do not look whether the shapes are right
-                    v, shape = state[names[p]].get(k), () if k == "step" else p.shape
-                    if not isinstance(v, torch.Tensor) or v.dtype != torch.float32:
-                        raise ValueError(f"training_state.pt is damaged: it has no {k} of {names[p]} in float32")
-                    if v.shape != shape:
-                        raise ValueError(f"training_state.pt has {names[p]} of shape {list(v.shape)}, the model "
-                                         f"{list(shape)}: they are not of one run")  # fmt: skip
-                    # a step counter stays on the host, but for fused kernels, which read it themselves
+            for p in group["params"]:
+                saved = state.get(names[p], {})
+                for key in quantities if quantities[0] in saved else ():
+                    v, shape = saved.get(key), () if key == "step" else p.shape
+                    if not isinstance(v, Tensor) or v.dtype != torch.float32 or v.shape != shape:
+                        wanted = f"{key} of {names[p]}, float32 of shape {list(shape)}"
+                        raise ValueError(f"training_state.pt is damaged or of another run: it has no {wanted}")
+                    # a step counter stays on the CPU, but for fused kernels, which read it on the device
                     v = v.to(p.device, copy=True) if v.dim() or group.get("fused") else v.clone()
-                    optimizer.state[p][k] = shard_like(v, p) if v.dim() else v
+                    optimizer.state[p][key] = shard_like(v, p) if v.dim() else v

@@ -4,6 +4,7 @@ import datetime
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,11 @@ class Machine:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """In which sums are taken: float64, which MPS has not."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def print(self, *words: Any) -> None:
         if self.is_main:
             tqdm.write(" ".join(map(str, words)))
@@ -84,8 +90,7 @@ class Machine:
 
     def sum(self, values: Iterable[float | Tensor]) -> list:
         """Numbers, or tensors of one shape, each summed over all ranks, as floats or lists. Waits for the device."""
-        exact = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
-        total = torch.stack([torch.as_tensor(value).detach().to(self.device, exact) for value in values])
+        total = torch.stack([torch.as_tensor(value).detach().to(self.device, self.wide_dtype) for value in values])
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
@@ -103,6 +108,8 @@ class Machine:
 
     def close(self) -> None:
         if self.world_size > 1:
+            # gloo's threads need the GIL to drop their last tensors, and DDP holds it while it waits for them to end.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
     def peak_memory(self) -> int:

@@ -29,7 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Doge
-from nanodoge.checkpoint import clear, flush, load_optimizer_state, optimizer_state, save_checkpoint, settle
+from nanodoge.checkpoint import (
+    clear,
+    finish_interrupted_save,
+    flush,
+    load_optimizer_state,
+    optimizer_state,
+    save_checkpoint,
+)
 from nanodoge.machine import Machine, full_state_dict, full_tensor, unsharded
 from nanodoge.options import one_line
 from nanodoge.tokenizer import Tokenizer
@@ -160,7 +167,7 @@ class Run:
         """Opens the log, and lets Ctrl-C and SIGTERM end the run after a whole step."""
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            settle(self.folder)
+            finish_interrupted_save(self.folder)
             if self.fresh and self.options.overwrite:  # what is left of the old run must not be resumed
                 (self.folder / "training_state.pt").unlink(missing_ok=True)
                 clear(self.folder / "stable")

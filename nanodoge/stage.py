@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Doge
-from nanodoge.checkpoint import load_model, load_run
-from nanodoge.layouts import checkpoint_file
+from nanodoge.checkpoint import checkpoint_file, load_model, load_training_state
+from nanodoge.data import check_tokenizer
 from nanodoge.machine import Machine
 from nanodoge.options import (
     HERE,
@@ -145,7 +145,7 @@ def read_run_options(
 def resumed_options(cls: type, argv: list[str], out: str, may_change: set[str]) -> Any:
     """The options of the run in the folder `out`, with the changes that argv names as --name=value; a config file only
     tells where the run is. Raises ValueError for a change that would make it another run."""
-    state = load_run(out)
+    state = load_training_state(out)
     if state is None:
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
     saved, names = saved_options(cls, state), {field.name for field in dataclasses.fields(cls)}
@@ -192,17 +192,14 @@ def start_tuning(
     """
     folder = options.out_dir if options.resume else options.init_from
     model, own = load_model(folder, labels=labels)
-    if own.digest != tokenizer.digest or own.chat_template != tokenizer.chat_template:
-        what = "tokenizer" if own.digest != tokenizer.digest else "chat template"
-        advice = f"prepare the data with --tokenizer={folder}"
-        raise ValueError(f"{folder} has another {what} than --data={options.data}: {advice}")
+    check_tokenizer(own, options.data, source=folder)
     options.sequence_length = options.sequence_length or model.config.max_position_embeddings
     model.config.max_position_embeddings = max(options.sequence_length, model.config.max_position_embeddings)
     if (limit := options.micro_batch_tokens) < options.sequence_length:
         raise ValueError(f"--micro_batch_tokens={limit} is less than one sequence of {options.sequence_length}")
     model.gradient_checkpointing = options.gradient_checkpointing
     model.embed_tokens.requires_grad_(not options.freeze_embeddings)
-    return model.train().to(machine.device), load_run(folder) if options.resume else None
+    return model.train().to(machine.device), load_training_state(folder) if options.resume else None
 
 
 def count_steps(options: TuneOptions, count: int, machine: Machine) -> None:
@@ -250,7 +247,9 @@ def profile_step(
         if network is model:
             seconds = timed(model)
         if machine.world_size > 1 and not options.shard:
-            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            # No broadcast of buffers: they are constants, and in a validation the ranks may have different numbers of
+            # batches, so that a collective would hang.
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
             # DDP adds up gradients in an order that follows the first backward pass. With one at every start it is the
             # same in all steps that count, also after a --resume.
             loss_of(network).backward()

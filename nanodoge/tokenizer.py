@@ -1,27 +1,26 @@
-"""Text in, numbers out, and back: the tokenizer.
+"""Text to token ids and back: a byte-level BPE tokenizer.
 
-A language model sees no letters. It sees a list of numbers, each the index of a row in its embedding table. Something
-must cut text into pieces that have a number, and it must be able to cut *any* text: poems, code, emoji, binary junk.
+A language model reads a list of numbers, each the index of a row of its embedding table. So text must be cut into
+pieces that have a number, and it must be possible to cut *any* text: poems, code, emoji, binary junk.
 
 **Bytes always work.** Every text is a string of bytes (UTF-8), and a byte is one of 256 values. Number these and every
 text has a spelling. But the spelling is long: a model would spend its effort on putting letters together.
 
-**Byte-pair encoding (BPE) shortens it.** Count which two neighbours stand side by side most often, say `t` and `h`, and
-give the pair a number of its own. Replace it everywhere. Count again: now perhaps `th` and `e`. After 30,000 rounds the
-common words are one number each and rare ones are a few. Nothing is ever unknown, since the 256 bytes stay. The list of
-merges, in the order they were learned, *is* the tokenizer: to encode a new text, do the same merges in the same order.
-(Gage 1994 invented it to compress files; Sennrich et al. 2016, arXiv:1508.07909, brought it to translation.)
+**Byte-pair encoding (BPE) shortens it.** Count which two neighbours occur most often, say `t` and `h`, and give the
+pair a number of its own. Replace it everywhere. Count again: now perhaps `th` and `e`. After 30,000 rounds the common
+words are one number each and rare ones are a few. The list of merges, in the order they were learned, *is* the
+tokenizer: to encode a new text, do the same merges in the same order. (Gage 1994 invented it to compress files;
+Sennrich et al. 2016, arXiv:1508.07909, brought it to translation.)
 
-**Words first.** Merges must not run across word borders, or `dog.`, `dog!` and `dog?` would each cost a number. So
-PATTERN cuts the text into chunks (a word with the space before it, up to three digits, a run of punctuation, ...), and
-pairs are counted inside chunks only. That also makes training fast: a chunk that occurs a million times is one entry.
+**Words first.** If merges ran across word borders, `dog.`, `dog!` and `dog?` would each cost a number. So PATTERN cuts
+the text into chunks (a word with the space before it, up to three digits, a run of punctuation, ...), and pairs are
+counted inside chunks only.
 
 **Special tokens** are numbers that no text can spell: where a document begins and ends, who speaks. What a user types
 is never read as one, or a visitor could end the assistant's turn by typing `<|end_of_text|>`.
 
-Training is ours, below, in forty lines (`train_bpe`). Encoding is left to tiktoken, which does the same merges in Rust.
-On disk a vocabulary is one `tokenizer.json` in Hugging Face's format, so that what is trained here opens there and what
-is published there (the Doge tokenizer, Llama-3's) opens here, with the same numbers for the same text.
+Training is `train_bpe`, below, in forty lines. Encoding is left to tiktoken, which does the same merges in Rust. On
+disk a vocabulary is one `tokenizer.json` in Hugging Face's format (tokenizer_json.py).
 """
 
 import codecs
@@ -31,27 +30,33 @@ import heapq
 import json
 import os
 import re
+import tempfile
 import threading
-import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise
+from operator import add, itemgetter
 from pathlib import Path
 
 import numpy as np
 import regex
 import tiktoken
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SPECIAL_TOKENS = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>", "<|end_of_solution|>",
-]  # fmt: skip
-REASONING_TAGS = SPECIAL_TOKENS[5:]  # the assistant's own words may hold these: it writes them while it reasons
+from nanodoge import tokenizer_json
+from nanodoge.options import one_line
+from nanodoge.tokenizer_json import Vocabulary, read_object, refuse_if
+
+SPECIAL_TOKENS = (
+    "<|begin_of_text|> <|end_of_text|> <|pad|> <|start_header_id|> <|end_header_id|> "
+    "<|begin_of_thought|> <|end_of_thought|> <|begin_of_solution|> <|end_of_solution|>"
+).split()
+REASONING_TAGS = SPECIAL_TOKENS[5:]  # these the assistant may write in its messages
 ROLES = ("system", "user", "assistant")
 
-# Where chunks begin and end: Llama-3's and Doge's pattern. Every regex engine involved (tiktoken's, Hugging Face's,
-# Python's `regex`) reads it alike, which is not true of GPT-2's own spelling: see _portable.
+# Where chunks begin and end: the pattern of Llama-3 and Doge. tiktoken's regex engine, Hugging Face's and Python's
+# `regex` all read it alike, which is not true of GPT-2's own spelling.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,9 +73,8 @@ CHAT_TEMPLATE = """{{- bos_token }}
 {%- endif %}
 """
 
-# What a chat template, a stranger's program, can raise besides jinja's own errors.
+# What a program from outside (a chat template, a pickle) can raise besides the errors of its own language.
 PROGRAM_ERRORS = ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
-FETCH_SECONDS = 120  # tiktoken's download has no timeout of its own; its largest file, 4 MB, passes at 35 kB/s
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -80,26 +84,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     texts always give the same vocabulary. When no pair is left, the vocabulary stays smaller: see the result's
     `vocab_size`. Takes about 10 s for 32,768 ids from 20 MB. Raises ValueError when `vocab_size` cannot hold the bytes.
 
+    A chunk is held as a string with one character per token, chr(id), so `chunk.replace(pair, new)` is a merge.
     Three tables keep a round cheap. Only *unique* chunks are held, each with how often it occurs. `places` knows which
-    chunks a pair stands in, so that a merge touches only those. And the heap is lazy: a count that has fallen since it
-    was pushed is noticed when it comes up, and pushed again. (Counts never rise: a merge makes new pairs only with the
+    chunks contain a pair, so that a merge touches only those. And the heap is lazy: a count that has fallen since it
+    was pushed is noticed when it is popped, and pushed again. (Counts never rise: a merge makes new pairs only with the
     new token in them, and these are pushed when it is made.)
     """
-    if isinstance(texts, str):
-        raise ValueError("train_bpe wants many texts (a list, a file, a generator), not one str: pass [text]")
+    refuse_if(isinstance(texts, str), "train_bpe needs several texts (a list, a generator), not one str: pass [text]")
     base = len(SPECIAL_TOKENS)
-    if vocab_size < base + 256:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: {base} special tokens and 256 bytes need at least {base + 256}"
-        )
-    chunks, split = Counter(), regex.compile(PATTERN).findall
+    if not base + 256 <= vocab_size <= 2**20:
+        valid = f"from {base + 256} ({base} special tokens and 256 bytes) to {2**20}"
+        raise ValueError(f"vocab_size={vocab_size}: valid is {valid}")
+    counted = Counter()
     for text in texts:
-        chunks.update(split(text))
-    words = [[base + byte for byte in chunk.encode("utf-8", "replace")] for chunk in chunks]
-    times = list(chunks.values())
+        counted.update(regex.findall(PATTERN, text))
+    chunks = ["".join(chr(base + byte) for byte in chunk.encode("utf-8", "replace")) for chunk in counted]
+    times = list(counted.values())
     counts, places = defaultdict(int), defaultdict(set)
-    for index, word in enumerate(words):
-        for pair in pairwise(word):
+    for index, chunk in enumerate(chunks):
+        for pair in map(add, chunk, chunk[1:]):
             counts[pair] += times[index]
             places[pair].add(index)
     heap = [(-count, pair) for pair, count in counts.items()]
@@ -107,21 +110,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and base + len(tokens) < vocab_size:
         count, pair = heapq.heappop(heap)
-        if -count != counts[pair]:  # an old count: the pair lost places to other merges meanwhile
+        if -count != counts[pair]:  # an old count: other merges have since used up some places of the pair
             if counts[pair]:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
-        new, made = base + len(tokens), set()
-        tokens.append(tokens[pair[0] - base] + tokens[pair[1] - base])
+        new, made = chr(base + len(tokens)), set()
+        tokens.append(b"".join(tokens[ord(half) - base] for half in pair))
         for index in places.pop(pair):
-            old = words[index]
-            word = _merge(old, pair, new)
-            if len(word) == len(old):  # the pair stood here once, until another merge took one of its halves
-                continue
-            words[index] = word
-            for neighbours in pairwise(old):
+            old, chunks[index] = chunks[index], chunks[index].replace(pair, new)
+            for neighbours in map(add, old, old[1:]):
                 counts[neighbours] -= times[index]
-            for neighbours in pairwise(word):
+            for neighbours in map(add, chunks[index], chunks[index][1:]):
                 counts[neighbours] += times[index]
                 if new in neighbours:
                     places[neighbours].add(index)
@@ -130,31 +129,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
             heapq.heappush(heap, (-counts[fresh], fresh))
     ranks = {token: base + i for i, token in enumerate(tokens)}
     assert len(ranks) == len(tokens), "two merges spelled the same token"
-    return Tokenizer(ranks, {name: i for i, name in enumerate(SPECIAL_TOKENS)}, PATTERN)
+    return Tokenizer(Vocabulary(ranks, {name: i for i, name in enumerate(SPECIAL_TOKENS)}, PATTERN))
 
 
-def _merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """`word` with every `pair` replaced by `new`, from the left."""
-    left, right = pair
-    out, i, last = [], 0, len(word) - 1
-    while i <= last:
-        if word[i] == left and i < last and word[i + 1] == right:
-            out.append(new)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
+class EncodingPerThread(threading.local):
+    """tiktoken's encoder, made once for every thread: its regex engine keeps working memory for the first thread that
+    uses it, and if several share one encoder, they take 1.4 to 1.9 times as long."""
 
+    def __init__(self, vocabulary: Vocabulary):
+        ranks, special, pattern = self.vocabulary = vocabulary
+        self.encoding = tiktoken.Encoding("doge", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
-class _Thread(threading.local):
-    """What belongs to a thread: its own encoding of every tokenizer it has used and that still exists."""
-
-    def __init__(self):
-        self.encodings = weakref.WeakKeyDictionary()
-
-
-_THREAD = _Thread()
+    def __reduce__(self):  # so that a tokenizer can be pickled, for worker processes
+        return EncodingPerThread, (self.vocabulary,)
 
 
 class Tokenizer:
@@ -164,131 +151,81 @@ class Tokenizer:
     or "" for a vocabulary without a chat. digest: sha256 of its tokenizer.json, by which data and checkpoints know it.
     """
 
-    def __init__(
-        self,
-        ranks: dict[bytes, int],
-        special_tokens: dict[str, int],
-        pattern: str,
-        config: dict | None = None,
-        data: bytes | None = None,
-    ):
-        """ranks: token -> id, where a smaller id is an earlier merge. config: what tokenizer_config.json said.
-        data: the tokenizer.json this was read from, kept so that saving gives the same bytes."""
-        self._ranks, self._pattern, self._data = ranks, pattern, data
-        self._config = config or {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
-        self.special_tokens = special_tokens
-        self._encoding = self._new_encoding()
-        self.vocab_size = self._encoding.n_vocab
-        eos = self._named("eos_token", "<|end_of_text|>", "<|endoftext|>")
-        if eos is None:
-            raise ValueError("the tokenizer has no end-of-text token: name one as eos_token in tokenizer_config.json")
-        # A vocabulary like GPT-2's has the one token for everything: a text begins where another ended.
-        bos = self._named("bos_token", "<|begin_of_text|>") or eos
-        pad = self._named("pad_token", "<|pad|>", "<|finetune_right_pad_id|>") or eos
-        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        self.bos_id, self.eos_id, self.pad_id = (special_tokens[name] for name in (bos, eos, pad))
-        template = self._config.get("chat_template")
-        self.chat_template = template or (CHAT_TEMPLATE if set(SPECIAL_TOKENS[3:5]) <= set(special_tokens) else "")
-        self._specials = _splitter(special_tokens)
-        self._tags = _splitter(tag for tag in REASONING_TAGS if tag in special_tokens)
+    def __init__(self, vocabulary: Vocabulary, config: dict | None = None, data: bytes | None = None):
+        """config: what tokenizer_config.json said. data: the tokenizer.json that was read; saving writes it again."""
+        self.vocabulary, self.special_tokens, self.data = vocabulary, vocabulary.special_tokens, data
+        self.config = config or {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+        self.local = EncodingPerThread(vocabulary)
+        self.vocab_size = self.local.encoding.n_vocab
+        eos = self.special_token("eos_token", "<|end_of_text|>", "<|endoftext|>")
+        bos = self.special_token("bos_token", "<|begin_of_text|>", eos)  # GPT-2 has one token for all three
+        pad = self.special_token("pad_token", "<|pad|>", "<|finetune_right_pad_id|>", eos)
+        self.names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.bos_id, self.eos_id, self.pad_id = (self.special_tokens[name] for name in (bos, eos, pad))
+        ours = CHAT_TEMPLATE if set(SPECIAL_TOKENS[3:5]) <= self.special_tokens.keys() else ""
+        self.chat_template = self.config.get("chat_template") or ours
+        # Role of who wrote a text (None: the template) -> splits it at the special tokens that this writer may use.
+        may_use = {None: self.special_tokens, "assistant": set(REASONING_TAGS) & self.special_tokens.keys()}
+        self.split = {role: splitter(may_use.get(role, ())) for role in (None, *ROLES)}
 
-    def _named(self, key: str, *usual: str) -> str | None:
-        """The special token that the config names for a part (`bos_token`, ...), else the first usual one there is."""
-        token = self._config.get(key)
+    def special_token(self, key: str, *usual: str) -> str:
+        """The special token that the config names for `key`, else the first of the usual ones that exists."""
+        token = self.config.get(key)
         token = token.get("content") if isinstance(token, dict) else token
-        if token is None:
-            token = next((name for name in usual if name in self.special_tokens), None)
-        elif not isinstance(token, str) or token not in self.special_tokens:
-            raise ValueError(f"tokenizer_config.json names {key} {token!r}, which tokenizer.json does not have")
+        token = next((name for name in usual if name in self.special_tokens), None) if token is None else token
+        if token not in list(self.special_tokens):  # a list: what a file says may be unhashable
+            raise ValueError(f"tokenizer_config.json must name one of the special tokens as {key}, not {token!r}")
         return token
-
-    # ------------------------------------------------------------------------------------------- files
 
     @classmethod
     def load(cls, path: str | os.PathLike, config_folder: str | os.PathLike | None = None) -> "Tokenizer":
         """A folder with a tokenizer.json, such a file, or the name of a tiktoken encoding ("gpt2", "cl100k_base", ...).
 
         A file or folder wins over a name. Beside tokenizer.json, or in `config_folder`, tokenizer_config.json and
-        chat_template.jinja are read if they are there. Raises ValueError for a file that cannot be represented here
-        with exactly the same ids.
+        chat_template.jinja are read if they are there. Raises ValueError for a file whose ids would differ here.
         """
-        file = Path(path)
-        if file.is_dir():
-            file = file / "tokenizer.json"
-            if not file.is_file():
-                raise ValueError(f"the folder {path} holds no tokenizer.json")
-        elif not file.is_file():
-            return _from_tiktoken(str(path))
-        data = file.read_bytes()
+        file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            refuse_if(file != Path(path), f"the folder {path} holds no tokenizer.json")
+            return cls(tokenizer_json.read_tiktoken(str(path)))
+        data, folder = file.read_bytes(), Path(config_folder or file.parent)
         try:
-            return cls(*_read_tokenizer_json(data), config=_read_config(Path(config_folder or file.parent)), data=data)
+            return cls(tokenizer_json.read_tokenizer_json(data), read_config(folder), data)
         except ValueError as error:
-            raise ValueError(f"{file} cannot be used: {_line(error)}") from None
+            raise ValueError(f"{file} cannot be used: {one_line(error)}") from None
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json and tokenizer_config.json, for `Tokenizer.load` and transformers' AutoTokenizer."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         template = {"chat_template": self.chat_template} if self.chat_template else {}
-        config = json.dumps({**self._config, **self._names, **template}, ensure_ascii=False, indent=2)
-        for name, data in (("tokenizer_config.json", config.encode()), ("tokenizer.json", self._json())):
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            try:
-                temporary.write_bytes(data)
-                os.replace(temporary, folder / name)  # so a reader sees the old file or the new one, never half of one
-            finally:
-                temporary.unlink(missing_ok=True)
+        config = json.dumps({**self.config, **self.names, **template}, ensure_ascii=False, indent=2)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer") as temporary:
+            for name, data in (("tokenizer_config.json", config.encode()), ("tokenizer.json", self.to_json())):
+                Path(temporary, name).write_bytes(data)
+                os.replace(Path(temporary, name), Path(folder, name))  # a reader sees the old file or the new one
+
+    def to_json(self) -> bytes:
+        """The tokenizer.json as it was read, or else one for this vocabulary, made once."""
+        self.data = self.data or tokenizer_json.write_tokenizer_json(self.vocabulary, self.names["bos_token"])
+        return self.data
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self._json()).hexdigest()
-
-    def _json(self) -> bytes:
-        """The tokenizer.json as it was read, or else one for this vocabulary, made once."""
-        if self._data is None:
-            bos = self._names["bos_token"]
-            self._data = _write_tokenizer_json(self._ranks, self.special_tokens, self._pattern, bos)
-        return self._data
-
-    # ------------------------------------------------------------------------------------------- text and ids
+        return hashlib.sha256(self.to_json()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The ids of ordinary text: no BOS, no EOS, and special tokens written in it are just characters."""
-        return [i for part in _breathe(text) for i in self._encoding.encode_ordinary(part)]
+        return [i for part in split_long_whitespace(text) for i in self.local.encoding.encode_ordinary(part)]
 
-    def encode_batch(self, texts: list[str], threads: int | None = None) -> list[np.ndarray]:
-        """`encode` for many texts: a uint32 array each, a ninth of a list's memory. Threads (default: one a core) help,
-        since tiktoken lets go of Python's lock. Each needs 60 ms to set up, so there is one a million characters at
-        the most."""
-        threads = min(threads or os.cpu_count() or 1, 1 + sum(map(len, texts)) // 1_000_000)
-        size = max(1, -(-len(texts) // (4 * threads)))  # four helpings a thread, so that one slow text delays little
-
-        def helping(start: int) -> list[np.ndarray]:
-            encode = functools.partial(self._own_encoding().encode_to_numpy, disallowed_special=())
-            parts = [[encode(part) for part in _breathe(_whole(text))] for text in texts[start : start + size]]
-            return [ids[0] if len(ids) == 1 else np.concatenate(ids) for ids in parts]
-
-        if threads == 1:
-            return [ids for start in range(0, len(texts), size) for ids in helping(start)]
-        with ThreadPoolExecutor(threads) as pool:
-            return [ids for done in pool.map(helping, range(0, len(texts), size)) for ids in done]
-
-    def _own_encoding(self) -> tiktoken.Encoding:
-        """An encoding for this thread alone. The regex engine below gives its working memory to the first thread that
-        comes; others borrow some at every match, which makes them half again to twice as slow."""
-        if self not in _THREAD.encodings:
-            _THREAD.encodings[self] = self._new_encoding()
-        return _THREAD.encodings[self]
-
-    def _new_encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding(
-            "nanodoge", pat_str=self._pattern, mergeable_ranks=self._ranks, special_tokens=self.special_tokens
-        )
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """`encode` as a uint32 array: a ninth of a list's memory, and threads run in parallel, without the GIL."""
+        encode, parts = self.local.encoding.encode_to_numpy, split_long_whitespace(fix_surrogates(text))
+        return np.concatenate([encode(part, disallowed_special=()) for part in parts])
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes one id stands for; they may be half a character. Raises ValueError for an id that is not there."""
+        """The bytes of one id; they may be half a character. Raises ValueError for an id that is not there."""
         try:
-            return self._encoding.decode_single_token_bytes(int(id))
+            return self.local.encoding.decode_single_token_bytes(int(id))
         except (KeyError, OverflowError):
             raise ValueError(f"token id {id} is not in this vocabulary of {self.vocab_size} ids") from None
 
@@ -298,382 +235,132 @@ class Tokenizer:
         return b"".join(self.token_bytes(i) for i in ids if i not in hidden).decode("utf-8", "replace")
 
     def stream(self, skip_special: bool = False) -> Callable[[int | None], str]:
-        """A function to feed ids one by one: it returns what can be printed by now. Feed it None at the end.
-
-        A character may be spread over several tokens (an emoji is four bytes), so bytes wait until theirs is complete.
-        """
-        hidden = set(self.special_tokens.values()) if skip_special else ()
+        """A function that takes ids one by one, and None at the end, and returns the text that is complete by then. (A
+        character may be several tokens: an emoji is four bytes.)"""
+        hidden = {None, *(self.special_tokens.values() if skip_special else ())}
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-        def feed(id: int | None) -> str:
-            return decoder.decode(b"" if id is None or id in hidden else self.token_bytes(id), final=id is None)
-
-        return feed
-
-    # ------------------------------------------------------------------------------------------- conversations
+        return lambda id: decoder.decode(b"" if id in hidden else self.token_bytes(id), final=id is None)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-        """A conversation as (ids, assistant_mask), both of the same length; the mask is 1 where the assistant speaks.
+        """(ids, mask) of a conversation in the layout of the chat template.
 
-        messages: [{"role": "user", "content": "Hi"}, ...]; other keys are not looked at. The ids are those that
-        transformers' `apply_chat_template` gives, except that special tokens in what people wrote stay plain text. (The
-        assistant may write the reasoning tags.) So there is one BOS, where the template puts it.
+        messages: [{"role": "user", "content": "Hi"}, ...]; other keys are ignored. The ids are those of transformers'
+        `apply_chat_template`, except that special tokens in the messages stay plain text. (The assistant may write the
+        reasoning tags.)
 
-        The mask marks what the model is to learn to write: the assistant's words and the special token that ends its
-        turn, EOS. Not the header before them, and not the blank lines after. A token belongs to whoever wrote its first
-        byte: one that begins in the header and runs into the answer is not the assistant's, since at generation time
-        the header is already there. Raises ValueError for messages that make no sense and templates that rewrite them.
+        The mask marks what the model learns to write: the assistant's words and the special token that ends its turn,
+        EOS; not the header before them, and not the blank lines after. A token belongs to whoever wrote its first byte:
+        one that begins in the header and runs into the answer is not the assistant's, because at generation time the
+        header is already there. Raises ValueError for unusable messages and for templates that rewrite them.
         """
-        if not self.chat_template:
-            raise ValueError("the tokenizer has no chat template and no header tokens: it cannot render a conversation")
-        contents = _contents(messages)
+        pieces, is_answer = [], False  # pieces: (text, is it a special token, is it learned)
+        for text, role in self.template_parts(messages, add_generation_prompt):
+            split = self.split[role](text)  # text, token, text, ..., text
+            end = 2 if is_answer and len(split) > 1 else 0  # after an answer: up to the token that ends the turn
+            is_answer = role == "assistant"
+            learned = len(split) if is_answer else end
+            pieces += [(piece, k % 2, int(k < learned)) for k, piece in enumerate(split)]
         ids, mask = [], []
-        run: list[tuple[str, bool]] = []  # text since the last special token; it must be encoded in one piece
-        answered = False  # the part before this one was the assistant's
-        for text, index in self._parts(messages, contents, add_generation_prompt):
-            if index is None:
-                pieces = self._specials.split(text)
-                ours = 2 if answered and len(pieces) > 1 else 0  # up to the special token that ends the turn
-                answered = False
-            else:
-                answered = messages[index]["role"] == "assistant"
-                pieces = self._tags.split(text) if answered else [text]
-                ours = len(pieces) if answered else 0
-            for k, piece in enumerate(pieces):
-                if k % 2:
-                    self._encode_run(run, ids, mask)
-                    run = []
-                    ids.append(self.special_tokens[piece])
-                    mask.append(int(k < ours))
-                else:
-                    run.append((piece, k < ours))
-        self._encode_run(run, ids, mask)
+        for is_special, run in groupby(pieces, key=itemgetter(1)):
+            texts, _, learned = zip(*run, strict=True)
+            if is_special:
+                ids += [self.special_tokens[text] for text in texts]
+                mask += learned
+                continue
+            run_ids = self.encode("".join(texts))  # text between two special tokens is encoded as one
+            owner = b"".join(bytes([flag]) * len(text.encode()) for text, flag in zip(texts, learned, strict=True))
+            ends = accumulate(len(self.token_bytes(id)) for id in run_ids)
+            ids += run_ids
+            mask += [owner[start] for start in [0, *ends][:-1]]
         return ids, mask
 
-    def _encode_run(self, run: list[tuple[str, bool]], ids: list[int], mask: list[int]) -> None:
-        """Append the ids of the joined texts, and for each whether its first byte is the assistant's."""
-        owner = b"".join(bytes([ours]) * len(text.encode()) for text, ours in run)
-        position = 0
-        for id in self.encode("".join(text for text, _ in run)):
-            ids.append(id)
-            mask.append(owner[position])
-            position += len(self.token_bytes(id))
+    def template_parts(self, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, str | None]]:
+        """The rendered conversation as (text, role of who wrote it, None for the template) parts.
 
-    def _parts(self, messages: list[dict], contents: list[str], prompt: bool) -> list[tuple[str, int | None]]:
-        """The rendered conversation as (text, index of the message it is from, None for the template's own) parts.
-
-        A template is a program; which characters of its output came from whom cannot be read off the output. So it is
-        run again with a numbered mark in place of every content, and the marks are replaced after.
+        A template is a program, and its output does not say which characters come from which message. So it runs
+        again with a numbered mark in place of every content, and the marks are then replaced.
         """
-        template = _compile(self.chat_template)
+        refuse_if(not self.chat_template, "the tokenizer has no chat template: it cannot render a conversation")
+        contents, roles = message_texts(messages), [message["role"] for message in messages]
 
         def run(contents: list[str]) -> str:
-            filled = [{"role": m["role"], "content": text} for m, text in zip(messages, contents, strict=True)]
-            return _fill(template, messages=filled, add_generation_prompt=prompt, **self._names)
+            filled = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+            values = {"messages": filled, "add_generation_prompt": add_generation_prompt, **self.names}
+            try:
+                return compile_template(self.chat_template).render(tools=None, documents=None, **values)
+            except (TemplateError, *PROGRAM_ERRORS) as error:
+                raise ValueError(f"the chat template cannot be used: {one_line(error)}") from None
 
         text = run(contents)
-        for i, content in enumerate(contents):  # many templates trim: then what counts is the trimmed content
+        for i, content in enumerate(contents):  # many templates trim: then the trimmed content counts
             trimmed = [*contents[:i], content.strip(), *contents[i + 1 :]]
             if trimmed[i] != content and run(trimmed) == text:
                 contents = trimmed
-        pieces = re.split("\0([0-9]+)\0", run([f"\0{i}\0" for i in range(len(contents))]))
-        parts = [(contents[int(piece)], int(piece)) if k % 2 else (piece, None) for k, piece in enumerate(pieces)]
+        marked = re.split("\0([0-9]+)\0", run([f"\0{i}\0" for i in range(len(contents))]))
+        parts = [(contents[int(p)], roles[int(p)]) if k % 2 else (p, None) for k, p in enumerate(marked)]
         if "".join(part for part, _ in parts) != text:
-            raise ValueError("the chat template rewrites what the messages say: whose words are whose is lost")
+            raise ValueError("the chat template rewrites the messages: who wrote what is lost")
         return parts
 
 
-def _contents(messages: list[dict]) -> list[str]:
-    """The text of every message, or ValueError. A list of text parts, as some clients send it, is joined."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError('messages must be a list that is not empty, like [{"role": "user", "content": "Hi"}]')
-    contents = []
+def message_texts(messages: list[dict]) -> list[str]:
+    """The text of every message. A list of text parts, as some clients send it, is joined. ValueError for the rest."""
+    refuse_if(not isinstance(messages, list) or not messages, 'messages must be a list like [{"role": ...}], not empty')
+    texts = []
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f'message {i} must have a role and a content, like {{"role": "user", "content": "Hi"}}')
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise ValueError(f"message {i} has role {role!r}: valid are {', '.join(ROLES)}")
+        content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             content = "".join(part["text"] for part in content)
-        if not isinstance(content, str):
-            raise ValueError(f"message {i} must have text as its content, not {type(content).__name__}")
-        contents.append(_whole(content))
-    return contents
+        if not isinstance(content, str) or message.get("role") not in ROLES:
+            valid = f'like {{"role": "user", "content": "Hi"}}, with one of the roles {", ".join(ROLES)}'
+            raise ValueError(f"message {i} must be {valid}, not {message!r:.200}")
+        texts.append(fix_surrogates(content))
+    return texts
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(source: str):
-    """A chat template ready to fill, with the settings and the helpers that transformers gives its templates."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # a downloaded template is a stranger's program
+def compile_template(source: str):
+    """A chat template with the settings and helpers that transformers gives it. It is a program from outside, which the
+    sandbox keeps away from files."""
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     jinja.globals["raise_exception"] = raise_exception
-    try:
-        return jinja.from_string(source)
-    except (TemplateError, *PROGRAM_ERRORS) as error:
-        raise ValueError(f"the chat template cannot be read: {_line(error)}") from None
+    return jinja.from_string(source)
 
 
-def _fill(template, **values) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return template.render(tools=None, documents=None, **values)
-    except (TemplateError, *PROGRAM_ERRORS) as error:
-        raise ValueError(f"the chat template refuses these messages: {_line(error)}") from None
-
-
-def _splitter(tokens: Iterable[str]) -> re.Pattern:
-    """A pattern whose `split` gives text, token, text, token, ..., text; of two tokens at one place, the longer."""
+def splitter(tokens: Iterable[str]) -> Callable[[str], list[str]]:
+    """A function that splits text into [text, token, text, ..., text]; of two tokens at one place, the longer wins."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) matches nowhere
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split  # (?!) matches nowhere
 
 
-def _line(error: Exception) -> str:
-    """What a library has to say, in one line."""
-    return " ".join(str(error).split())
-
-
-def _whole(text: str) -> str:
-    """`text` with half characters (lone surrogates, which JSON can smuggle in) made U+FFFD, as tiktoken does."""
+def fix_surrogates(text: str) -> str:
+    """`text` with half characters (lone surrogates, which JSON can contain) replaced by U+FFFD, as tiktoken does."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _breathe(text: str, limit: int = 500_000) -> list[str]:
-    r"""`text`, cut after half a million blanks in a row: `\s+(?!\S)` on a million overflows tiktoken's regex engine."""
+def split_long_whitespace(text: str, limit: int = 500_000) -> list[str]:
+    r"""`text`, cut after every `limit` blanks in a row: `\s+(?!\S)` on a million overflows tiktoken's regex engine.
+
+    The lookbehind makes a match begin where a run of blanks begins. Without it, a run that is too short would be read
+    again from each of its blanks, which is quadratic.
+    """
     if len(text) <= limit:
         return [text]
-    cuts = [0, *(match.end() for match in re.finditer(rf"\s{{{limit}}}", text)), len(text)]
-    return [text[start:end] for start, end in pairwise(cuts)]
+    runs = re.finditer(rf"\s(?<!\s\s)\s{{{limit - 1},}}", text)
+    cuts = [cut for run in runs for cut in range(run.start() + limit, run.end() + 1, limit)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer.json
-
-
-@functools.lru_cache(maxsize=1)
-def _byte_letters() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in tokenizer.json (a space is written as 'Ġ').
-
-    GPT-2's alphabet: bytes that print in Latin-1 are themselves, the other 68 are the characters from U+0100 on.
-    """
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {**{byte: chr(byte) for byte in shown}, **{byte: chr(256 + i) for i, byte in enumerate(hidden)}}
-
-
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The parts that BPE with the tokens older than `token` makes of its bytes: the two it was merged from, if it can
-    be reached by merging at all (more than two parts say that it cannot)."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        rank, i = min((ranks.get(parts[i] + parts[i + 1], ranks[token]), i) for i in range(len(parts) - 1))
-        if rank >= ranks[token]:
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def _write_tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int], pattern: str, bos: str) -> bytes:
-    """tokenizer.json in Hugging Face's format; its post-processor puts one BOS before a text, as Doge's does."""
-    letters = _byte_letters()
-    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = [_last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    ids = special_tokens | {spell[token]: i for token, i in ranks.items()}
-    by_id = dict(sorted(ids.items(), key=lambda item: item[1]))
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-    first, second = ({"Sequence": {"id": which, "type_id": i}} for i, which in enumerate("AB"))
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    document = {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in by_id.items() if name in special_tokens],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, first],
-            "pair": [begin, first, begin, second],
-            "special_tokens": {bos: {"id": bos, "ids": [special_tokens[bos]], "tokens": [bos]}},
-        },
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": True,  # a chunk that is a token as it stands is that token: what tiktoken does too
-            "vocab": by_id,
-            "merges": [f"{spell[parts[0]]} {spell[parts[1]]}" for parts in merges if len(parts) == 2],
-        },
-    }
-    return json.dumps(document, ensure_ascii=False, indent=1).encode()
-
-
-def _read_tokenizer_json(data: bytes) -> tuple[dict[bytes, int], dict[str, int], str]:
-    """(ranks, special_tokens, pattern) of a tokenizer.json; ValueError with the reason where tiktoken would differ."""
-    document = read_object(data)
-    try:
-        ranks, merges = _read_model(document)
-        special_tokens = {token["content"]: token["id"] for token in document["added_tokens"]}
-        pattern = _split_pattern(document["pre_tokenizer"])
-        vocab, whole = document["model"]["vocab"], document["model"].get("ignore_merges", False)
-        greedy = ("lstrip", "rstrip", "single_word")
-        sticky = [token["content"] for token in document["added_tokens"] if any(map(token.get, greedy))]
-        ids = [*ranks.values(), *special_tokens.values()]
-        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-            raise ValueError("its ids are not all whole numbers from 0")
-        if not all(type(token) is str and token for token in special_tokens) or len(set(ids)) < len(ids):
-            raise ValueError("two of its tokens share an id, or an added token is empty or no text")
-        if any(vocab.get(token, i) != i for token, i in special_tokens.items()):
-            raise ValueError("one of its added tokens has another id in the vocabulary")
-        if sticky:
-            raise ValueError(f"its added tokens {sticky[:3]} swallow the blanks around them or want to be whole words")
-        if document.get("normalizer") is not None:
-            raise ValueError(f"it normalizes text ({document['normalizer']}), so what was written would be lost")
-        _check_merges(ranks, merges, whole)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"it is not a complete tokenizer.json ({type(error).__name__}: {error})") from None
-    return ranks, special_tokens, pattern
-
-
-def _read_model(document: dict) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
-    """The ids of ordinary tokens and the merges of a tokenizer.json, both as bytes."""
-    model, added = document["model"], {token["content"] for token in document["added_tokens"]}
-    kind = model.get("type", "BPE")  # files from before there were other kinds do not say
-    if kind != "BPE":
-        raise ValueError(f"its model is {kind}, and only byte-level BPE is known here")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(option):
-            raise ValueError(f"its model has {option}={model[option]!r}, which tiktoken cannot do")
-    byte_of = {letter: byte for byte, letter in _byte_letters().items()}
-
-    def spelled(token: str) -> bytes:
-        if not token or not all(letter in byte_of for letter in token):
-            raise ValueError(f"its token {token!r} is not written in the byte-level alphabet")
-        return bytes(byte_of[letter] for letter in token)
-
-    ranks = {spelled(token): i for token, i in model["vocab"].items() if token not in added}
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    return ranks, [(spelled(left), spelled(right)) for left, right in pairs]
-
-
-def _check_merges(ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]], whole: bool) -> None:
-    """ValueError unless tiktoken, which knows the ranks alone, merges as this list does.
-
-    tiktoken joins two neighbours when the *result* is a token, Hugging Face when the *pair* is in the list. It is the
-    same where every token that can be merged at all has in the list the pair it is merged from. (Another pair that
-    spells it never comes up: the same bytes are merged in the same way wherever they stand.) A token that no merges
-    lead to is found by both when it is a chunk as it stands, if the file says ignore_merges (`whole`).
-    """
-    results = [ranks.get(left + right) for left, right in merges]
-    if None in results or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise ValueError("its vocabulary lacks some of the 256 bytes, or a token that its merges make")
-    if results != sorted(results):
-        raise ValueError("its merges are not in the order of their ids")
-    listed = set(merges)
-    for token in ranks:
-        parts = _last_merge(token, ranks)
-        if len(parts) == 2 and tuple(parts) not in listed or len(parts) > 2 and not whole:
-            raise ValueError(f"its merges do not lead to its token {token!r} in the order of ids")
-
-
-def _split_pattern(pre_tokenizer: dict) -> str:
-    """The regex by which a tokenizer.json cuts text into chunks, in the layout that Doge and Llama-3 share."""
-    steps = pre_tokenizer.get("pretokenizers", [])
-    split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    if len(steps) != 2 or not split.items() <= steps[0].items() or not byte_level.items() <= steps[1].items():
-        raise ValueError("its pre_tokenizer is not the one known here: Split by a regex, then ByteLevel")
-    pattern = steps[0]["pattern"]["Regex"]
-    # Hugging Face's engine, Oniguruma, reads these in its own way: `$` and `^` at every line, `{1,3}+` as (...)+.
-    if re.search(r"(?<!\\)\$|\{[0-9,]+\}\+|(?<![\\\[])\^", pattern):
-        raise ValueError(f"its split pattern {pattern!r} uses $, ^ or {{1,3}}+, which engines read differently")
-    every = "".join(map(chr, range(0x3000))) + "It's 12345 words,\r\n\r\n  \u6f22\u5b57 \U0001f600!? "
-    try:
-        pieces = [match.group() for match in regex.finditer(pattern, every, timeout=5)]
-    except (regex.error, RecursionError, TimeoutError) as error:
-        raise ValueError(f"its split pattern {pattern!r} cannot be used: {_line(error)}") from None
-    if "".join(pieces) != every or not all(pieces):
-        raise ValueError(f"its split pattern {pattern!r} leaves out some characters: they would be lost")
-    return pattern
-
-
-def _read_config(folder: Path) -> dict | None:
+def read_config(folder: Path) -> dict:
     """tokenizer_config.json, with the chat template that newer transformers keep in a file of its own beside it."""
     file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    if not file.is_file() and not template.is_file():
-        return None
     config = read_object(file.read_bytes(), file.name) if file.is_file() else {}
     if template.is_file():
         config["chat_template"] = template.read_text(encoding="utf-8")
-    if not isinstance(config.get("chat_template") or "", str):
-        raise ValueError("tokenizer_config.json has several chat templates: leave the one to use, as text")
+    several = not isinstance(config.get("chat_template") or "", str)
+    refuse_if(several, "tokenizer_config.json has several chat templates: leave the one to use, as text")
     return config
-
-
-def read_object(data: bytes, name: str = "it") -> dict:
-    """A JSON object, from a stranger's file. ValueError for what is none, for a key that stands there twice (which of
-    the two counts?), and for half a character, which could not be written again."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        if len(pairs) > len(found := dict(pairs)):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise ValueError(f"{twice!r} stands there twice")
-        return found
-
-    try:
-        document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
-        if re.search(rb"\\u[dD][89a-fA-F]", data):
-            json.dumps(document, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON ({_line(error)})") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{name} holds a {type(document).__name__}, where an object was expected")
-    return document
-
-
-# ------------------------------------------------------------------------------------------------ tiktoken's encodings
-
-
-def _portable(pattern: str) -> str:
-    r"""tiktoken's split pattern, spelled so that Hugging Face's regex engine (Oniguruma) cuts alike.
-
-    To Oniguruma `$` is the end of a line, to tiktoken the end of the text, which both call `\z`. And `{1,3}+` is
-    "possessive" to tiktoken, which changes nothing at the end of an alternative, and "again and again" to Oniguruma.
-    """
-    return pattern.replace("$", r"\z").replace("{1,3}+", "{1,3}")
-
-
-def _from_tiktoken(name: str) -> Tokenizer:
-    """One of tiktoken's own encodings by name. The first time it is fetched over the network and kept in a cache."""
-    from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
-
-    if name not in ENCODING_CONSTRUCTORS:
-        raise ValueError(
-            f"{name!r} is no folder with a tokenizer.json, no such file and no tiktoken encoding "
-            f"({', '.join(ENCODING_CONSTRUCTORS)})"
-        )
-    done: list = []
-
-    def fetch() -> None:
-        try:
-            done.append(ENCODING_CONSTRUCTORS[name]())
-        except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors), or a damaged download
-            done.append(error)
-
-    # In a thread that can be left behind: requests, called without a timeout, waits for a silent network for ever.
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(FETCH_SECONDS)
-    spec = done[0] if done else TimeoutError(f"no answer for {FETCH_SECONDS} seconds")
-    if isinstance(spec, Exception):
-        reason = f"{type(spec).__name__}: {_line(spec)}"
-        raise ValueError(
-            f"cannot fetch the tiktoken encoding {name!r}: {reason[:200]}; it needs the network once, and is then kept "
-            "in TIKTOKEN_CACHE_DIR; a tokenizer.json on disk needs none"
-        )
-    names = {i: name for name, i in reversed(spec["special_tokens"].items())}  # o200k_harmony names one id twice
-    special_tokens = {name: i for i, name in names.items()}
-    return Tokenizer(spec["mergeable_ranks"], special_tokens, _portable(spec["pat_str"]))

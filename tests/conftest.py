@@ -1,10 +1,9 @@
-"""The same numbers in every run, and one thread a test process: on a shared machine the barriers of a second one cost
-more than it brings."""
+"""The same random numbers in every run, no network, and one thread per test process: more of them only wait."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

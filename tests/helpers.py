@@ -1,5 +1,6 @@
-"""What several tests need: a small data folder, a small model, a run in a few seconds."""
+"""What several tests need: a small data folder, a small checkpoint, a run of a few seconds."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -12,20 +13,27 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 
 import prepare_data
 from model import Doge, DogeConfig
 from nanodoge import tokenizer
 from nanodoge.checkpoint import save_checkpoint
 from nanodoge.options import run_command
+from nanodoge.run import Run, read_log
 
-TINY = ["--hidden_size=32", "--intermediate_size=48", "--num_hidden_layers=2", "--num_attention_heads=2",
-        "--max_position_embeddings=16", "--micro_batch_size=2", "--batch_tokens=64", "--max_steps=12",
-        "--warmup_steps=2", "--decay_steps=4", "--learning_rate=3e-3", "--log_every=1", "--eval_every=4",
-        "--save_every=4", "--eval_tokens=100", "--sample_tokens=0", "--device=cpu", "--optimizer=adamw",
-        "--copy_steps=0"]  # fmt: skip
+TINY = """--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2
+    --max_position_embeddings=16 --micro_batch_size=2 --batch_tokens=64 --max_steps=12 --warmup_steps=2
+    --decay_steps=4 --learning_rate=3e-3 --log_every=1 --eval_every=4 --save_every=4
+    --eval_tokens=100 --sample_tokens=0 --device=cpu --optimizer=adamw --copy_steps=0""".split()
+TUNE = """--batch_size=8 --micro_batch_tokens=256 --max_steps=12 --learning_rate=3e-3 --log_every=1 --eval_every=4
+    --save_every=4 --device=cpu --sequence_length=64 --optimizer=adamw --freeze_embeddings=false""".split()
 VOLATILE = ("seconds", "tokens_per_second", "memory")  # columns of log.csv that differ between equal runs
+
+
+# ---- Data and checkpoints
 
 
 def texts(count, seed=0):
@@ -35,7 +43,7 @@ def texts(count, seed=0):
 
 
 def make_data(folder, vocab_size=300, count=60, seed=0):
-    """A data folder as prepare_data.py leaves it."""
+    """A data folder of texts, as prepare_data.py leaves it."""
     folder.mkdir(parents=True)
     tok = tokenizer.train_bpe(texts(200, seed=1), vocab_size)
     tok.save(folder)
@@ -48,23 +56,18 @@ def make_data(folder, vocab_size=300, count=60, seed=0):
     return folder
 
 
-TUNE = ["--batch_size=8", "--micro_batch_tokens=256", "--max_steps=12", "--learning_rate=3e-3", "--log_every=1",
-        "--eval_every=4", "--save_every=4", "--device=cpu", "--sequence_length=64", "--optimizer=adamw",
-        "--freeze_embeddings=false"]  # fmt: skip
-
-
 def make_checkpoint(folder, vocab_size=400, seed=0, **shape):
-    """A small model with random weights, and a tokenizer that can chat, as train.py leaves them."""
+    """A checkpoint of a small model with random weights, and a tokenizer with a chat template."""
     tok = tokenizer.train_bpe(texts(300, seed=2), vocab_size)
-    fields = dict(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                  num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
+    fields = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    fields |= dict(vocab_size=tok.vocab_size, num_key_value_heads=1, max_position_embeddings=64)
     torch.manual_seed(seed)
     save_checkpoint(folder, Doge(DogeConfig(**fields | shape)), tok)
     return folder
 
 
 def rows_of(kind, count, seed=0):
-    """Rows of a data set of this kind: of some length, of one or several turns."""
+    """Yields rows of a data set of this kind, of different lengths and numbers of turns."""
     words, draw = iter(texts(9 * count, seed)), random.Random(seed).random
     for i in range(count):
         question = f"{next(words)} {i}"
@@ -75,8 +78,8 @@ def rows_of(kind, count, seed=0):
         else:
             messages = [dict(role="system", content=next(words))] if draw() < 0.3 else []
             for turn in range(1 + int(draw() * 3)):
-                messages += [dict(role="user", content=next(words) if turn else question),
-                             dict(role="assistant", content=next(words)[: 20 + 10 * turn])]  # fmt: skip
+                messages.append(dict(role="user", content=next(words) if turn else question))
+                messages.append(dict(role="assistant", content=next(words)[: 20 + 10 * turn]))
             yield dict(messages=messages)
 
 
@@ -88,6 +91,67 @@ def make_set(folder, checkpoint, kind="chat", count=120, rows=None, **options):
         source.write_text("".join(json.dumps(row) + "\n" for row in rows or rows_of(kind, count)), encoding="utf-8")
     options = dict(val_fraction=0.2, tokenizer=str(checkpoint), kind=kind) | options
     return prepare_data.prepare(prepare_data.PrepareOptions([str(source)], str(folder), **options), quiet=True)
+
+
+# ---- Runs
+
+
+def steady(rows):
+    """Rows of log.csv without the columns that differ between equal runs."""
+    return [{name: value for name, value in row.items() if name not in VOLATILE} for row in rows]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    """Asserts that two checkpoint folders hold the same weights, bit for bit."""
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextlib.contextmanager
+def stopped_after(steps):
+    """Within it every run ends after this many of its own steps, as if it had no more to do."""
+    every = Run.steps
+
+    def some(self):
+        for _, step in zip(range(steps), every(self), strict=False):
+            yield step
+
+    with patch.object(Run, "steps", some):
+        yield
+
+
+@contextlib.contextmanager
+def gradients_seen():
+    """Within it every clipping appends [(a parameter, its gradient), ...], copies, to the list that it gives."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        seen.append([(p.detach().clone(), p.grad.clone()) for p in parameters])
+        return clip(parameters, limit)
+
+    with patch.object(torch.nn.utils, "clip_grad_norm_", spy):
+        yield seen
+
+
+def assert_close_logs(a, b, names, tolerance):
+    """Asserts that rows of two log.csv agree: the columns `names` within the tolerance, tokens and lr exactly."""
+    for x, y in zip(a, b, strict=True):
+        for name in names:
+            assert x[name] == y[name] == "" or abs(float(x[name]) - float(y[name])) <= tolerance, name
+        assert x["tokens"] == y["tokens"] and x["lr"] == y["lr"]
+
+
+def assert_refused(run, folder, case):
+    """Asserts that run(folder, *options) ends in one line and leaves no folder. case: "options | a pattern of it"."""
+    options, pattern = case.split(" | ")
+    with pytest.raises(ValueError, match=pattern) as error:
+        run(folder, *options.split())
+    assert "\n" not in str(error.value) and not folder.exists()
 
 
 # Starting Python and torch takes seconds: processes are forked from one that has imported everything (not on Windows).
@@ -105,14 +169,14 @@ def call(main, argv, rank, world_size, port, folder):
 
 
 def command(main, argv, processes=1, timeout=120):
-    """What `python train.py ARGV` does (with main = train.main), or torchrun with so many processes: -> returncode of
-    the first that failed or else 0, stdout and stderr of all."""
+    """What `python train.py ARGV` does (with main = train.main), or torchrun with several processes. Returns stdout and
+    stderr of all ranks, and the returncode of the first that failed, else 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        started = [STARTED.Process(target=call, args=(main, argv, rank, processes, port, folder))
-                   for rank in range(processes)]  # fmt: skip
+        each = [(main, argv, rank, processes, port, folder) for rank in range(processes)]
+        started = [STARTED.Process(target=call, args=args) for args in each]
         with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the one that imports
             for process in started:
                 process.start()
@@ -122,3 +186,14 @@ def command(main, argv, processes=1, timeout=120):
             process.join()
         out, err = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
     return SimpleNamespace(returncode=next((p.exitcode for p in started if p.exitcode), 0), stdout=out, stderr=err)
+
+
+def tune(main, base, data, out, *options, processes=1):
+    """Runs a tuning stage from the checkpoint `base` on the folder `data`, and returns the rows of its log.csv."""
+    argv = [*TUNE, f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *options]
+    if processes > 1:
+        done = command(main, argv, processes)
+        assert done.returncode == 0, done.stderr
+    else:
+        main(argv)
+    return read_log(out / "log.csv")

@@ -13,8 +13,9 @@ from helpers import make_checkpoint, make_set, rows_of
 
 import prepare_data
 from nanodoge import stories
-from nanodoge.checkpoint import load_model, read_meta
-from nanodoge.conversations import TokenSet, divide, document, final_answer, generate, pad
+from nanodoge.conversations import document, final_answer
+from nanodoge.data import read_meta
+from nanodoge.examples import TokenSet, answer_spans, bucket_by_length, pad
 from nanodoge.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -31,20 +32,39 @@ def read(row, kind="chat", system=""):
 
 
 ASKED = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four"}]
+PROMPT, FIVE = ASKED[:1], {"role": "assistant", "content": " Five\n"}
+ROWS = {
+    "chat": [
+        {"messages": ASKED},
+        {"messages": [*ASKED, {"role": "user", "content": "Thanks"}]},  # nothing to learn after the last answer
+        {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four"}]},
+        {"conversations": [{"from": "user", "value": "Two and two?"}, {"from": "assistant", "value": "Four"}]},
+        {"instruction": "Two and two?", "input": "", "output": "Four"},
+        {"instruction": "Two and two?", "output": "Four", "text": "Below is an instruction"},
+        {"question": "Two and two?", "answer": "Four"},
+        {"problem": "Two and two?", "solution": "Four", "answer": "4"},
+    ],
+    "preferences": [
+        {"prompt": "Two and two?", "chosen": "Four", "rejected": "Five"},
+        {"prompt": "Two and two?", "chosen": ASKED, "rejected": [*PROMPT, FIVE], "score_chosen": 9.0},
+        {"prompt": PROMPT, "chosen": ASKED[1:], "rejected": [FIVE]},
+    ],
+    "problems": [
+        {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+        {"problem": "Two and two?", "answer": "4", "solution": "It is \\boxed{4}.", "messages": ASKED},
+        {"messages": ASKED, "answer": "4"},
+    ],
+}
+MEANING = {
+    "chat": {"messages": ASKED},
+    "preferences": {"messages": PROMPT, "chosen": "Four", "rejected": "Five"},
+    "problems": {"messages": PROMPT, "answer": "4"},
+}
 
 
-@pytest.mark.parametrize("row", [
-    {"messages": ASKED},
-    {"messages": [*ASKED, {"role": "user", "content": "Thanks"}]},  # nothing to learn after the last answer
-    {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four"}]},
-    {"conversations": [{"from": "user", "value": "Two and two?"}, {"from": "assistant", "value": "Four"}]},
-    {"instruction": "Two and two?", "input": "", "output": "Four"},
-    {"instruction": "Two and two?", "output": "Four", "text": "Below is an instruction"},
-    {"question": "Two and two?", "answer": "Four"},
-    {"problem": "Two and two?", "solution": "Four", "answer": "4"},
-])  # fmt: skip
-def test_every_schema_is_the_same_conversation(row):
-    assert read(row) == {"messages": ASKED}
+@pytest.mark.parametrize("kind, row", [(kind, row) for kind, rows in ROWS.items() for row in rows])
+def test_every_schema_means_the_same(kind, row):
+    assert read(row, kind) == MEANING[kind]
 
 
 def test_input_of_an_instruction_and_system_messages():
@@ -56,73 +76,59 @@ def test_input_of_an_instruction_and_system_messages():
     assert read({"messages": ASKED, "system": "Be brief."}, system="I am Doge.")["messages"][0] == own  # OpenThoughts
 
 
-PROMPT = [{"role": "user", "content": "Two and two?"}]
+def test_final_answer():
+    begin, end = "<|begin_of_solution|>", "<|end_of_solution|>"
+    assert final_answer("Four") == "Four" and final_answer("so\n#### 1,000 ") == "1,000" and final_answer("") == ""
+    assert final_answer(f"{begin}\n7\n{end}") == "7" and final_answer(f"{begin}7") == ""
+    assert final_answer(f"<|begin_of_thought|>#### 3<|end_of_thought|>{begin}7{end}") == "7"
+    assert final_answer(f"{begin}1{end} no: {begin}2{end}") == "2"
 
 
-@pytest.mark.parametrize("row", [
-    {"prompt": "Two and two?", "chosen": "Four", "rejected": "Five"},
-    {"prompt": "Two and two?", "chosen": ASKED, "rejected": [PROMPT[0], {"role": "assistant", "content": "Five"}],
-     "score_chosen": 9.0},
-    {"prompt": PROMPT, "chosen": ASKED[1:], "rejected": [{"role": "assistant", "content": " Five\n"}]},
-])  # fmt: skip
-def test_schemas_of_preferences(row):
-    assert read(row, "preferences") == {"messages": PROMPT, "chosen": "Four", "rejected": "Five"}
+NO_ANSWER = "without an answer"
 
 
-@pytest.mark.parametrize("row", [
-    {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
-    {"problem": "Two and two?", "answer": "4", "solution": "It is \\boxed{4}.", "messages": ASKED},
-    {"messages": ASKED, "answer": "4"},
-])  # fmt: skip
-def test_schemas_of_problems(row):
-    assert read(row, "problems") == {"messages": PROMPT, "answer": "4"}
-
-
-@pytest.mark.parametrize("text, answer", [
-    ("Four", "Four"), ("so\n#### 1,000 ", "1,000"), ("<|begin_of_solution|>\n7\n<|end_of_solution|>", "7"),
-    ("<|begin_of_thought|>#### 3<|end_of_thought|><|begin_of_solution|>7<|end_of_solution|>", "7"),
-    ("<|begin_of_solution|>7", ""), ("", ""),
-    ("<|begin_of_solution|>1<|end_of_solution|> no: <|begin_of_solution|>2<|end_of_solution|>", "2"),
-])  # fmt: skip
-def test_final_answer(text, answer):
-    assert final_answer(text) == answer
-
-
-@pytest.mark.parametrize("kind, row, reason", [
-    ("chat", {"messages": []}, "empty"), ("chat", {"messages": PROMPT}, "without an answer"),
-    ("chat", {"messages": [*PROMPT, {"role": "assistant", "content": " \n"}]}, "without an answer"),
-    ("chat", {"instruction": "", "input": "", "output": ""}, "empty"),
-    ("chat", {"question": "Two?", "answer": None}, "without an answer"),
-    ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": "a "}, "with two equal answers"),
-    ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": ""}, "without an answer"),
-    ("preferences", {"prompt": "Two?", "chosen": PROMPT, "rejected": PROMPT}, "without an answer"),
-    ("problems", {"problem": "Two?", "answer": None}, "without an answer"),
-    ("problems", {"problem": "", "answer": "2"}, "without an answer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, row, reason",
+    [
+        ("chat", {"messages": []}, "empty"),
+        ("chat", {"messages": None}, "empty"),
+        ("chat", {"messages": "Once upon"}, NO_ANSWER),
+        ("chat", {"messages": PROMPT}, NO_ANSWER),
+        ("chat", {"messages": [*PROMPT, {"role": "assistant", "content": " \n"}]}, NO_ANSWER),
+        ("chat", {"instruction": "", "input": "", "output": ""}, "empty"),
+        ("chat", {"question": "Two?", "answer": None}, NO_ANSWER),
+        ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": "a "}, "with two equal answers"),
+        ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": ""}, NO_ANSWER),
+        ("preferences", {"prompt": "Two?", "chosen": PROMPT, "rejected": PROMPT}, NO_ANSWER),
+        ("problems", {"problem": "Two?", "answer": None}, NO_ANSWER),
+        ("problems", {"problem": "", "answer": "2"}, NO_ANSWER),
+    ],
+)
 def test_rows_that_cannot_be_used_have_a_reason(kind, row, reason):
     assert read(row, kind) == reason
 
 
-@pytest.mark.parametrize("kind, row, message", [
-    ("chat", {"text": "Once"}, "here:1: no --kind=chat in the columns text"),
-    ("chat", ["Once"], "here:1: not a row"), ("chat", {"messages": "Once upon"}, "without an answer"),
-    ("chat", {"messages": 5}, "must be a list of messages, not int"),
-    ("chat", {"messages": [{"role": "tool", "content": "x"}]}, "message 0 is from 'tool'"),
-    ("chat", {"messages": [{"role": "user", "content": None}]}, "message 0 has no text"),
-    ("chat", {"messages": ["Hi"]}, "message 0 has no text"), ("chat", {"question": 1, "answer": "2"}, "holds int"),
-    ("preferences", {"messages": ASKED}, "no --kind=preferences"),
-    ("preferences", {"prompt": "Two?", "chosen": ASKED, "rejected": "x"}, "earlier messages differ"),
-    ("preferences", {"prompt": "Two?", "chosen": 1, "rejected": "x"}, "column 'chosen' holds int"),
-    ("problems", {"problem": "Two?", "answer": 2}, "column 'answer' holds int"),
-    ("problems", {"text": "x", "answer": "2"}, "no --kind=problems"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, row, message",
+    [
+        ("chat", {"text": "Once"}, "no --kind=chat in the columns text; needed is one of messages |"),
+        ("chat", ["Once"], "not a row"),
+        ("chat", {"messages": 5}, "column 'messages' holds int, not text or messages"),
+        ("chat", {"messages": [{"role": "tool", "content": "x"}]}, "message 0 is from 'tool'"),
+        ("chat", {"messages": [{"role": "user", "content": None}]}, "message 0 has no text"),
+        ("chat", {"messages": ["Hi"]}, "message 0 has no text"),
+        ("chat", {"question": 1, "answer": "2"}, "holds int"),
+        ("preferences", {"messages": ASKED}, "no --kind=preferences"),
+        ("preferences", {"prompt": "Two?", "chosen": ASKED, "rejected": "x"}, "earlier messages differ"),
+        ("preferences", {"prompt": "Two?", "chosen": 1, "rejected": "x"}, "column 'chosen' holds int"),
+        ("problems", {"problem": "Two?", "answer": 2}, "column 'answer' holds int"),
+        ("problems", {"text": "x", "answer": "2"}, "no --kind=problems"),
+    ],
+)
 def test_a_row_of_no_schema_is_named(kind, row, message):
-    if message == "without an answer":
-        assert read(row, kind) == message
-        return
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match="here:1: .*" + re.escape(message)) as error:
         read(row, kind)
-    assert "\n" not in str(error.value) and "here:1" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # ---- What is written is what was said
@@ -162,8 +168,14 @@ def test_conversations_come_out_as_they_went_in(tmp_path, checkpoint):
 
 def test_preferences_share_their_prompt_and_learn_the_last_answer(tmp_path, checkpoint):
     earlier = [*ASKED, {"role": "user", "content": "And three?"}]
-    rows = [dict(prompt="x", chosen=[*earlier, dict(role="assistant", content=f"Seven {i}")],
-                 rejected=[*earlier, dict(role="assistant", content=f"Four {i}")]) for i in range(3)]  # fmt: skip
+    rows = [
+        dict(
+            prompt="x",
+            chosen=[*earlier, dict(role="assistant", content=f"Seven {i}")],
+            rejected=[*earlier, dict(role="assistant", content=f"Four {i}")],
+        )
+        for i in range(3)
+    ]
     rows += list(rows_of("preferences", 60))
     folder = make_set(tmp_path / "set", checkpoint, "preferences", rows=rows)
     tokenizer = Tokenizer.load(folder)
@@ -201,13 +213,18 @@ def test_thoughts_stay_between_their_tags_and_users_cannot_write_them(tmp_path, 
     """OpenThoughts' schema. The assistant's tags are tokens; in what a user types they are letters."""
     thought = "<|begin_of_thought|>\n\nTwo,\nthree.\n<|end_of_thought|>\n\n<|begin_of_solution|>\n3<|end_of_solution|>"
     answer = {"from": "assistant", "value": thought}
-    rows = [dict(system="Think.", conversations=[{"from": "user", "value": f"1+2 <|end_of_text|> {i}"}, answer])
-            for i in range(30)]  # fmt: skip
+    rows = [
+        dict(system="Think.", conversations=[{"from": "user", "value": f"1+2 <|end_of_text|> {i}"}, answer])
+        for i in range(30)
+    ]
     folder = make_set(tmp_path / "set", checkpoint, rows=rows)
     tokenizer, part = Tokenizer.load(folder), TokenSet(folder, "train", "chat")
     ids, mask = part.conversation(0)
-    tags = [tokenizer.special_tokens[f"<|{which}_of_{what}|>"]
-            for what in ("thought", "solution") for which in ("begin", "end")]  # fmt: skip
+    tags = [
+        tokenizer.special_tokens[f"<|{which}_of_{what}|>"]
+        for what in ("thought", "solution")
+        for which in ("begin", "end")
+    ]
     assert [i for i in ids[mask] if i in tags] == tags and not set(tags) & set(ids[~mask].tolist())
     assert (ids == tokenizer.eos_id).sum() == 3  # system, user, assistant
     assert tokenizer.decode(ids).startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\nThink.")
@@ -249,11 +266,17 @@ def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path, checkpoint, 
     assert all((cut / name).read_bytes() == (whole / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(tokenizer=""), "--kind=chat needs the --tokenizer"), (dict(kind="text", system="x"), "needs --kind=chat"),
-    (dict(sources=["stdlib"]), "plain text"), (dict(sources=["sums"], kind="preferences"), "it has chat problems"),
-    (dict(sources=["sums"], kind="text"), "'sums' has no --kind=text"), (dict(sources=["x.txt"]), "reads rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(tokenizer=""), "--kind=chat needs the --tokenizer"),
+        (dict(kind="text", system="x"), "needs --kind=chat"),
+        (dict(sources=["stdlib"]), "plain text"),
+        (dict(sources=["sums"], kind="preferences"), "it has chat problems"),
+        (dict(sources=["sums"], kind="text"), "'sums' has no --kind=text"),
+        (dict(sources=["x.txt"]), "reads rows"),
+    ],
+)
 def test_wrong_calls_are_refused(tmp_path, checkpoint, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     Path("x.txt").write_text("some text " * 100)
@@ -289,8 +312,9 @@ def test_a_damaged_or_other_folder_is_refused(tmp_path, checkpoint):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
-@pytest.mark.parametrize("kind, name", [("chat", "gsm8k_train"), ("problems", "gsm8k_train"),
-                                        ("preferences", "gsm8k_preferences")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, name", [("chat", "gsm8k_train"), ("problems", "gsm8k_train"), ("preferences", "gsm8k_preferences")]
+)
 def test_real_files(tmp_path, checkpoint, kind, name):
     lines = (SHARED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:60]
     folder = make_set(tmp_path / "set", checkpoint, kind, rows=[json.loads(line) for line in lines])
@@ -298,6 +322,18 @@ def test_real_files(tmp_path, checkpoint, kind, name):
     assert meta["train"]["documents"] + meta["val"]["documents"] == 60 and not meta["left_out"]
     if kind == "problems":
         assert all(answer.replace(",", "").lstrip("-").isdigit() for answer in TokenSet(folder, "train", kind).answers)
+
+
+def test_runs_of_a_mask_are_found_across_pieces():
+    for seed in range(20):
+        mask = np.random.default_rng(seed).integers(0, 2, 50).astype(np.uint8)
+        whole = answer_spans(mask)
+        for piece in (1, 3, 7, 50):
+            assert all((a == b).all() for a, b in zip(answer_spans(mask, piece), whole, strict=True))
+        again = np.zeros(50, np.uint8)
+        for begin, end in zip(*whole, strict=True):
+            again[begin : end + 1] = 1
+        assert (again == mask).all()
 
 
 # ---- Built-in rows
@@ -323,7 +359,7 @@ def test_built_in_answers_are_right():
     for i in range(400):
         chat = stories.conversation(i, "train")["messages"]
         assert [m["role"] for m in chat] == ["user", "assistant"] * (len(chat) // 2) and 2 <= len(chat) <= 6
-        facts = stories.story(stories.CHAT_SEED + i, "train", paragraphs=1).facts
+        facts = stories.Story(stories.CHAT_SEED + i, "train", paragraphs=1).facts
         right = {fact.say() for fact in facts if fact.answer in chat[0]["content"]}  # the passage says so
         assert all(m["content"] in right for m in chat[1::2])
         pair = stories.preference(i, "test")
@@ -332,8 +368,9 @@ def test_built_in_answers_are_right():
         asked, answer = (m["content"] for m in problem["messages"])
         assert final_answer(answer) == problem["answer"]
         numbers = [int(n) for n in re.findall("[0-9]+", asked)]
-        right = len(set(numbers)) if "writes" in asked else (
-            sum(numbers) if "more" in asked else numbers[0] - numbers[1])  # fmt: skip
+        right = (
+            len(set(numbers)) if "writes" in asked else (sum(numbers) if "more" in asked else numbers[0] - numbers[1])
+        )
         assert int(problem["answer"]) == right
 
 
@@ -341,26 +378,19 @@ def test_built_in_answers_are_right():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_divide_loses_nothing_and_keeps_to_the_limit(parts):
+def test_buckets_lose_nothing_and_keep_to_the_limit(parts):
     lengths = [3, 50, 7, 7, 100, 20, 20, 1, 64, 9, 33]
-    groups = divide(lengths, 128, parts)
+    groups = bucket_by_length(lengths, 128, parts)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths))) and all(groups)
     assert len(groups) % parts == 0
     assert all(len(group) * max(lengths[i] for i in group) <= 128 or len(group) == 1 for group in groups)
 
 
 def test_pad_shifts_by_one_and_targets_what_is_marked():
-    tokens, targets, lengths = pad([(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1], bool)),
-                                    (np.array([5, 9]), np.array([0, 1], bool))], pad_id=2)  # fmt: skip
-    assert tokens.tolist() == [[5, 6, 7], [5, 2, 2]] and lengths.tolist() == [3, 1]
+    tokens, targets = pad(
+        [(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1], bool)), (np.array([5, 9]), np.array([0, 1], bool))], pad_id=2
+    )
+    assert tokens.tolist() == [[5, 6, 7], [5, 2, 2]]
     assert targets.tolist() == [[-100, 7, 8], [9, -100, -100]]
     ends = [(np.array([5, 6, 2]), np.array([0, 0, 1], bool)), (np.array([5, 2]), np.array([0, 1], bool))]
     assert pad(ends, pad_id=2)[1].tolist() == [[-100, 2], [2, -100]]  # where padding and EOS are one token, EOS counts
-
-
-def test_generate_in_batches_equals_one_by_one(checkpoint):
-    model, tokenizer = load_model(checkpoint)
-    prompts = [tokenizer.encode(text) for text in ("the cat", "a red ball then", "over", "the dog sees a tree")]
-    together = generate(model, tokenizer, prompts, 9, rows=3, temperature=0.0)
-    alone = [generate(model, tokenizer, [prompt], 9, temperature=0.0)[0] for prompt in prompts]
-    assert together == alone and all(0 < len(ids) <= 9 for ids in alone)

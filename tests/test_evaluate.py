@@ -5,8 +5,10 @@ import json
 import math
 import pathlib
 import random
+import sys
 from types import SimpleNamespace
 
+import jinja2
 import pytest
 import torch
 from helpers import TINY, make_checkpoint, make_data, texts
@@ -15,6 +17,7 @@ import evaluate
 import train
 from model import Doge, DogeConfig
 from nanodoge.checkpoint import load_model, save_checkpoint
+from nanodoge.data import bits_per_byte, token_bytes
 from nanodoge.machine import Machine
 from nanodoge.run import read_log
 
@@ -41,36 +44,41 @@ def test_bits_per_byte_equal_those_that_training_logged(trained, capsys):
     assert all(math.isfinite(float(row[2])) for row in rows)
 
 
-def test_a_ragged_last_row_is_counted_once(trained):
+def test_a_ragged_last_sequence_is_counted_once(trained):
     model, tokenizer = load_model(trained / "out")
     rows = train.Sequences(trained / "data", "val", 16)
-    options = evaluate.EvaluateOptions(tokens=10**9, batch_size=3)
-    sizes, decoder = train.bytes_of_tokens(tokenizer), evaluate.Decoder(model)
-    loss, _, seen = evaluate.bits_per_byte(model, decoder, rows, sizes, options)
+
+    @torch.no_grad()
+    def nats_of(tokens, targets):
+        return model(tokens, targets)[1].item() * int((targets >= 0).sum())
+
+    def measured(batch_size):
+        return bits_per_byte(nats_of, rows, token_bytes(tokenizer), 10**9, batch_size, Machine("cpu"))
+
+    (loss, bits, seen), one_by_one = measured(3), measured(1)
     assert seen == len(rows.tokens) - 1
-    total = 0.0
-    with torch.no_grad():
-        for i in range(math.ceil((len(rows.tokens) - 1) / 16)):
-            tokens, targets = rows.batch([i])
-            total += model(tokens, targets)[1].item() * int((targets >= 0).sum())
-    assert loss == pytest.approx(total / seen, rel=1e-5)
+    assert (loss, bits, seen) == pytest.approx(one_by_one, rel=1e-5)
+    meta = json.loads((trained / "data" / "meta.json").read_text())
+    assert bits == pytest.approx(loss * seen / math.log(2) / meta["val"]["bytes"])
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--dtype=int4"], "float32, bfloat16, int8"),
-    (["--tokens=0"], "--tokens=0"),
-    (["a", "b"], "one checkpoint"),
-    (["--tasks=piqa", "--dtype=int8"], "--dtype=int8.*bfloat16"),
-    (["--tasks=piqa", "--dtype=float32,bfloat16"], "--dtype=float32,bfloat16"),
-    (["--suite=base", "--num_fewshot=-2"], "--num_fewshot=-2"),
-    (["--suite=everything"], "base, instruct, reason"),
-    (["--tasks=piqa", "--include_path=nowhere"], "--include_path=nowhere"),
-    (["--tasks=piqa", "--out=nowhere/a.json"], "--out=nowhere/a.json"),
-    (["--peer"], "--peer is for --tasks"),
-])  # fmt: skip
-def test_mistakes_are_one_line(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        evaluate.main(arguments)
+MISTAKES = {
+    "--dtype=int4": "float32, bfloat16, int8",
+    "--tokens=0": "--tokens=0",
+    "a b": "one checkpoint",
+    "--tasks=piqa --dtype=int8": "--dtype=int8.*bfloat16",
+    "--tasks=piqa --dtype=float32,bfloat16": "--dtype=float32,bfloat16",
+    "--suite=base --num_fewshot=-2": "--num_fewshot=-2",
+    "--suite=everything": "base, instruct, reason",
+    "--tasks=piqa --include_path=nowhere": "--include_path=nowhere",
+    "--tasks=piqa --out=nowhere/a.json": "--out=nowhere/a.json",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes_are_one_line(arguments):
+    with pytest.raises(ValueError, match=MISTAKES[arguments]):
+        evaluate.main(arguments.split())
 
 
 def test_data_of_another_tokenizer_is_refused(trained, tmp_path):
@@ -79,62 +87,53 @@ def test_data_of_another_tokenizer_is_refused(trained, tmp_path):
         evaluate.main([str(trained / "out"), f"--bpb={data}"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-likelihoods without lm_eval
+# ---- Log-likelihoods without lm_eval
 
 
 def pairs_of(seed, vocab=97):
-    """Contexts, alone or with several answers, most of which begin with the same 60 tokens."""
+    """Contexts, each with one answer or several."""
     draw = random.Random(seed)
 
     def ids(n):
         return [draw.randrange(vocab) for _ in range(n)]
 
-    shared = ids(60)
-    return [(context, ids(draw.choice([1, 2, 2, 3, 7]))) for _ in range(30)
-            for context in [(shared if draw.random() < 0.7 else []) + ids(draw.randint(1, 20))]
-            for _ in range(draw.choice([1, 2, 4]))]  # fmt: skip
+    for context in [ids(draw.randint(1, 60)) for _ in range(30)]:
+        yield from [(context, ids(draw.choice([1, 2, 2, 3, 7]))) for _ in range(draw.choice([1, 2, 4]))]
 
 
-@pytest.mark.parametrize("shape", [
-    {}, dict(keep_window_size=12), dict(is_moe=True, num_experts=16, num_experts_per_tok=4),
-])  # fmt: skip
-def test_what_is_read_once_for_many_scores_as_if_read_for_each(shape):
+@pytest.mark.parametrize("shape", [{}, dict(keep_window_size=12), dict(is_moe=True), dict(rope_factor=2.0)], ids=str)
+def test_a_context_read_once_scores_as_if_read_for_each_answer(shape):
     torch.manual_seed(0)
-    model = Doge(DogeConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                            max_position_embeddings=128, initializer_range=0.4, **shape))  # fmt: skip
+    shape = dict(num_experts=16, num_experts_per_tok=4, initializer_range=0.4, max_position_embeddings=66) | shape
+    model = Doge(DogeConfig(97, 32, 48, num_hidden_layers=2, **shape))
     for block in model.layers:
         torch.nn.init.normal_(block.self_attn.A, std=0.3)
-    pairs, wanted = pairs_of(0), []
+    pairs, wanted = list(pairs_of(0)), []
     with torch.no_grad():
         for context, answer in pairs:
             logp = model(torch.tensor([context + answer[:-1]]))[0][0, len(context) - 1 :].log_softmax(-1)
-            wanted.append((sum(row[token].item() for row, token in zip(logp, answer, strict=True)),
-                           logp.argmax(-1).tolist() == answer))  # fmt: skip
-    assert any(trunk for trunk, _ in evaluate.families([(tuple(context), [0]) for context, _ in pairs]))
-    for batch_tokens in (300, 10**6):
-        found = evaluate.log_likelihoods(model, pairs, batch_tokens)
+            score = sum(row[token].item() for row, token in zip(logp, answer, strict=True))
+            wanted.append((score, logp.argmax(-1).tolist() == answer))
+    for micro_batch_tokens in (300, 10**6):
+        found = evaluate.log_likelihoods(model, pairs, micro_batch_tokens)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
         assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], abs=1e-4)
 
 
-def test_families_hold_every_stem_once_and_spare_what_they_promise():
-    for seed in range(20):
-        stems = [(tuple(context), [i]) for i, (context, _) in enumerate(pairs_of(seed, vocab=5))]
-        found = evaluate.families(stems)
-        assert sorted(stem for _, family in found for stem in family) == sorted(stems)
-        for trunk, family in found:
-            assert all(context[: len(trunk)] == trunk and len(context) > len(trunk) for context, _ in family)
-            assert not trunk or len(trunk) * (len(family) - 1) >= evaluate.SPARED
+def test_a_context_is_read_once(monkeypatch):
+    model, read = Doge(DogeConfig(97, 32, 48, num_hidden_layers=1)), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest: read.append(tokens.numel()) or hidden(tokens, *rest))
+    evaluate.log_likelihoods(model, [(list(range(50)), [answer, 1, 2]) for answer in range(4)])
+    assert read == [50, 4 * 2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# With lm_eval, against its own `hf` model
+# ---- With lm_eval, against its own `hf` model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint with opinions, and task files: multiple choice of 2 or 3, generation, and a group of both kinds."""
+    """A checkpoint with opinions, and task files: multiple choice of 2 or 3, generation, a group, and what fails."""
     pytest.importorskip("lm_eval", reason="lm_eval is optional")
     folder = tmp_path_factory.mktemp("harness")
     make_checkpoint(folder / "model", max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=False)
@@ -144,8 +143,10 @@ def folder(tmp_path_factory):
         torch.nn.init.normal_(block.self_attn.A)
     save_checkpoint(folder / "model", model, tokenizer)
     words, draw = texts(200), random.Random(0)
-    rows = [dict(goal=words[3 * i], sols=words[3 * i + 1 : 3 * i + 2 + i % 2 + 1], label=draw.randrange(2 + i % 2))
-            for i in range(18)]  # fmt: skip
+    rows = [
+        dict(goal=words[3 * i], sols=words[3 * i + 1 : 3 * i + 2 + i % 2 + 1], label=draw.randrange(2 + i % 2))
+        for i in range(18)
+    ]
     lines = [json.dumps(row | dict(answer=row["sols"][row["label"]])) + "\n" for row in rows]
     (folder / "train.jsonl").write_text("".join(lines[:4]))
     (folder / "test.jsonl").write_text("".join(lines[4:]))
@@ -158,28 +159,28 @@ training_split: train
 test_split: test
 """
     metric = "{metric: %s, aggregation: mean, higher_is_better: true}"
-    (folder / "tasks").mkdir()
-    (folder / "tasks" / "choose.yaml").write_text(f"""task: choose{common}output_type: multiple_choice
+    tasks = dict(
+        choose=f"""task: choose{common}output_type: multiple_choice
 doc_to_text: "Question: {{{{goal}}}}\\nAnswer:"
 doc_to_choice: sols
 doc_to_target: label
 metric_list: [{metric % "acc"}, {metric % "acc_norm"}]
-""")
-    (folder / "tasks" / "write.yaml").write_text(f"""task: write{common}output_type: generate_until
+""",
+        write=f"""task: write{common}output_type: generate_until
 doc_to_text: "{{{{goal}}}}"
 doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: [" t", "@U"], do_sample: false, temperature: 0.0, max_gen_toks: 16}}
 metric_list: [{metric % "exact_match"}]
-""")
-    (folder / "tasks" / "again.yaml").write_text("""task: again
-include: choose.yaml
-doc_to_choice: "{{sols[:2]}}"
-doc_to_target: 0
-""")
-    (folder / "tasks" / "both.yaml").write_text("""group: both
-task: [choose, again]
-aggregate_metric_list: [{metric: acc, weight_by_size: true}]
-""")
+""",
+        again='task: again\ninclude: choose.yaml\ndoc_to_choice: "{{sols[:2]}}"\ndoc_to_target: 0\n',
+        both="group: both\ntask: [choose, again]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
+        beams="task: beams\ninclude: write.yaml\ngeneration_kwargs: {until: [], num_beams: 4}\n",
+        gone="task: gone\ninclude: choose.yaml\ndataset_path: nobody/gone\ndataset_kwargs: {}\n",
+        faulty='task: faulty\ninclude: choose.yaml\ndoc_to_text: "{{goal.nothing.at_all}}"\n',
+    )
+    (folder / "tasks").mkdir()
+    for name, text in tasks.items():
+        (folder / "tasks" / f"{name}.yaml").write_text(text)
     return folder
 
 
@@ -189,18 +190,17 @@ def models(folder):
     from lm_eval.models.huggingface import HFLM
 
     hf = HFLM(pretrained=str(folder / "model"), device="cpu", dtype="float32", batch_size=1)
-    return evaluate.harness_model(*load_model(folder / "model"), batch_tokens=500), hf
+    return evaluate.harness_model(*load_model(folder / "model"), micro_batch_tokens=500), hf
 
 
 def run_both(folder, models, **options):
     """-> for ours and for hf, lm_eval's (results, samples) of the two tasks."""
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    options["task_manager"] = TaskManager(include_defaults=False)  # else it reads 14,000 files
+    manager = evaluate.find_tasks(["choose", "write"], str(folder / "tasks"))
     for harness in models:
-        items = evaluate.load_tasks({"choose": None, "write": None}, str(folder / "tasks"))
-        results = simple_evaluate(harness, tasks=items, bootstrap_iters=10, **options)
+        options |= dict(task_manager=manager, bootstrap_iters=10)
+        results = simple_evaluate(harness, tasks=["choose", "write"], **options)
         yield results["results"], results["samples"]
 
 
@@ -270,21 +270,12 @@ def test_an_answer_without_tokens_or_longer_than_the_model_is_one_line(models):
             models[0]._loglikelihood_tokens([(("", "answer"), [0], answer)])
 
 
-def test_unknown_ways_to_generate_are_refused(models):
-    request = SimpleNamespace(args=("a", dict(num_beams=4, until=[])))
-    with pytest.raises(ValueError, match="num_beams.*top_p"):
-        models[0].generate_until([request])
-
-
 def test_the_table_shows_chance_and_the_file_holds_everything(folder, capsys):
-    evaluate.main([str(folder / "model"), "--tasks=both,write,write", f"--include_path={folder / 'tasks'}",
-                   f"--out={folder / 'results.json'}", "--limit=9", "--num_fewshot=0", "--device=cpu",
-                   "--peer"])  # fmt: skip
-    peer, *table = capsys.readouterr().out.splitlines()
-    assert "49 of 49 answers are the same" in peer  # 9 of `write`, 22 of `choose`, 18 of `again`
-    rows = [line.split() for line in table]
+    asked = [f"--include_path={folder / 'tasks'}", f"--out={folder / 'results.json'}", "--limit=9", "--device=cpu"]
+    evaluate.main([str(folder / "model"), "--tasks=both,write=0,write=0", *asked])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == "task shots questions metric value std error chance".split()
-    assert [row[:4] for row in rows[1:3]] == [["both", "0", "18", "acc"], ["write", "0", "9", "exact_match"]]
+    assert [row[:4] for row in rows[1:]] == [["both", "0", "18", "acc"], ["write", "0", "9", "exact_match"]]
     results = json.loads((folder / "results.json").read_text())
     choices = (5 / 2 + 4 / 3) / 9  # nine questions with two and three answers in turn
     guesses = dict(both=(choices + 0.5) / 2, choose=choices, again=0.5, write=0)
@@ -293,31 +284,35 @@ def test_the_table_shows_chance_and_the_file_holds_everything(folder, capsys):
     assert scores["both"]["acc,none"] == pytest.approx((scores["choose"]["acc,none"] + scores["again"]["acc,none"]) / 2)
 
 
-@pytest.mark.parametrize("tasks, words", [
-    (["choose", "chose"], "--tasks=chose.*did you mean choose"),
-    (["choose", "both"], "--tasks=both.*choose"),
-])  # fmt: skip
-def test_wrong_names_of_tasks_are_one_line(folder, monkeypatch, tasks, words):
+def test_a_task_that_fails_is_named_and_the_others_are_kept(folder, capsys):
+    out = folder / "kept.json"
+    asked = [str(folder / "model"), f"--include_path={folder / 'tasks'}", f"--out={out}", "--limit=3", "--device=cpu"]
+    with pytest.raises(ValueError) as error:
+        evaluate.main([*asked, "--tasks=gone,choose=50,beams,choose=2,write"])
+    said = str(error.value)
+    assert "\n" not in said and "--include_path=FOLDER" in said and "pip install lm_eval[ifeval,math]" in said
+    for words in ("--tasks=gone: ", "--tasks=choose=50: ", "--tasks=beams: ", "num_beams"):
+        assert words in said
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[:4] == ["task", "choose", "choose", "write"]  # acc and acc_norm
+    results = json.loads(out.read_text())
+    assert results["n-shot"] == dict(choose=2, write=0) and {"gone", "beams"} <= results["nanodoge"]["failed"].keys()
+    # what nobody foresaw keeps its traceback, and loses the others as little
+    with pytest.raises(jinja2.UndefinedError):
+        evaluate.main([*asked, "--tasks=gone,faulty,write"])
+    assert json.loads(out.read_text())["results"].keys() == {"write"}
+
+
+def test_wrong_names_of_tasks_are_one_line(folder, monkeypatch):
     import lm_eval.tasks
 
     manager = lm_eval.tasks.TaskManager
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: manager(None, include_path, False))
-    with pytest.raises(ValueError, match=words):
-        evaluate.load_tasks(dict.fromkeys(tasks), str(folder / "tasks"))
-
-
-def test_without_network_a_line_says_so(folder, monkeypatch):
-    import lm_eval.tasks
-
-    def load(self, names):
-        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
-
-    monkeypatch.setattr(lm_eval.tasks.TaskManager, "load", load)
-    with pytest.raises(ValueError, match="--tasks=choose.*reach 'baber/piqa'.*--include_path"):
-        evaluate.load_tasks({"choose": None}, str(folder / "tasks"))
+    with pytest.raises(ValueError, match="--tasks=chose: .*did you mean choose"):
+        evaluate.find_tasks(["choose", "chose"], str(folder / "tasks"))
 
 
 def test_without_lm_eval_a_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ValueError, match="pip install lm_eval"):
-        evaluate.load_tasks({"piqa": None})
+        evaluate.find_tasks(["piqa"])

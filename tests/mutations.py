@@ -1,0 +1,146 @@
+"""Breaks facts that everything rests on, one at a time, and says which test notices.
+
+    python tests/mutations.py                 all of MUTATIONS: some minutes
+    python tests/mutations.py tie cache       those whose names begin so
+
+Each mutation replaces one piece of code in a copy of this checkout and runs the tests named beside it until one fails.
+The same test must pass in the copy without the mutation. The exit status is 1 if a mutation was not noticed. A piece of
+code that is not there, or there more than once, ends the script: point its row to where the code is.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 900  # seconds of one run of pytest
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    code: str  # stands in the file exactly once
+    instead: str
+    tests: str  # files that should notice
+
+
+MUTATIONS = [
+    Mutation(
+        "tie rule: of equal scores the earlier key wins",
+        "nanodoge/attention.py",
+        "return s.shape[-1] - 1 - s.flip(-1).sort(dim=-1, descending=True, stable=True).indices",
+        "return s.sort(dim=-1, descending=True, stable=True).indices",
+        "test_model.py",
+    ),
+    Mutation(
+        "mask: the EOS that ends an answer is not learned",
+        "nanodoge/tokenizer.py",
+        "end = 2 if is_answer and len(split) > 1 else 0",
+        "end = 0",
+        "test_tokenizer.py test_sft.py",
+    ),
+    Mutation(
+        "padding: it gets attention",
+        "model.py",
+        "s = s.masked_fill(padding[:, None], NEVER)",
+        "pass",
+        "test_model.py",
+    ),
+    Mutation(
+        "router: half of its scores are those of the next token",
+        "model.py",
+        "self.router_gate(x).unflatten",
+        "self.router_gate(x.roll(-1, dims=1)).unflatten",
+        "test_model.py",
+    ),
+    Mutation(
+        "resume: Adam's count of steps is one too many",
+        "nanodoge/checkpoint.py",
+        "shard_like(v, p) if v.dim() else v\n",
+        "shard_like(v, p) if v.dim() else v + 1\n",
+        "test_train.py test_sft.py",
+    ),
+    Mutation(
+        "order: a resumed run reads the data in another order",
+        "nanodoge/run.py",
+        'self.row, self.fresh = state["row"], False',
+        'self.row, self.fresh, self.options.seed = state["row"], False, self.options.seed + 1',
+        "test_train.py test_sft.py",
+    ),
+    Mutation(
+        "tied: the output matrix gives the embedding no gradient",
+        "model.py",
+        "return self.embed_tokens.weight if self.config.tie_word_embeddings else",
+        "return self.embed_tokens.weight.detach() if self.config.tie_word_embeddings else",
+        "test_model.py",
+    ),
+    Mutation(
+        "special tokens: what a user types can be one",
+        "nanodoge/tokenizer.py",
+        "splitter(may_use.get(role, ()))",
+        "splitter(may_use.get(role, self.special_tokens))",
+        "test_tokenizer.py test_conversations.py",
+    ),
+    Mutation(
+        "loss: a mean of the micro-batches' means",
+        "sft.py",
+        "loss_sum(network, *data.batch(group), machine) / targets",
+        "loss_sum(network, *data.batch(group), machine) / int(data.targets[group].sum()) / len(groups)",
+        "test_sft.py",
+    ),
+    Mutation(
+        "cache: the new key takes another slot than the weakest",
+        "nanodoge/attention.py",
+        "torch.iinfo(torch.long).max).argmin(-1, keepdim=True)",
+        "torch.iinfo(torch.long).max).argmax(-1, keepdim=True)",
+        "test_model.py",
+    ),
+    Mutation(
+        "rename: the files of a checkpoint appear one after the other",
+        "nanodoge/checkpoint.py",
+        "os.rename(saving, saved)",
+        "[os.replace(path, folder / path.name) for path in sorted(saving.iterdir())]",
+        "test_checkpoint.py",
+    ),
+]
+
+
+def first_failure(folder, tests):
+    """The test that fails first of `tests` (words for pytest) in a checkout, "" if none does."""
+    environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return f"{' '.join(tests)} (more than {TIMEOUT} seconds)"
+    found = re.search(r"^(?:FAILED|ERROR) (tests/\S+?)(?: - |$)", done.stdout, re.MULTILINE)
+    return found[1] if found else "" if done.returncode == 0 else f"pytest: {done.stdout[-500:]}{done.stderr[-500:]}"
+
+
+def main(*only):
+    unnoticed = 0
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place, "copy")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "out", "data"))
+        for mutation in [m for m in MUTATIONS if m.name.startswith(only or "")]:
+            path = copy / mutation.file
+            text = path.read_text(encoding="utf-8")
+            if (count := text.count(mutation.code)) != 1:
+                sys.exit(f"{mutation.name}: {mutation.file} has {count} times, not once: {mutation.code}")
+            path.write_text(text.replace(mutation.code, mutation.instead), encoding="utf-8")
+            failed = first_failure(copy, [f"tests/{name}" for name in mutation.tests.split()])
+            path.write_text(text, encoding="utf-8")
+            before = failed and first_failure(copy, [failed])
+            unnoticed += not failed or bool(before)
+            said = failed or "NOT NOTICED"
+            print(f"{mutation.name:<64}{said}{', WITHOUT IT TOO: ' + before if before else ''}", flush=True)
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
