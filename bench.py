@@ -16,12 +16,10 @@ WHAT is one or more of:
 
 MB is what a step takes beside the weights; of `data`, the memory of the whole process.
 
-The peer is measured at its best. transformers has two ways to attend (above 4,096 tokens only sdpa is tried: eager
-takes minutes), in bfloat16 two ways to train, and beside int8 it may choose between float32 and bfloat16. The fastest
-counts and is named.
+The peer is measured at its best: with each of transformers' two ways to attend (above 4,096 tokens only sdpa: eager
+takes minutes), and beside int8 in float32 and in bfloat16. The fastest counts and is named.
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -32,7 +30,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,11 +41,10 @@ from model import CDMoE, Doge, DogeConfig
 from nanodoge import measure, sources, stories
 from nanodoge.attention import dynamic_mask_attention
 from nanodoge.decode import Decoder
-from nanodoge.engine import draw
+from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, Count, NonNegative, Whole, check_ranges, parse_options, read_config, run_command
 from nanodoge.tokenizer import train_bpe
-from train import make_optimizers
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # per weight
 LENGTHS = {"decode": [0], "train": [2048], "prefill": [2048, 8192], "attention": [2048, 8192], "moe": [2048]}
@@ -91,7 +87,7 @@ class BenchOptions:
 
 
 class Case(NamedTuple):
-    """One row of the table, as plain values: it is sent to the process that measures memory."""
+    """A row of the table before it is measured. Plain values: it is sent to the process that measures memory."""
 
     what: str
     name: str  # as printed
@@ -101,21 +97,23 @@ class Case(NamedTuple):
     dtype: str = ""
     length: int = 0
     part: str = ""  # moe: layer or experts
+    peer: bool = False  # whether to make the peer's steps, too
 
     @property
-    def place(self) -> dict:
-        """Where and as what tensors of this case are made: bfloat16 or float32 (int8 is a format of weights alone)."""
-        dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-        return dict(device=Machine(self.options.device).device, dtype=dtype)
+    def device(self) -> torch.device:
+        return Machine(self.options.device).device
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
 
 class Task(NamedTuple):
-    """A case ready to run: `ours` does it once, and so does each of `peers()`, functions by the name of a setting."""
+    """A case ready to run."""
 
-    ours: Callable
-    peers: Callable[[], dict[str, Callable]] = dict
+    steps: dict[str, Callable]  # "ours", then the peer's by the name of a setting; a call does the work once
     tokens: int = 0  # that one call works through
-    amount: float = 0  # what it must read or compute at the least, in `unit`
+    amount: float = 0  # what it must read or compute at the least, in `unit`; 0: unknown
     unit: str = "FLOP"  # FLOP, bytes, or text (its bytes, for which no limit is known)
     note: str = ""
 
@@ -139,7 +137,7 @@ def make_model(case: Case, dtype: str = "float32") -> tuple[Doge, Tensor]:
     for block in model.layers:
         block.self_attn.A.data.normal_()
     tokens = torch.randint(case.config.vocab_size, (case.options.batch_size, case.length or PROMPT))
-    return model.to(**case._replace(dtype=dtype).place).eval(), tokens.to(case.place["device"])
+    return model.to(case.device, getattr(torch, dtype)).eval(), tokens.to(case.device)
 
 
 def peer_config(config: DogeConfig) -> Any:
@@ -148,101 +146,83 @@ def peer_config(config: DogeConfig) -> Any:
     return importlib.import_module("transformers").DogeConfig(**fields)
 
 
-def make_peers(case: Case, formats: dict[str, str], make_step: Callable) -> dict[str, Callable]:
-    """Steps of transformers' Doge with the weights of ours, for each of its ways to attend and each of `formats` (name:
-    dtype). make_step: the model -> one step."""
-    transformers, peers = importlib.import_module("transformers"), {}
+def peer_steps(case: Case, make_step: Callable[[nn.Module], Callable]) -> dict[str, Callable]:
+    """{"sdpa float32": a step of transformers' Doge with the weights of ours, ...}, or {} if the case has no peer."""
+    if not case.peer:
+        return {}
+    transformers, steps = importlib.import_module("transformers"), {}
     transformers.logging.set_verbosity_error()
 
-    def run(reference: nn.Module, setting: str, step: Callable):
-        reference.set_attn_implementation(setting)  # can be changed between calls
+    def run(reference: nn.Module, attention: str, step: Callable):
+        reference.set_attn_implementation(attention)  # can be changed between calls
         step()
 
-    for name, dtype in formats.items():
+    for dtype in ["float32", "bfloat16"] if case.dtype == "int8" else [case.dtype]:
         model, _ = make_model(case, dtype)
         reference = transformers.DogeForCausalLM(peer_config(case.config)).to(model.embed_tokens.weight)
         reference.model.load_state_dict(model.state_dict())
         step = make_step(reference.eval())
-        for setting in ["eager", "sdpa"] if case.length <= 4096 else ["sdpa"]:
-            peers[f"{setting} {name}".strip()] = functools.partial(run, reference, setting, step)
-    return peers
+        for attention in ["eager", "sdpa"] if case.length <= 4096 else ["sdpa"]:
+            steps[f"{attention} {dtype}"] = functools.partial(run, reference, attention, step)
+    return steps
 
 
 # ---- What is measured: a function each, Case -> Task
 
 
-def read_prompt(model: Doge, tokens: Tensor, cache: Any) -> Tensor:
-    """The logits (B, V) of what follows tokens (B, T), which the cache then holds."""
-    for piece in tokens.split(PIECE, dim=1):  # so that memory does not grow with the prompt
-        ends = torch.full((len(piece),), piece.shape[1], device=piece.device)
-        x, _ = model.hidden(piece, ends, cache, ends - 1)
-    return F.linear(x[:, -1], model.output_weight)
-
-
-def choose(logits: Tensor, temperature: float) -> Tensor:
-    """Tokens (B,): the likeliest at temperature 0, else drawn."""
-    if not temperature:
-        return logits.max(dim=-1).indices
-    points = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-    return draw((logits / temperature).softmax(-1), points)[:, 0]
-
-
 def decode(case: Case) -> Task:
-    """The prompt and the new tokens; behind a text of case.length the new ones alone."""
-    (model, prompt), new, temperature = make_model(case), case.options.new_tokens, case.options.temperature
-    decoder = Decoder(model, getattr(torch, case.dtype), case.options.compile)
-    total = prompt.shape[1] + new * ((case.options.rounds or measure.ROUNDS) + 1 if case.length else 1)
-    options = dict(max_new_tokens=new, attention_mask=torch.ones_like(prompt), pad_token_id=0, do_sample=False)
-    options |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    """The prompt and the new tokens, as sample.py writes them; behind a text of case.length the new ones alone."""
+    (model, prompt), o = make_model(case), case.options
+    engine = Engine(model, Decoder(model, case.torch_dtype, o.compile), slots=o.batch_size)
+    sampling = dict(do_sample=True, temperature=o.temperature, top_k=0) if o.temperature else dict(do_sample=False)
+    sampling |= dict(max_new_tokens=o.new_tokens, pad_token_id=0, eos_token_id=None)
 
-    @torch.inference_mode()
-    def begin():
-        cache = model.new_cache(len(prompt), total, room=decoder.room(total))
-        return read_prompt(model, prompt, cache), cache
+    def requests(count: int) -> list[Request]:
+        return [Request(ids, count, o.temperature, seed=i) for i, ids in enumerate(prompt.tolist())]
 
-    kept = begin() if case.length else None  # then every turn goes on where the last one stopped
-    note = f"cache {sum(x.nbytes for layer in kept[1].layers for x in layer) / 1e6:.1f} MB" if kept else ""
-
-    @torch.inference_mode()
     def ours():
-        logits, cache = kept or begin()
-        for _ in range(new if kept else new - 1):
-            logits = decoder(choose(logits, temperature), cache)
-        return choose(logits, temperature)
+        if not case.length:
+            return engine.generate(requests(o.new_tokens))
+        for _ in range(o.new_tokens):  # each turn continues where the last one stopped
+            engine.step()
 
-    def peers():
-        formats = {name: name for name in ("float32", "bfloat16")} if case.dtype == "int8" else {"": case.dtype}
-        return make_peers(case, formats, lambda peer: lambda: peer.generate(prompt, eos_token_id=None, **options))
-
+    note = ""
+    if case.length:
+        for request in requests(o.new_tokens * (o.rounds + measure.ROUNDS + 1) + case.length):  # more than are needed
+            engine.add(request)
+        while len(engine.live) < o.batch_size:
+            engine.step()
+        note = f"cache {sum(x.nbytes for slots in engine.cache.layers for x in slots) / 1e6:.1f} MB"
+    mask = torch.ones_like(prompt)
+    peers = peer_steps(case, lambda peer: lambda: peer.generate(prompt, attention_mask=mask, **sampling))
     size = model.flops_per_token(1) / 6 * BYTES[case.dtype]  # bytes of the weights that a token passes through
-    return Task(ours, peers, len(prompt) * new, size * new, "bytes", note)
+    return Task({"ours": ours} | peers, o.batch_size * o.new_tokens, size * o.new_tokens, "bytes", note)
 
 
 def train(case: Case) -> Task:
-    """One step on one batch: forward, backward, update, as train.py does it."""
+    """Forward, backward and update on one batch. In bfloat16 our weights stay float32, as in train.py, and the peer's
+    are bfloat16, its fastest way."""
     (model, tokens), machine = make_model(case), Machine(case.options.device, case.dtype)
-    targets, fused = tokens.roll(-1, dims=1), machine.device.type in ("cpu", "cuda")
-    adamw = SimpleNamespace(optimizer="adamw", weight_decay=0.01, beta1=0.9, beta2=0.95)
-    network = torch.compile(model.train()) if case.options.compile else model.train()
-    [optimizer] = make_optimizers(model, adamw, machine)
+    network = torch.compile(model) if case.options.compile else model
 
-    def update(loss_of: Callable, optimizer: torch.optim.Optimizer, dtype: torch.dtype = torch.float32):
-        with machine.autocast() if dtype == torch.float32 else contextlib.nullcontext():
-            loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def make_step(network: nn.Module, loss_of: Callable[[], Tensor]) -> Callable:
+        fused = machine.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(network.train().parameters(), lr=0.0, fused=fused)
 
-    def make_step(reference: nn.Module):
-        own = torch.optim.AdamW(reference.train().parameters(), lr=0.0, fused=fused)
-        return lambda: update(lambda: reference(tokens, labels=tokens, use_cache=False).loss, own, reference.dtype)
+        def step():
+            loss_of().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    def peers():
-        both = {"autocast": "float32", "bfloat16 weights": "bfloat16"}
-        return make_peers(case, both if case.dtype == "bfloat16" else {"": "float32"}, make_step)
+        return step
 
+    def loss():
+        with machine.autocast():
+            return network(tokens, tokens.roll(-1, dims=1))[1]
+
+    peers = peer_steps(case, lambda p: make_step(p, lambda: p(tokens, labels=tokens, use_cache=False).loss))
     flops = model.flops_per_token(case.length) * tokens.numel()
-    return Task(lambda: update(lambda: network(tokens, targets)[1], optimizer), peers, tokens.numel(), flops)
+    return Task({"ours": make_step(network, loss)} | peers, tokens.numel(), flops)
 
 
 def prefill(case: Case) -> Task:
@@ -251,13 +231,22 @@ def prefill(case: Case) -> Task:
 
     @torch.inference_mode()
     def ours():
-        read_prompt(model, tokens, model.new_cache(len(tokens), case.length))
+        cache = model.new_cache(len(tokens), case.length)
+        for piece in tokens.split(PIECE, dim=1):  # so that memory does not grow with the prompt
+            ends = torch.full((len(piece),), piece.shape[1], device=piece.device)
+            x, _ = model.hidden(piece, ends, cache, ends - 1)
+        F.linear(x[:, -1], model.output_weight)
 
-    def make_step(reference: nn.Module):
-        return torch.inference_mode()(lambda: reference(tokens, use_cache=True, logits_to_keep=1))
+    def make_step(peer: nn.Module):
+        return torch.inference_mode()(lambda: peer(tokens, use_cache=True, logits_to_keep=1))
 
     flops = (model.flops_per_token(case.length) / 3 - 2 * model.output_weight.numel()) * tokens.numel()
-    return Task(ours, lambda: make_peers(case, {"": case.dtype}, make_step), tokens.numel(), flops)
+    return Task({"ours": ours} | peer_steps(case, make_step), tokens.numel(), flops)
+
+
+def gradients(output: Tensor, *inputs: Tensor) -> None:
+    """Computes the gradient of every input. (That of the output may be anything: it is the output itself.)"""
+    torch.autograd.grad(output, inputs, output.detach())
 
 
 def attention(case: Case) -> Task:
@@ -265,18 +254,14 @@ def attention(case: Case) -> Task:
     c, B, T = case.config, case.options.batch_size, case.length
     H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     torch.manual_seed(0)
-    q, k, v = (torch.randn(B, heads, T, D).to(**case.place).requires_grad_() for heads in (H, K, K))
-    s, gradient = torch.randn(B, K, T).to(q.device).requires_grad_(), torch.ones_like(q)
-
-    def ours():
-        dynamic_mask_attention(q, k, v, s, c.keep_window_size)[0].backward(gradient)
-        q.grad = k.grad = v.grad = s.grad = None
-
-    def dense():
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).backward(gradient)
-        q.grad = k.grad = v.grad = None
-
-    return Task(ours, lambda: {"dense causal": dense}, B * T)
+    q, k, v = (torch.randn(B, heads, T, D).to(case.device, case.torch_dtype).requires_grad_() for heads in (H, K, K))
+    s = torch.randn(B, K, T).to(case.device).requires_grad_()
+    dense = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    steps = {
+        "ours": lambda: gradients(dynamic_mask_attention(q, k, v, s, c.keep_window_size)[0], q, k, v, s),
+        "dense causal": lambda: gradients(dense(q, k, v), q, k, v),
+    }
+    return Task(steps, B * T)
 
 
 def moe(case: Case) -> Task:
@@ -284,20 +269,19 @@ def moe(case: Case) -> Task:
     width = 1 if case.part == "experts" else case.config.intermediate_size  # the MLP is the same for both
     c = dataclasses.replace(case.config, is_moe=True, intermediate_size=width)
     torch.manual_seed(0)
-    layer = CDMoE(c).to(**case.place)
-    x = torch.randn(case.options.batch_size, case.length, c.hidden_size).to(**case.place).requires_grad_()
+    x = torch.randn(case.options.batch_size, case.length, c.hidden_size)
+    x = x.to(case.device, case.torch_dtype).requires_grad_()
+    layers = {"ours": CDMoE(c).to(x)}
+    if case.peer:
+        doge = importlib.import_module("transformers.models.doge.modeling_doge")
+        layers["DogeCDMoE"] = doge.DogeCDMoE(peer_config(c)).to(x)
+        layers["DogeCDMoE"].load_state_dict(layers["ours"].state_dict())
 
     def step(layer: nn.Module):
-        layer(x)[0].backward(x.detach())
-        layer.zero_grad(set_to_none=True)
-        x.grad = None
+        gradients(layer(x)[0], x, *layer.parameters())
 
-    def peers():
-        theirs = importlib.import_module("transformers.models.doge.modeling_doge").DogeCDMoE(peer_config(c))
-        theirs.load_state_dict(layer.state_dict())
-        return {"DogeCDMoE": functools.partial(step, theirs.to(x))}
-
-    return Task(functools.partial(step, layer), peers, case.options.batch_size * case.length)
+    steps = {name: functools.partial(step, layer) for name, layer in layers.items()}
+    return Task(steps, case.options.batch_size * case.length)
 
 
 def tokenizer(case: Case) -> Task:
@@ -305,8 +289,8 @@ def tokenizer(case: Case) -> Task:
     texts = [stories.Story(i, "all").text for i in range(3000)]
     own, size = train_bpe(texts, case.options.vocab_size), sum(len(text.encode()) for text in texts)
     tokens = sum(len(own.encode(text)) for text in texts)
-    note = f"{size / tokens:.2f} bytes per token, 1 thread"
-    return Task(lambda: [own.encode(text) for text in texts], dict, tokens, size, "text", note)
+    steps = {"ours": lambda: [own.encode(text) for text in texts]}
+    return Task(steps, tokens, size, "text", f"{size / tokens:.2f} bytes per token, 1 thread")
 
 
 def data(case: Case) -> Task:
@@ -322,7 +306,7 @@ def data(case: Case) -> Task:
         options = [f"{folder.name}/text.txt"], f"{folder.name}/bins{time.time_ns()}"
         prepare_data.prepare(prepare_data.PrepareOptions(*options, vocab_size=case.options.vocab_size), quiet=True)
 
-    return Task(ours, dict, 0, size, "text")
+    return Task({"ours": ours}, 0, size, "text")
 
 
 TASKS = {f.__name__: f for f in (decode, train, prefill, attention, moe, tokenizer, data)}
@@ -336,7 +320,7 @@ def make_cases(options: BenchOptions) -> Iterator[Case]:
     parts = {"decode": ["decoder"], "moe": ["layer", "experts"]}
     for what in options.what:
         if what not in LENGTHS:
-            yield Case(what, what, options)
+            yield Case(what, what, options, peer=options.peer)
             continue
         models = options.model or ["20m_moe" if what == "moe" else "20m"]
         lengths = [int(length) for length in options.length] or LENGTHS[what]
@@ -345,37 +329,38 @@ def make_cases(options: BenchOptions) -> Iterator[Case]:
             how = ["compiled"] * (options.compile and what in ("train", "decode"))
             how += ["drawn"] * (options.temperature > 0 and what == "decode")
             name = " ".join(filter(None, [what, Path(model).stem, dtype, part, *how, size]))
-            yield Case(what, name, options, Path(model).stem, config_of(model), dtype, length, part)
+            peer = options.peer and length <= PEER_LONGEST.get(what, length)
+            yield Case(what, name, options, Path(model).stem, config_of(model), dtype, length, part, peer)
 
 
 def make_step(case: Case, who: str) -> Callable:
-    task = TASKS[case.what](case)
-    return task.ours if who == "ours" else task.peers()[who]
+    return TASKS[case.what](case._replace(peer=who != "ours")).steps[who]
 
 
 def measure_case(case: Case) -> dict[str, Any]:
     """The case's row, a dictionary of COLUMNS."""
-    o, task, device = case.options, TASKS[case.what](case), case.place["device"]
-    fits = case.length <= PEER_LONGEST.get(case.what, case.length)
-    peers = task.peers() if o.peer and fits else {}
-    seconds = measure.alternate({"ours": task.ours} | peers, o.rounds, device)
-    ours, best = seconds.pop("ours"), min(seconds, key=lambda name: median(seconds[name]), default="")
-    row = dict(what=case.what, name=case.name, model=case.model, dtype=case.dtype, length=case.length)
-    note = task.note if fits or not o.peer else "no peer at this length"
-    row |= dict(batch_size=o.batch_size, note=note, rounds=len(ours), tokens=task.tokens, unit=task.unit)
-    row |= dict(seconds=median(ours), tokens_per_second=task.tokens / median(ours), reached=task.amount / median(ours))
+    task, device = TASKS[case.what](case), case.device
+    names = [name for name in task.steps if name == "ours" or case.peer]
+    seconds = measure.alternate({name: task.steps[name] for name in names}, case.options.rounds, device)
+    row = {name: getattr(case, name) for name in ("what", "name", "model", "dtype", "length")}
+    row |= dict(batch_size=case.options.batch_size, rounds=len(seconds["ours"]), tokens=task.tokens, unit=task.unit)
+    row["note"] = task.note if case.peer == case.options.peer else "no peer at this length"
+    row["reached"] = task.amount / median(seconds["ours"])
     if task.amount and task.unit != "text":
-        row["limit"] = measure.machine_limit(task.unit, int(task.amount / o.new_tokens), **case.place)
+        size = int(task.amount / case.options.new_tokens)  # of the weights, if the unit is bytes
+        row["limit"] = measure.machine_limit(task.unit, size, device, case.torch_dtype)
         row["share"] = row["reached"] / row["limit"]
-    if best:
-        ratios = [b / a for a, b in zip(ours, seconds[best], strict=True)]
-        row |= dict(peer=best, speedup=median(ratios), speedup_min=min(ratios), speedup_max=max(ratios))
-        row |= dict(peer_seconds=median(seconds[best]), peer_tokens_per_second=task.tokens / median(seconds[best]))
-    del task, peers
-    for who, column in (("ours", "extra_mb"), (best, "peer_extra_mb")):
-        if who and case.what != "tokenizer":
+    if names[1:]:
+        row["peer"] = best = min(names[1:], key=lambda name: median(seconds[name]))
+        ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[best], strict=True)]
+        row |= dict(speedup=median(ratios), speedup_min=min(ratios), speedup_max=max(ratios))
+    del task  # its weights: the next process makes its own
+    for prefix, who in [("", "ours"), ("peer_", row.get("peer"))][: len(names)]:
+        row[prefix + "seconds"] = median(seconds[who])
+        row[prefix + "tokens_per_second"] = row["tokens"] / median(seconds[who])
+        if case.what != "tokenizer":
             memory = measure.in_fresh_process(measure.memory_of, functools.partial(make_step, case, who), device)
-            row[column] = memory[case.what == "data"] / 1e6
+            row[prefix + "extra_mb"] = memory[case.what == "data"] / 1e6
     return row
 
 
@@ -384,28 +369,29 @@ def show(row: dict[str, Any]) -> None:
     unit, scale = {"FLOP": ("GFLOP/s", 1e9), "bytes": ("GB/s", 1e9), "text": ("MB/s", 1e6)}[row["unit"]]
     more = [f"{row['reached'] / scale:,.1f} {unit}"] if row["reached"] else []
     more += [f"{row['share']:.0%} of the machine's"] if "share" in row else []
-    for who, name in (("", row["name"]), ("peer_", f"  {row.get('peer')}")):
-        if who + "seconds" in row:
-            rate, memory = row[who + "tokens_per_second"], row.get(who + "extra_mb", 0)
-            cells = f"{name:<46}{row[who + 'seconds']:>10.4g} s{rate:>12,.0f} tokens/s{memory:>8,.0f} MB"
-            print("  ".join([cells, *more, row["note"] * (not who)]).rstrip(), flush=True)
-        if "peer" in row:
-            more = [f"ours is {row['speedup']:.2f} x as fast [{row['speedup_min']:.2f}, {row['speedup_max']:.2f}]"]
+    lines = {"": (row["name"], [*more, row["note"]])}
+    if "peer" in row:
+        ratio = f"ours is {row['speedup']:.2f} x as fast [{row['speedup_min']:.2f}, {row['speedup_max']:.2f}]"
+        lines["peer_"] = f"  {row['peer']}", [ratio]
+    for prefix, (name, more) in lines.items():
+        rate, memory = row[prefix + "tokens_per_second"], row.get(prefix + "extra_mb", 0)
+        cells = f"{name:<46}{row[prefix + 'seconds']:>10.4g} s{rate:>12,.0f} tokens/s{memory:>8,.0f} MB"
+        print("  ".join([cells, *more]).rstrip(), flush=True)
 
 
 def main(argv: list[str]) -> None:
     options = parse_options(BenchOptions, argv, positional="what")
-    cases, columns = list(make_cases(options)), COLUMNS + measure.CONDITIONS
     if options.peer and not importlib.util.find_spec("transformers"):
         raise ValueError("--peer needs transformers, which is not installed here")
+    cases, machine = list(make_cases(options)), measure.conditions()
     if options.csv:
-        measure.append_csv(options.csv, columns)  # a mistake in the name shows now and not after an hour
-    print("  ".join(f"{key} {value}" for key, value in measure.conditions().items() if value), flush=True)
+        measure.append_csv(options.csv, [*COLUMNS, *machine])  # a mistake in the name shows now and not after an hour
+    print("  ".join(f"{key} {value}" for key, value in machine.items() if value), flush=True)
     for case in cases:
         row = measure_case(case)
         show(row)
         if options.csv:
-            measure.append_csv(options.csv, columns, row | measure.conditions())
+            measure.append_csv(options.csv, [*COLUMNS, *machine], row | measure.conditions())
 
 
 if __name__ == "__main__":

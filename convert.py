@@ -4,15 +4,14 @@
     python convert.py downloads/doge out/doge --dtype=bfloat16               from a folder; half the size
     python convert.py out/moe exports/moe --for=transformers                 says what will differ there
 
-No stage needs this step: whatever takes a checkpoint folder takes a name on the hub, or a folder in any published
-layout, and converts it in memory (nanodoge/layouts.py says which there are and how each is recognised). This writes a
-folder, to keep, to look at, or for others.
+No stage needs this step: each takes a name on the hub, or a folder in any published layout (nanodoge/layouts.py), and
+converts it in memory. This writes a folder to keep, to look at, or for others.
 
 transformers opens a folder of ours as it is, as long as it computes the same. For two kinds of model it does not: it
 always normalises queries and keys, which most published checkpoints never did, and its router of experts mixes the
 tokens of a text, so that a later token changes an earlier one's experts. Such folders say `"model_type": "nanodoge"`,
-and transformers refuses them instead of computing something else. `--for=transformers` asks for a folder that it opens
-all the same: without the norms this is refused, with experts it is written and what differs is printed.
+so that transformers refuses them. `--for=transformers` asks for a folder that it opens all the same: without the norms
+this is refused, with experts it is written and the differences are printed.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +41,8 @@ class ConvertOptions:
 
 
 def differences(config: DogeConfig) -> list[str]:
-    """What transformers computes differently with this model, in words. Raises ValueError if it is everything."""
+    """What transformers computes differently with this model, in words. Raises ValueError for queries and keys without
+    norms: then everything differs."""
     if not config.qk_norm:
         reason = "transformers' Doge always normalises queries and keys, and this model does not"
         raise ValueError(f"--for=transformers: {reason}; without --for it is converted for nanoDoge")
@@ -55,19 +55,19 @@ def main(argv: list[str]) -> None:
     options = parse_options(ConvertOptions, argv, positional="paths")
     source, target = options.paths
     layout, _ = open_checkpoint(locate(source))
-    heads, notes = layout.config.num_key_value_heads, [f"{len(layout.tensors)} tensors"]
-    notes += [f"{heads // layout.repeat} key/value heads repeated to {heads}"] * (layout.repeat > 1)
-    notes += ["queries and keys without a norm"] * (not layout.config.qk_norm)
-    print(f"{source}: {', '.join(notes)}")
-    warnings, fields = [], None
-    if options.for_ == "transformers":
-        warnings, fields = differences(layout.config), dict(model_type="doge")
+    heads = layout.config.num_key_value_heads
+    repeated = f", {heads // layout.repeat} key/value heads repeated to {heads}" if layout.repeat > 1 else ""
+    norm = "" if layout.config.qk_norm else ", queries and keys without a norm"
+    print(f"{source}: {len(layout.tensors)} tensors{repeated}{norm}")
+    warnings = differences(layout.config) if options.for_ == "transformers" else []
+    fields = dict(model_type="doge") if options.for_ == "transformers" else None
     model, tokenizer = load_model(source, labels=() if layout.labels else None)
     save_checkpoint(target, model.to(getattr(torch, options.dtype)), tokenizer, fields=fields)
     size = sum(path.stat().st_size for path in Path(target).iterdir())
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{target}: {parameters:,} parameters, {options.dtype}, {size / 1e6:,.1f} MB")
-    print("".join(f"  in transformers {warning}\n" for warning in warnings), end="")
+    for warning in warnings:
+        print(f"  in transformers {warning}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Direct preference optimisation (DPO): of two answers the better one becomes likelier.
 
     python dpo.py                                                   the tiny model, answers about built-in stories
-    python dpo.py config/dpo_doge20m.py                             a real recipe
-    torchrun --nproc_per_node=8 dpo.py config/dpo_doge20m.py        the same on eight GPUs: same batches, same losses
+    python dpo.py config/dpo_doge.py                                a real recipe
+    torchrun --nproc_per_node=8 dpo.py config/dpo_doge.py           the same on eight GPUs: same batches, same losses
     python dpo.py --out_dir=out/stories-preferences --resume        continues as if it had never stopped
 
 Fine-tuning shows good answers, but never what is wrong with a bad one. A preference shows both: a prompt, an answer

@@ -5,27 +5,26 @@
     python evaluate.py out/mine --tasks=piqa,arc_easy=5 --limit=100 --out=piqa.json      arc_easy with 5 solved examples
     python evaluate.py out/mine --suite=base
 
-Bits per byte (nanodoge/data.py says why) are computed token by token, as in generation, so what int8 changes here is
-what it changes when the model writes. The benchmarks are those of EleutherAI's lm-evaluation-harness (`pip install
-lm_eval`), so that a number here can stand beside numbers from elsewhere. It asks the model three things:
+Bits per byte (defined in nanodoge/data.py) are computed token by token, as in generation, so the change from int8 here
+is the change in what the model writes. The benchmarks are those of EleutherAI's lm-evaluation-harness (`pip install
+lm_eval`), so the numbers can be compared with published ones. It asks the model three things:
 
     log-likelihood   how probable is this answer after that context? A small model cannot be asked "A, B, C or D?", but
                      which of four answers is the most probable can be computed (`acc`). A long answer has more factors
-                     below 1 than a short one, so `acc_norm` divides by the answer's length. Report what others report.
+                     below 1 than a short one, so `acc_norm` divides by the answer's length.
     rolling          how probable is this whole text? (perplexity)
-    generation       write until one of these strings comes up; then the words are compared with the right answer.
+    generation       the completion, up to a stop string, is compared with the right answer.
 
-Few-shot: the context begins with n solved questions; numbers with different n cannot be compared. Two numbers stand
-beside every score. The standard error: of 100 questions, 30 % right is 30 +- 4.6, so it cannot be told from 25 %. And
-chance: what guessing gets, 25 % with four answers. A score less than two standard errors above chance shows nothing.
+Few-shot: the context begins with n solved questions; numbers with different n cannot be compared. Each score has its
+standard error (of 100 questions, 30 % right is 30 +- 4.6, which may as well be 25 %) and chance, what guessing gets
+(25 % with four answers). A score less than two standard errors above chance shows nothing.
 """
 
 import difflib
 import hashlib
 import json
-import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,6 +42,7 @@ from nanodoge.data import bits_per_byte, check_tokenizer, token_bytes
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.examples import bucket_by_length
+from nanodoge.losses import rows_at_once
 from nanodoge.machine import Machine
 from nanodoge.options import Count, Range, Whole, check_ranges, one_line, parse_options, run_command
 from nanodoge.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ SUITES = {
     "instruct": "ifeval=0 hellaswag=0 arc_easy=0 arc_challenge=0 piqa=0 mmlu_continuation=0 bbh_fewshot=3",
     "reason": "gsm8k aime24=0 minerva_math500=0 gpqa_diamond_cot_zeroshot=0",
 }
-LOGITS = 2**21  # at once: 8 MB, which fits a CPU's cache; a GPU takes 32 times as many
+ROW = "{:<26}{:>6}{:>11}  {:<28}{:>9}{:>11}{:>9}"  # of the table of scores
 
 
 @dataclass
@@ -81,10 +81,10 @@ class EvaluateOptions:
         check_ranges(self)
         asks = bool(self.tasks or self.suite)
         self.bpb = self.bpb or ("" if asks else "data/stories")
-        fits = self.dtype in (["float32"], ["bfloat16"]) if asks else {"float32", "bfloat16", "int8"} >= set(self.dtype)
-        if not self.dtype or not fits:
-            valid = "float32 or bfloat16 for tasks" if asks else "one or more of float32, bfloat16, int8"
-            raise ValueError(f"--dtype={','.join(self.dtype)} must be {valid}")
+        valid = {"float32", "bfloat16"} if asks else {"float32", "bfloat16", "int8"}
+        if not valid >= set(self.dtype) or len(self.dtype) not in ([1] if asks else [1, 2, 3]):
+            words = "float32 or bfloat16 for tasks" if asks else "one or more of float32, bfloat16, int8"
+            raise ValueError(f"--dtype={','.join(self.dtype)} must be {words}")
         if self.include_path and not Path(self.include_path).is_dir():
             raise ValueError(f"--include_path={self.include_path} is not a folder")
         if self.out and (not asks or Path(self.out).is_dir() or not Path(self.out).absolute().parent.is_dir()):
@@ -124,15 +124,16 @@ def log_likelihoods(model: Doge, pairs: list[tuple], micro_batch_tokens: int = 2
     """For each of pairs [(context, answer)], lists of ids, neither empty: the answer's log-probability in nats, and
     whether greedy decoding would write it. A context of several answers is read once. micro_batch_tokens bounds the
     tokens of one batch, in which every answer counts with its context."""
-    groups, scores = defaultdict(list), {}
+    groups, scores = defaultdict(list), {}  # groups: {context: numbers of the pairs with it}
     for i, (context, _) in enumerate(pairs):
         groups[tuple(context)].append(i)
-    groups = list(groups.values())
-    sizes = [len(group) * max(len(pairs[i][0]) + len(pairs[i][1]) for i in group) for group in groups]
+    contexts, groups = list(groups), list(groups.values())
+    sizes = [len(group) * max(sum(map(len, pairs[i])) for i in group) for group in groups]
     for batch in tqdm(bucket_by_length(sizes, micro_batch_tokens), unit="batch", leave=False, disable=None):
-        order, contexts = [i for j in batch for i in groups[j]], [pairs[groups[j][0]][0] for j in batch]
+        order = [i for j in batch for i in groups[j]]
         rows = [row for row, j in enumerate(batch) for _ in groups[j]]
-        scores |= zip(order, score_answers(model, contexts, rows, [pairs[i][1] for i in order]), strict=True)
+        found = score_answers(model, [contexts[j] for j in batch], rows, [pairs[i][1] for i in order])
+        scores |= zip(order, found, strict=True)
     return [scores[i] for i in range(len(pairs))]
 
 
@@ -148,7 +149,7 @@ def score_answers(model: Doge, contexts: list, rows: list[int], answers: list) -
         states = torch.cat((states, read(model, [answer[:-1] for answer in answers], cache)), dim=1)
     states = torch.cat([row[:length] for row, length in zip(states, lengths, strict=True)])  # (N, C)
     targets = torch.tensor([token for answer in answers for token in answer], device=states.device)
-    size, scores = LOGITS * (1 if states.is_cpu else 32) // len(model.output_weight) + 1, []
+    size, scores = rows_at_once(states, model.output_weight), []
     for x, target in zip(states.split(size), targets.split(size), strict=True):
         logits = F.linear(x, model.output_weight).float()
         own = logits.gather(1, target[:, None])[:, 0]
@@ -166,81 +167,91 @@ def read(model: Doge, rows: list, cache: Cache, last: bool = False) -> Tensor:
 # ---- lm-evaluation-harness
 
 
+class HarnessMethods:
+    """What lm_eval's TemplateLM leaves to a model. Texts become the ids that lm_eval's own `hf` model gives them: one
+    BOS in front unless it is there, and special tokens written in a text are these tokens, since a conversation arrives
+    as a text. A prompt too long for the model loses its beginning, there as here; `shortened` counts them."""
+
+    def __init__(self, model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int):
+        super().__init__()
+        self.model, self.coder, self.micro_batch_tokens = model, tokenizer, micro_batch_tokens
+        self.max_length, self.shortened = model.config.max_position_embeddings, 0
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        ids, bos = [], self.coder.bos_id
+        for i, part in enumerate(self.coder.split_special(string)):
+            ids += [self.coder.special_tokens[part]] if i % 2 else self.coder.encode(part)
+        return ids if add_special_tokens is False or ids[:1] == [bos] else [bos, *ids]
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        text = self.coder.decode(self.coder.render(chat_history, add_generation_prompt)[0])
+        last = chat_history[-1]["content"].strip()  # without the prompt, the beginning of an answer to continue
+        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
+
+    def fit(self, ids, length):
+        self.shortened += len(ids) > length
+        return ids[-length:]
+
+    def _loglikelihood_tokens(self, requests, **_):
+        pairs = []
+        for (_, text), context, answer in requests:
+            ids = self.fit(context + answer, self.max_length + 1)  # the last token is never read
+            if not 0 < len(answer) < len(ids):
+                valid = f"1 to max_position_embeddings={self.max_length}"
+                raise ValueError(f"the answer {text[:60]!r} has {len(answer)} tokens: {valid} are valid")
+            pairs.append((ids[: -len(answer)], answer))
+        return log_likelihoods(self.model, pairs, self.micro_batch_tokens)
+
+    def loglikelihood_rolling(self, requests, **_):
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)  # hf's BOS here is one too many
+            pieces = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+            windows.append([make_disjoint_window(piece) for piece in pieces])
+        pairs = [pair for window in windows for pair in window]
+        scores = iter(log_likelihoods(self.model, pairs, self.micro_batch_tokens))
+        return [sum(next(scores)[0] for _ in window) for window in windows]
+
+    def generate_until(self, requests, **_):
+        asked = []
+        for i, request in enumerate(requests):
+            options = read_gen_kwargs(request.args[1], self.max_length)
+            prompt = self.fit(self.tok_encode(request.args[0]), self.max_length - options["max_new_tokens"])
+            asked.append(Request(prompt, **options, seed=i, stop_ids=[self.coder.eos_id]))
+        slots = 4 * self.micro_batch_tokens // max(request.max_length for request in asked)
+        Engine(self.model, slots=min(max(slots, 1), len(asked)), tokenizer=self.coder).generate(asked)
+        return ["".join(self.coder.split_special(request.text.text)[::2]) for request in asked]  # no special tokens
+
+
 def harness_model(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int = 2048):
-    """The model as lm_eval's `simple_evaluate` takes it. Texts become the ids that lm_eval's own `hf` model gives them:
-    one BOS in front unless it is there, and special tokens written in a text are these tokens, since a conversation
-    arrives as a text. A prompt too long for the model loses its beginning, there as here; `shortened` counts them."""
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    """The model as lm_eval's `simple_evaluate` takes it: an instance of its TemplateLM."""
+    from lm_eval.api.model import TemplateLM  # an optional package
 
-    split = re.compile("(" + "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len)[::-1])) + ")").split
-
-    class Harness(TemplateLM):
-        eot_token_id, prefix_token_id = tokenizer.eos_id, tokenizer.bos_id
-        tokenizer_name = hashlib.sha256((tokenizer.digest + tokenizer.chat_template).encode()).hexdigest()
-        max_length, shortened = model.config.max_position_embeddings, 0
-
-        def tok_encode(self, string, add_special_tokens=None, **_):
-            ids = []
-            for i, part in enumerate(split(string)):
-                ids += [tokenizer.special_tokens[part]] if i % 2 else tokenizer.encode(part)
-            return ids if add_special_tokens is False or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
-
-        def apply_chat_template(self, chat_history, add_generation_prompt=True):
-            text = tokenizer.decode(tokenizer.render(chat_history, add_generation_prompt)[0])
-            last = chat_history[-1]["content"].strip()  # without the prompt, the beginning of an answer to continue
-            return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
-
-        def fit(self, ids, length):
-            self.shortened += len(ids) > length
-            return ids[-length:]
-
-        def _loglikelihood_tokens(self, requests, **_):
-            pairs = []
-            for (_, text), context, answer in requests:
-                ids = self.fit(context + answer, self.max_length + 1)  # the last token is never read
-                if not 0 < len(answer) < len(ids):
-                    valid = f"1 to max_position_embeddings={self.max_length}"
-                    raise ValueError(f"the answer {text[:60]!r} has {len(answer)} tokens: {valid} are valid")
-                pairs.append((ids[: -len(answer)], answer))
-            return log_likelihoods(model, pairs, micro_batch_tokens)
-
-        def loglikelihood_rolling(self, requests, **_):
-            windows = []
-            for request in requests:
-                ids = self.tok_encode(request.args[0], add_special_tokens=False)  # hf's BOS here is one too many
-                pieces = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
-                windows.append([make_disjoint_window(piece) for piece in pieces])
-            scores = iter(log_likelihoods(model, [pair for pairs in windows for pair in pairs], micro_batch_tokens))
-            return [sum(next(scores)[0] for _ in pairs) for pairs in windows]
-
-        def generate_until(self, requests, **_):
-            asked = []
-            for i, request in enumerate(requests):
-                options = read_gen_kwargs(request.args[1], self.max_length)
-                prompt = self.fit(self.tok_encode(request.args[0]), self.max_length - options["max_new_tokens"])
-                asked.append(Request(prompt, **options, seed=i, stop_ids=[tokenizer.eos_id]))
-            slots = 4 * micro_batch_tokens // max(len(request.prompt) + request.max_new_tokens for request in asked)
-            Engine(model, slots=min(max(slots, 1), len(asked)), tokenizer=tokenizer).generate(asked)
-            return ["".join(split(request.text.text)[::2]) for request in asked]  # without special tokens
-
-    return Harness()
+    digest = hashlib.sha256((tokenizer.digest + tokenizer.chat_template).encode()).hexdigest()
+    ids = dict(eot_token_id=tokenizer.eos_id, prefix_token_id=tokenizer.bos_id, tokenizer_name=digest)
+    return type("Harness", (HarnessMethods, TemplateLM), ids)(model, tokenizer, micro_batch_tokens)
 
 
 def read_gen_kwargs(gen_kwargs: dict[str, Any], max_length: int) -> dict[str, Any]:
     """A task's generation_kwargs as fields of a Request. A task that asks for more tokens than the model has gets half
-    of them, and the prompt the other half."""
+    of them, and the prompt the other half. Raises ValueError for what is not computed here, such as num_beams."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     options = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=256)  # hf's number
     new, options["stop"] = options.pop("max_gen_toks"), options.pop("until")
     options["max_new_tokens"] = new if new < max_length else max_length // 2
-    return options if options.pop("do_sample") else options | {"temperature": 0.0}
+    if not options.pop("do_sample"):
+        options["temperature"] = 0.0
+    if unknown := options.keys() - {field.name for field in fields(Request)}:
+        raise ValueError(f"generation_kwargs: {', '.join(sorted(unknown))} cannot be used here")
+    return options
 
 
 def find_tasks(names: list[str], folder: str = ""):
-    """lm_eval's TaskManager, which knows these tasks. A task file in `folder` goes before lm_eval's own of that name.
-    Raises ValueError for unknown names."""
+    """lm_eval's TaskManager for these tasks. A task file in `folder` is preferred to lm_eval's own of that name. Raises
+    ValueError for unknown names."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -255,28 +266,30 @@ def find_tasks(names: list[str], folder: str = ""):
     return manager
 
 
-def run_tasks(harness, options: EvaluateOptions, chat: bool) -> dict[str, Any]:
-    """lm_eval's results. Each task is printed, and written to --out, when it is done; one that fails does not lose the
-    others: their names and reasons are in results["nanodoge"]["failed"]."""
-    pairs = [task.partition("=") for task in (*options.tasks, *SUITES.get(options.suite, "").split())]
-    manager = find_tasks([name for name, *_ in pairs], options.include_path)
+def run_tasks(harness, options: EvaluateOptions, chat: bool) -> None:
+    """Prints each task, and writes all results to --out, when it is done. One that fails does not lose the others: at
+    the end, ValueError names all that failed for want of a package, the network, a file or an option. Any other error
+    may be a mistake of ours or of a task's author, and is raised as it is."""
+    asked = [task.partition("=") for task in (*options.tasks, *SUITES.get(options.suite, "").split())]
+    manager = find_tasks([name for name, *_ in asked], options.include_path)
+    from datasets.exceptions import DatasetsError
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
     # bootstrap_iters: where the standard error has no formula; its own error is then 2 %
     common = dict(limit=options.limit or None, apply_chat_template=chat, log_samples=False, bootstrap_iters=1000)
     about = dict(checkpoint=options.checkpoint[0], apply_chat_template=chat, chance={}, failed={})
-    merged = {"nanodoge": about}
-    line = "{:<26}{:>6}{:>11}  {:<28}{:>9}{:>11}{:>9}"
-    print(line.format("task", "shots", "questions", "metric", "value", "std error", "chance"))
-    for name, equals, count in dict.fromkeys(pairs):
+    merged, errors = {"nanodoge": about}, []
+    print(ROW.format("task", "shots", "questions", "metric", "value", "std error", "chance"))
+    for name, equals, count in dict.fromkeys(asked):
         try:
             shots = options.num_fewshot if options.num_fewshot >= 0 else int(count) if count else None
             loaded = manager.load([name])
             items = [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
             results = simple_evaluate(harness, tasks=items, num_fewshot=shots, task_manager=manager, **common)
-        except Exception as error:  # a task is a program of its author's
-            about["failed"]["".join((name, equals, count))] = f"{type(error).__name__}: {one_line(error)}"
+        except Exception as error:
+            about["failed"][name + equals + count] = f"{type(error).__name__}: {one_line(error)}"
+            errors.append(error)
             continue
         for key, value in results.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
@@ -286,11 +299,19 @@ def run_tasks(harness, options: EvaluateOptions, chat: bool) -> dict[str, Any]:
         about["shortened"] = harness.shortened
         scored = [key for key in members if any("," in metric for metric in results["results"].get(key, {}))]
         for key in [name] if name in scored else scored:
-            print_scores(line, key, results["n-shot"].get(key), results["results"][key], about["chance"][key])
+            print_scores(key, results["n-shot"].get(key), results["results"][key], about["chance"][key])
         if options.out:
             text = json.dumps(merged, indent=2, default=handle_non_serializable, ensure_ascii=False)
             Path(options.out).write_text(text, encoding="utf-8")
-    return merged
+    if harness.shortened:
+        print(f"{harness.shortened} prompts did not fit {harness.max_length} tokens and lost their beginning")
+    for error in errors:
+        if not isinstance(error, (ImportError, OSError, ValueError, DatasetsError)):
+            raise error
+    if errors:
+        reasons = "; ".join(f"--tasks={name}: {reason}" for name, reason in about["failed"].items())
+        packages, files = "pip install lm_eval[ifeval,math]", "--include_path=FOLDER"
+        raise ValueError(f"{reasons} ({packages} if packages are missing, {files} for tasks without network)")
 
 
 def chance(tasks: list) -> float | None:
@@ -306,7 +327,7 @@ def chance(tasks: list) -> float | None:
     return sum(guesses) / len(guesses)
 
 
-def print_scores(line: str, name: str, shots: int | None, scores: dict[str, Any], guess: float | None) -> None:
+def print_scores(name: str, shots: int | None, scores: dict[str, Any], guess: float | None) -> None:
     """A row for each metric of a task or group."""
     for key, value in scores.items():
         metric, _, how = key.partition(",")  # such as "exact_match,strict-match"
@@ -317,7 +338,7 @@ def print_scores(line: str, name: str, shots: int | None, scores: dict[str, Any]
         numbers = [f"{x:.4f}" if isinstance(x, float) else "-" for x in (value, error, guessed)]
         shown = "-" if shots is None else shots, f"{scores['sample_len']:,}", metric if how == "none" else key
         is_lost = isinstance(error, float) and guessed is not None and value - guessed < 2 * error
-        print(line.format(name, *shown, *numbers), "  no better than chance" if is_lost else "", flush=True)
+        print(ROW.format(name, *shown, *numbers), "  no better than chance" if is_lost else "", flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -329,20 +350,13 @@ def main(argv: list[str]) -> None:
         print_bits_per_byte(model, tokenizer, options, machine)
     if not options.tasks and not options.suite:
         return
-    auto = "true" if options.suite in ("instruct", "reason") else "false"
-    chat = (auto if options.apply_chat_template == "auto" else options.apply_chat_template) == "true"
+    chats = {"true": True, "false": False, "auto": options.suite in ("instruct", "reason")}
+    chat = chats[options.apply_chat_template]
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--apply_chat_template=true: the tokenizer of {options.checkpoint[0]} has no chat template")
     size = options.micro_batch_tokens or (2048 if machine.device.type == "cpu" else 65536)  # a CPU's cache is small
     harness = harness_model(model.to(getattr(torch, options.dtype[0])), tokenizer, size)
-    failed = run_tasks(harness, options, chat)["nanodoge"]["failed"]
-    if harness.shortened:
-        print(f"{harness.shortened} prompts did not fit {harness.max_length} tokens and lost their beginning")
-    if failed:
-        advice = (
-            "pip install lm_eval[ifeval,math] if packages are missing, --include_path=FOLDER for tasks without network"
-        )
-        raise ValueError("; ".join(f"--tasks={name}: {reason}" for name, reason in failed.items()) + f" ({advice})")
+    run_tasks(harness, options, chat)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Reinforcement learning with verifiable rewards (GRPO): a model tries, is told what was right, and does more of that.
 
     python grpo.py                                                   the tiny model on built-in sums, minutes
-    python grpo.py config/grpo_doge20m.py                            a real recipe
-    torchrun --nproc_per_node=8 grpo.py config/grpo_doge20m.py       the same on eight GPUs: same problems, same draws
+    python grpo.py config/grpo_doge.py                               a real recipe
+    torchrun --nproc_per_node=8 grpo.py config/grpo_doge.py          the same on eight GPUs: same problems, same draws
     python grpo.py --out_dir=out/sums-problems --resume              continues as if it had never stopped
 
 Fine-tuning shows a model how an answer is reached. Here it is shown nothing. It gets problems whose answers can be

@@ -5,10 +5,10 @@
     python sample.py out/stories --file=beginning.txt --num_samples=3
     python sample.py out/chat --chat                           a conversation; Ctrl-D or /quit ends it
 
-A model gives a probability to every possible next token, and generating means drawing one, appending it, and asking
-again. Drawing from the bare probabilities lets the many unlikely tokens derail a text now and then; always taking the
-likeliest makes it loop. The options in between: temperature sharpens (below 1) or flattens the distribution, top_k,
-top_p and min_p cut its tail, repetition_penalty makes what was said already less likely.
+A model gives a probability to every possible next token. Generating means to draw one, append it, and ask again. With
+the bare probabilities an unlikely token derails the text now and then; always taking the likeliest makes it loop. The
+options in between: temperature sharpens (below 1) or flattens the distribution; top_k, top_p and min_p cut its tail;
+repetition_penalty makes tokens that have occurred less likely.
 
 Text is printed as it is made, and Ctrl-C ends it: what was written stays.
 """

@@ -1,8 +1,8 @@
 """Supervised fine-tuning (SFT): a model that continues text learns to answer.
 
     python sft.py                                                   the tiny model, questions about built-in stories
-    python sft.py config/sft_doge20m.py                             a real recipe
-    torchrun --nproc_per_node=8 sft.py config/sft_doge20m.py        the same on eight GPUs: same batches, same losses
+    python sft.py config/sft_doge.py                                a real recipe
+    torchrun --nproc_per_node=8 sft.py config/sft_doge.py           the same on eight GPUs: same batches, same losses
     python sft.py --out_dir=out/stories-chat --resume               continues as if it had never stopped
 
 A base model that is asked a question may write three more questions, because texts often go on like that. So it is

@@ -375,8 +375,7 @@ def train(options: TrainOptions, machine: Machine) -> None:
     stable, sizes = options.max_steps - options.decay_steps, token_bytes(tokenizer)
     milestones = {stable: Path(options.out_dir) / "stable"} if options.decay_steps and stable else {}
     validate = lambda: evaluate(model if options.shard else network, val_data, sizes, machine, options)  # noqa: E731
-    flops = model.flops_per_token(T)
-    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, milestones)
+    run = Run(options, machine, model, network, tokenizer, optimizers, validate, model.flops_per_token(T), milestones)
     if options.resume:
         run.restore(state)
     elif state:

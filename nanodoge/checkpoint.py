@@ -5,10 +5,9 @@
     tokenizer.json           and tokenizer_config.json: the tokenizer, with its chat template
     training_state.pt        of a run that can be resumed: step, optimizer, options
 
-Whoever takes a checkpoint takes a folder, or a name on the Hugging Face hub, in any published layout (layouts.py); a
-name is downloaded once, into huggingface_hub's own cache. Published weights may be split into model-00001-of-00003 and
-so on, or be a Python pickle (pytorch_model.bin), which may run any program while it is read: it is opened by a reader
-that knows tensors and nothing else, or refused.
+Every stage takes a folder, or a name on the Hugging Face hub, in any published layout (layouts.py). Published weights
+may be split into model-00001-of-00003 and so on, or be a Python pickle (pytorch_model.bin). Reading a pickle can run
+any program, so it is opened by a reader that knows tensors and nothing else, or refused.
 """
 
 import dataclasses
@@ -36,28 +35,29 @@ from nanodoge.options import one_line
 from nanodoge.tokenizer import PROGRAM_ERRORS, Tokenizer, read_object
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"]
 
 
 # ---- Writing
 
 
 def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=None) -> None:
-    """Writes model.safetensors, config.json, tokenizer.json and, if given, training_state.pt into `folder`. fields: of
-    config.json, in place of what it would say. weights: the state dict of a sharded model, from full_state_dict.
+    """Writes a checkpoint into `folder`, with training_state.pt if `state` is given. fields: of config.json, in place
+    of what it would say. weights: the state dict of a sharded model, from full_state_dict. Raises OSError.
 
-    The files must change together. They are written to folder/.saving, flushed to the disk, and the rename of that
-    to .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a
-    .saved folder that every reader looks into first and the next save moves into place.
+    The files must change together. They are written to folder/.saving and flushed to the disk. Renaming that folder to
+    .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a .saved
+    folder, where every reader looks first, and whose files the next save moves into place.
     """
     folder = Path(folder)
-    saving = folder / ".saving"
+    saving, saved = folder / ".saving", folder / ".saved"
     finish_interrupted_save(folder)
-    state_dict = model.state_dict() if weights is None else weights
-    weights = {layouts.hf_name(name): w.detach().contiguous().cpu() for name, w in state_dict.items()}
+    weights = model.state_dict() if weights is None else weights
+    tensors = {layouts.hf_name(name): w.detach().contiguous().cpu() for name, w in weights.items()}
     stamp = {} if state is None else {"step": str(state["step"])}  # see load_training_state
     try:
         saving.mkdir(parents=True)
-        save_file(weights, saving / "model.safetensors", metadata={"format": "pt"} | stamp)
+        save_file(tensors, saving / "model.safetensors", metadata={"format": "pt"} | stamp)
         if state is not None:
             torch.save(state, saving / "training_state.pt")
         text = json.dumps(hugging_face_config(model, tokenizer) | (fields or {}), indent=2)
@@ -72,14 +72,13 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=N
         before = "the one before it is whole" if has_old else "there is none yet"
         reason = error if isinstance(error, OSError) else f"{one_line(error)}; is the disk full?"
         raise OSError(f"cannot write a checkpoint to {folder} ({before}): {reason}") from None
-    os.rename(saving, folder / ".saved")
+    os.rename(saving, saved)
     finish_interrupted_save(folder)
 
 
 def hugging_face_config(model: Doge, tokenizer: Tokenizer) -> dict:
-    """The config.json of a checkpoint, in the fields of transformers' DogeConfig. A model that transformers would
-    compute differently (no q/k norm; experts, whose router mixes tokens there) must not open there: its model_type is
-    nanodoge."""
+    """config.json, in the fields of transformers' DogeConfig. A model that transformers would compute differently (no
+    q/k norm; experts, whose router mixes tokens there) has the model_type nanodoge, so that it does not open there."""
     config, labels = model.config, dict(enumerate(model.labels))
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in layouts.UNSAVED}
     fields["model_type"] = "doge" if config.qk_norm and not config.is_moe else "nanodoge"
@@ -104,9 +103,10 @@ def flush(path: Path) -> None:
 
 
 def finish_interrupted_save(folder: str | Path) -> None:
-    """Moves the files of a complete save (.saved) into place and removes those of an incomplete one (.saving)."""
+    """Moves the files of a complete save (.saved) into place and removes those of an incomplete one (.saving). A link,
+    which would lead to files of another folder, is not followed."""
     saving, saved = Path(folder) / ".saving", Path(folder) / ".saved"
-    if saved.is_dir() and not saved.is_symlink():  # a link would bring in files of another folder
+    if saved.is_dir() and not saved.is_symlink():
         for path in saved.iterdir():
             os.replace(path, Path(folder) / path.name)
         saved.rmdir()
@@ -126,27 +126,22 @@ def clear(folder: str | Path) -> None:
 
 
 def checkpoint_file(folder: str | Path, name: str) -> Path:
-    """The path of a checkpoint's file, which is in folder/.saved if a save was cut off right after it was complete."""
+    """The path of a checkpoint's file: in folder/.saved if a save was interrupted after the rename."""
     path = Path(folder) / ".saved" / name
     return path if path.is_file() else Path(folder) / name
 
 
 def locate(source: str | Path) -> Path:
-    """The folder of a checkpoint, which is given by its path or by its name on the hub.
-
-    A name has the form OWNER/NAME, and so has the path of a folder. A folder that exists is one; so is any other path
-    that begins with a folder that exists, or with out/, where our runs go: a typing error there asks no server.
-    """
-    text = str(source)
-    owner = text.split("/")[0]
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) or owner == "out" or Path(owner).is_dir():
-        return Path(source)
-    return download(text)
+    """The folder of a checkpoint, given by its path or by its name on the hub, OWNER/NAME. If a folder OWNER exists, or
+    if it is `out`, where our runs are, this is a path, so that a typing error there asks no server."""
+    owner = str(source).split("/")[0]
+    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) and owner != "out" and not Path(owner).is_dir()
+    return download(str(source)) if is_name else Path(source)
 
 
 @functools.cache  # so that all files of a run are of one revision
 def download(name: str) -> Path:
-    """The folder in huggingface_hub's cache with the files of a model, fetched if they are not there."""
+    """The folder in huggingface_hub's cache with the files of a model, downloaded if they are not there."""
     from huggingface_hub import constants, errors, snapshot_download
 
     small = ["config.json", *TOKENIZER_FILES]
@@ -166,7 +161,7 @@ def download(name: str) -> Path:
 
 @contextmanager
 def naming(path: Path, separator: str = ": ") -> Iterator[None]:
-    """Puts the path of a file before the ValueErrors about its content."""
+    """Within it, ValueErrors about the content of a file begin with its path."""
     try:
         yield
     except ValueError as error:
@@ -182,9 +177,9 @@ def read_json(path: Path) -> dict:
 def read_pickle(path: Path) -> dict:
     """The dict that torch.save wrote. Nothing in it is executed: what is not made of tensors, numbers, text, lists and
     dicts is refused."""
-    if not is_zipfile(path):  # what torch.save writes, with its table of contents at the end
-        raise ValueError(f"{path} is damaged or not ours: it is not a whole zip archive")
     try:
+        if not is_zipfile(path):  # what torch.save writes, with its table of contents at the end
+            raise ValueError("it is not a whole zip archive")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
@@ -194,16 +189,14 @@ def read_pickle(path: Path) -> dict:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """{name: tensor} of a file of weights. Those of a safetensors file are mapped, not read."""
-    if path.suffix == ".bin":
-        state = read_pickle(path)
-        if other := [name for name, w in state.items() if not isinstance(w, Tensor)]:
-            raise ValueError(f"{path} holds {other[0]}, which is not a tensor")
-        return {str(name): w for name, w in state.items()}
+    """{name: tensor} of a file of weights. A safetensors file is mapped into memory, not read."""
     try:
-        return load_file(path)
+        tensors = read_pickle(path) if path.suffix == ".bin" else load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if other := [name for name, w in tensors.items() if not isinstance(w, Tensor)]:
+        raise ValueError(f"{path} holds {other[0]}, which is not a tensor")
+    return {str(name): w for name, w in tensors.items()}
 
 
 def open_checkpoint(folder: Path) -> tuple[layouts.Layout, Path]:
@@ -213,21 +206,18 @@ def open_checkpoint(folder: Path) -> tuple[layouts.Layout, Path]:
     if not config.is_file():
         reason = f"{folder} is not a checkpoint: it has no config.json"
         raise ValueError(reason if folder.is_dir() else f"there is no checkpoint folder {str(folder)!r}")
-    tensors = {}
-    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"):
-        main = checkpoint_file(folder, pattern)
-        for path in sorted(main.parent.glob(pattern)):
-            part = read_tensors(path)
-            if twice := tensors.keys() & part.keys():
-                raise ValueError(f"{path} has {min(twice)}, which another file has too")
-            tensors |= part
-        if tensors:
-            break
-    else:
+    found = [main for main in (checkpoint_file(folder, name) for name in WEIGHTS) if [*main.parent.glob(main.name)]]
+    if not found:
         raise ValueError(f"{folder} has no model.safetensors, nor its parts, nor a pytorch_model.bin")
+    tensors = {}
+    for path in sorted(found[0].parent.glob(found[0].name)):
+        part = read_tensors(path)
+        if twice := tensors.keys() & part.keys():
+            raise ValueError(f"{path} has {min(twice)}, which another file has too")
+        tensors |= part
     fields = read_json(config)
     with naming(config):
-        return layouts.read_layout(fields, tensors), main
+        return layouts.read_layout(fields, tensors), found[0]
 
 
 # ---- Loading
@@ -268,39 +258,36 @@ def load_model(source, device="cpu", labels=None) -> tuple[Doge, Tokenizer]:
 
 
 def load_training_state(folder: str | Path) -> dict | None:
-    """The dict that save_checkpoint got as `state`, or None if the folder has none. Nothing in it is executed. Raises
-    ValueError if it is not that of a run, or of another step than the weights, as after a copy that was cut off."""
+    """The `state` that save_checkpoint wrote, or None if the folder has none. Raises ValueError if it is not that of a
+    run, or of another step than the weights, as after a copy that was cut off."""
     path = checkpoint_file(folder, "training_state.pt")
     if not path.is_file():
         return None
-    state, step = read_pickle(path), None
+    state = read_pickle(path)
+    step = one_line(repr(state.get("step")))[:50]
     with suppress(SafetensorError, OSError):  # load_model says what is wrong with the weights
         with safe_open(checkpoint_file(folder, "model.safetensors"), framework="pt") as file:
-            step = (file.metadata() or {}).get("step")
-    if step is not None and step != str(state.get("step")):
-        steps = (
-            f"model.safetensors is of step {step}, training_state.pt of step {one_line(repr(state.get('step')))[:50]}"
-        )
-        raise ValueError(f"{folder} is a mixture of two checkpoints: {steps}; copy it again, whole")
+            if (stamp := (file.metadata() or {}).get("step", step)) != step:
+                steps = f"model.safetensors is of step {stamp}, training_state.pt of step {step}"
+                raise ValueError(f"{folder} is a mixture of two checkpoints: {steps}; copy it again, whole")
     kinds = dict(options=dict, optimizer=dict, step=int, tokens=int, seconds=int | float, row=dict | None)
     for name, kind in kinds.items():
         value = state.get(name)
-        parts = value.values() if name == "optimizer" and isinstance(value, dict) else ()
-        is_right = isinstance(value, kind) and all(isinstance(part, dict) for part in parts)
-        if not is_right or (isinstance(value, int | float) and not 0 <= value < 2**62):
+        is_right = isinstance(value, kind) and (not isinstance(value, int | float) or 0 <= value < 2**62)
+        if not is_right or (name == "optimizer" and not all(isinstance(part, dict) for part in value.values())):
             raise ValueError(f"{path} is not that of a training run: its {name} is {one_line(repr(value))[:50]}")
     return state
 
 
 def optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str]) -> dict[str, dict[str, Tensor]]:
-    """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (a MoE
-    twin) can take it over. names: {parameter: its name}."""
+    """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (experts)
+    can take it over. names: {parameter: its name}."""
     return {names[p]: full_state_dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
 def load_optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str], state: dict) -> None:
-    """Gives every parameter that `state` knows its part of it back. The others start afresh, and so do those whose
-    state another kind of optimizer left. Raises ValueError for another shape, which the kernels do not check."""
+    """Restores what optimizer_state returned. Parameters that it lacks, or has from another kind of optimizer, start
+    afresh. Raises ValueError for another shape, which the kernels do not check."""
     for optimizer in optimizers:
         muon = isinstance(optimizer, torch.optim.Muon)
         quantities = ["momentum_buffer"] if muon else ["exp_avg", "exp_avg_sq", "step"]

@@ -1,8 +1,8 @@
-"""A data folder: its meta.json, its tokenizer, and the yardstick on its validation text, bits per byte.
+"""A data folder: its meta.json, its tokenizer, and the bits per byte of its validation text.
 
-**Bits per byte.** A model that gives the next token the probability p needs -log2(p) bits to store it. Summed over a
-text and divided by its bytes, this does not depend on how the text was cut into tokens, so models with different
-vocabularies can be compared: 8 is no model at all, a good compressor of English needs about 2, a language model less.
+A model that gives the next token the probability p needs -log2(p) bits to store it. Summed over a text and divided by
+its bytes, this does not depend on how the text was cut into tokens, so models with different vocabularies can be
+compared: 8 is no model at all, a good compressor of English needs about 2, a language model less.
 """
 
 import math
@@ -52,8 +52,7 @@ def check_tokenizer(tokenizer: Tokenizer, data: str | Path, source: str | Path =
     if different := [name for name, value in own.items() if meta.get(name) != value]:
         what = "chat template" if different == ["chat_template"] else "tokenizer"
         if source:
-            advice = f"prepare the data with --tokenizer={source}"
-            raise ValueError(f"{source} has another {what} than --data={data}: {advice}")
+            raise ValueError(f"{source} has another {what} than --data={data}: prepare it with --tokenizer={source}")
         raise ValueError(f"{data}: its {what} is not the one its tokens were made with ({different[0]} differs)")
 
 
@@ -78,11 +77,11 @@ def bits_per_byte(
     batch_size: int,
     machine: Machine,
 ) -> tuple[float, float, int]:
-    """Mean loss in nats per token, bits per byte, and number of tokens of a text: its first max_tokens, rounded up to
-    whole sequences, which the ranks share. Bits count every token, also the end of a document; bytes are the text's.
+    """Mean loss in nats per token, bits per byte, and number of tokens, of the first max_tokens of a text, rounded up
+    to whole sequences. The ranks share them. Bits count every token, also the end of a document; bytes are the text's.
 
     nats_of(tokens, targets), both (B, T) -> the sum of -log p(target) over the targets that are not -100. data:
-    train.py's sequences, with batch(indices). bytes_of (V,): token_bytes. batch_size: sequences at once.
+    train.py's Sequences. bytes_of (V,): see token_bytes. batch_size: sequences at once.
     """
     count = math.ceil(min(len(data.tokens) - 1, max_tokens) / data.length)
     mine, nats, seen, size = range(count)[machine.rank :: machine.world_size], 0.0, 0, 0

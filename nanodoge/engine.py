@@ -163,7 +163,7 @@ class Sampler:
             self.seen = seen.to(device)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """logits (B, V) -> tokens (B,) int64 below vocab_size. If none is greedy, takes a random number per request."""
+        """Tokens (B,) for logits (B, V), below vocab_size. Unless all are greedy, takes a random number per request."""
         logits = logits[:, : self.vocab_size].float()
         if self.penalty is not None:
             less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)  # Keskar et al. 2019
@@ -329,7 +329,7 @@ class Engine:
                     self.copy(len(self.live), row)
 
     def allocate(self, length: int) -> None:
-        """Memory for texts of `length` tokens, if there is less. For W + 1 tokens is enough for any, if keys leave."""
+        """Memory for texts of `length` tokens, if there is less. Where keys leave, W + 1 suffice for any text."""
         length = min(length, self.enough)
         if self.max_length < length:
             assert not self.live and not self.reader, "the first request to an idle engine decides how long all may be"

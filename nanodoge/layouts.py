@@ -1,22 +1,22 @@
 """The published layouts of Doge: config.json and tensors by name -> the DogeConfig and state dict of model.py.
 
-A checkpoint is a table of names and numbers. Nothing in it says how to compute with them: two programs must agree on
-the names, and on what is done with each. Doge has been published in several layouts; all become model.py's here.
+A checkpoint is a table of names and numbers, and nothing in it says how to compute with them. Doge has been published
+in several layouts; all become model.py's here.
 
-Names.    Those of transformers (4.54 and later), which are ours with `model.` before them; or those of the original
-          repository until June 2025 (RENAMED). Some versions mixed both, so each name is translated by itself.
+Names.    Those of transformers (4.54 and later), which are ours after `model.`; or those of the original repository
+          until June 2025 (RENAMED). Some versions mixed both, so each name is translated by itself.
 Heads.    transformers has one A and one row of dt_proj per key/value head, the original one per attention head; the
-          shape of A tells which. In the original the attention heads that share a key/value head have different masks,
-          and ours have one mask per key/value head: so each key/value head is repeated until every attention head has
-          its own. The function is the same, the KV cache as many times larger.
-Norms.    transformers normalises queries and keys, the original does not: there are no `q_norm` and `k_norm`. That is
-          the field `qk_norm` of DogeConfig.
+          shape of A tells which. In the original the attention heads that share a key/value head have different masks;
+          ours have one mask per key/value head, so each key/value head is repeated until every attention head has its
+          own. The function is the same, the KV cache as many times larger.
+Norms.    transformers normalises queries and keys, the original does not, and has no `q_norm` and `k_norm`. That is the
+          field `qk_norm` of DogeConfig.
 Numbers.  bfloat16 and float16 become float32, exactly.
 Output.   A matrix of its own (`lm_head.weight`), or the embedding (`tie_word_embeddings`). A classifier has
           `score.weight` instead, with one row per label.
 
 Nothing is guessed: what is missing, left over, of another shape, or set to what model.py does not compute raises
-ValueError with the field or tensor. These functions open no file; nanodoge/checkpoint.py puts the file's name before.
+ValueError with the field or tensor. These functions open no file; nanodoge/checkpoint.py adds the file's name.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ RENAMED = {
 }
 # Fields of config.json that change what is computed, with the only value that is computed here.
 FIXED = dict(hidden_act="silu", hidden_bias=False, attention_bias=False, mlp_bias=False, sliding_window=None)
-FIXED["dynamic_mask_ratio"] = 0.0
+FIXED |= dict(dynamic_mask_ratio=0.0)
 NEEDED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # other types are packed or scaled
 UNSAVED = ("attention",)  # fields of DogeConfig that say how to compute, not what: never in a config.json
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
     config: DogeConfig
     labels: tuple[str, ...]  # of a classifier, else empty
     tensors: dict[str, Tensor]  # by their published names
-    repeat: int  # how many key/value heads of the model are one in the file
+    repeat: int  # key/value heads of the model per key/value head of the file
 
 
 def read_layout(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Layout:
@@ -86,19 +86,14 @@ def read_layout(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Layout:
 def read_config(fields: dict[str, Any], tensors: dict[str, Tensor]) -> DogeConfig:
     """DogeConfig of config.json's fields; what these leave open is read off the tensors' names."""
     experts = ["num_experts", "num_experts_per_tok"] if fields.get("is_moe") else []
-    for name in NEEDED + experts:
-        if name not in fields:
-            raise ValueError(f"{name} is missing")
+    if missing := [name for name in NEEDED + experts if name not in fields]:
+        raise ValueError(f"{missing[0]} is missing")
     defaults = dict(
         num_key_value_heads=fields["num_attention_heads"],
         tie_word_embeddings="lm_head.weight" not in tensors,
         qk_norm=any(name.endswith("q_norm.weight") for name in tensors),
     )
-    fields = defaults | fields | read_rope(fields)
-    for name, value in FIXED.items():
-        if fields.get(name, value) != value:
-            raise ValueError(f"{name} is {fields[name]!r}, and only {value!r} is computed here")
-    values = {}
+    fields, values = defaults | fields | read_rope(fields), {}
     for field in dataclasses.fields(DogeConfig):
         if field.name in fields and field.name not in UNSAVED:
             value, kind = fields[field.name], type(field.default)
@@ -107,8 +102,9 @@ def read_config(fields: dict[str, Any], tensors: dict[str, Tensor]) -> DogeConfi
                 raise ValueError(f"{field.name}: {value!r} is not of type {kind.__name__}")
             values[field.name] = kind(value)
     config = DogeConfig(**values)
-    if fields.get("head_dim", config.head_dim) != config.head_dim:
-        raise ValueError(f"head_dim is {fields['head_dim']}, not hidden_size / num_attention_heads")
+    for name, value in (FIXED | dict(head_dim=config.head_dim)).items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"{name} is {fields[name]!r}, and only {value!r} is computed here")
     return config
 
 
@@ -161,9 +157,9 @@ def convert(layout: Layout, device: str | torch.device = "cpu") -> dict[str, Ten
     config, repeat = layout.config, layout.repeat
     narrow = dataclasses.replace(config, num_key_value_heads=config.num_key_value_heads // repeat)
     with torch.device("meta"):
-        model = Doge(narrow, layout.labels).state_dict()
-    per_head = {name: repeat if name.endswith((".A", "dt_proj.weight")) else 1 for name in model}
-    expected = {name: [len(w) * per_head[name], *w.shape[1:]] for name, w in model.items()}
+        expected = {name: list(w.shape) for name, w in Doge(narrow, layout.labels).state_dict().items()}
+    for name, shape in expected.items():
+        shape[0] *= repeat if name.endswith((".A", "dt_proj.weight")) else 1
     wrong = [f"lacks {hf_name(name)}" for name in expected if name not in found]
     for ours, (name, w) in found.items():
         if ours not in expected:
@@ -181,7 +177,7 @@ def convert(layout: Layout, device: str | torch.device = "cpu") -> dict[str, Ten
 
 
 def widen(name: str, w: Tensor, repeat: int, head_dim: int) -> Tensor:
-    """The model's tensor of such a file's: k_proj and v_proj with the rows of each key/value head `repeat` times;
+    """A tensor for `repeat` times as many key/value heads: k_proj and v_proj get the rows of each head `repeat` times;
     dt_proj, which reads the values of all heads, reads the first of every `repeat` equal ones."""
     if name.endswith(("k_proj.weight", "v_proj.weight")):
         return w.unflatten(0, (-1, head_dim)).repeat_interleave(repeat, dim=0).flatten(0, 1)

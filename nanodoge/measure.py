@@ -2,15 +2,15 @@
 
 A time alone says little: the machine may be busy, warm, throttled, or another one than yours. So:
 
-Side by side. What is compared runs in the same process on the same weights, in turns: A B, A B, A B. Whatever slows
-the machine for a while slows both. Each turn gives a ratio; reported are their median and, in brackets, the least and
-the greatest. A wide bracket means: measure again. The first turn warms up (caches, compilers) and is not counted.
+Side by side. What is compared runs in one process on the same weights, in turns: A B, A B, A B. Whatever slows the
+machine for a while slows both. Each turn gives a ratio; reported are their median and, in brackets, the least and the
+greatest. A wide bracket means: measure again. The first turn warms up (caches, compilers) and is not counted.
 
 Against the machine. Two things bound every computation: how fast bytes come from memory, and how fast numbers are
-multiplied (the roofline, Williams et al. 2009). Decoding reads every weight once per token, so reading is the bound:
-bytes of weights times tokens per second, beside a plain pass over as many bytes. (Over 100 % means that some stayed in
-the CPU's cache.) Training and prefill use each weight for many tokens, so multiplying is the bound: the FLOP that the
-formula needs, beside one large matrix product in the same format. What is recomputed or copied is not counted as work.
+multiplied (the roofline, Williams et al. 2009). Decoding reads every weight once per token: bytes of weights times
+tokens per second are compared with a plain pass over as many bytes. (Over 100 % means that some stayed in the CPU's
+cache.) Training and prefill use each weight for many tokens: the FLOP of the formula are compared with one large matrix
+product in the same format. What is recomputed or copied is not counted as work.
 
 Memory in a process of its own. A process's peak remembers all that ran before. So a fresh process builds the model,
 resets its high-water mark, does the thing once, and reports how far the mark rose. On a GPU the allocator keeps count.
@@ -18,7 +18,6 @@ resets its high-water mark, does the thing once, and reports how far the mark ro
 
 import csv
 import datetime
-import functools
 import gc
 import multiprocessing
 import os
@@ -62,14 +61,15 @@ def machine_limit(unit: str, size: int, device: torch.device, dtype: torch.dtype
     """Bytes per second when `size` bytes are read over and over, by a sum or a matrix-vector product, whichever is
     faster (what fits a CPU's cache is read several times faster: the size counts); or FLOP per second of a large square
     matrix product. The median of nine calls after one."""
-    n = 8192 if device.type == "cuda" else 2048
     if unit == "bytes":
         matrix = torch.ones(4096, max(1, size // (4 * 4096)), device=device)
-        steps, amount = [matrix.sum, functools.partial(matrix.mv, matrix[0].clone())], matrix.nbytes
+        vector, amount = matrix[0].clone(), matrix.nbytes
+        steps = {"sum": matrix.sum, "product": lambda: matrix @ vector}
     else:
-        matrix = torch.full((n, n), 1 / n, device=device, dtype=dtype)
-        steps, amount = [functools.partial(matrix.mm, matrix)], 2 * n**3
-    return max(amount / median([timed(step, device) for _ in range(10)][1:]) for step in steps)
+        n = 8192 if device.type == "cuda" else 2048
+        matrix, amount = torch.full((n, n), 1 / n, device=device, dtype=dtype), 2 * n**3
+        steps = {"product": lambda: matrix @ matrix}
+    return max(amount / median(seconds) for seconds in alternate(steps, 9, device).values())
 
 
 def memory_of(make_step: Callable[[], Callable], device: torch.device) -> tuple[int, int]:
@@ -102,19 +102,20 @@ def in_fresh_process(function: Callable, *arguments: Any) -> Any:
         raise ValueError("the process that measures memory was killed, for want of memory?") from None
 
 
-CONDITIONS = "date cpu cores threads gpu python torch transformers".split()
-
-
 def conditions() -> dict[str, Any]:
     """Date, machine and versions, without which a figure says nothing."""
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    name = cpu[1] if cpu else platform.processor() or platform.machine()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peer = getattr(sys.modules.get("transformers"), "__version__", "")
-    machine = name, os.cpu_count(), torch.get_num_threads(), gpu
-    values = datetime.date.today().isoformat(), *machine, platform.python_version(), torch.__version__, peer
-    return dict(zip(CONDITIONS, values, strict=True))
+    return dict(
+        date=datetime.date.today().isoformat(),
+        cpu=cpu[1] if cpu else platform.processor() or platform.machine(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=getattr(sys.modules.get("transformers"), "__version__", ""),
+    )
 
 
 def append_csv(path: str, columns: list[str], *rows: dict[str, Any]) -> None:

@@ -247,7 +247,9 @@ def profile_step(
         if network is model:
             seconds = timed(model)
         if machine.world_size > 1 and not options.shard:
-            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            # No broadcast of buffers: they are constants, and in a validation the ranks may have different numbers of
+            # batches, so that a collective would hang.
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
             # DDP adds up gradients in an order that follows the first backward pass. With one at every start it is the
             # same in all steps that count, also after a --resume.
             loss_of(network).backward()

@@ -41,8 +41,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: no pool of threads, which a
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import helpers  # noqa: E402
 import torch  # noqa: E402
-from helpers import TINY, TUNE, VOLATILE, make_checkpoint, make_data, make_set  # noqa: E402
+from helpers import TINY, TUNE, make_checkpoint, make_data, make_set  # noqa: E402
 
 import dpo  # noqa: E402
 import grpo  # noqa: E402
@@ -114,8 +115,7 @@ def wait(processes, seconds=600):
 def steady(folder):
     """The rows of log.csv without the columns that differ between equal runs."""
     path = Path(folder) / "log.csv"
-    rows = read_log(path) if path.is_file() else []
-    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
+    return helpers.steady(read_log(path)) if path.is_file() else []
 
 
 def weights(folder):

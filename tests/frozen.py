@@ -28,9 +28,7 @@ from pathlib import Path
 SCRIPTS = "train sft dpo grpo sample evaluate prepare_data convert".split()
 VOLATILE = {"seconds", "tokens_per_second", "memory", "mfu"}  # columns of log.csv that differ between equal runs
 TUNING = dict(batch_size="batch_rows", micro_batch_tokens="micro_tokens", eval_size="eval_rows", slots="rollout_rows")
-OLD_NAMES = dict(
-    train=dict(micro_batch_size="batch_size"), sft=TUNING, dpo=TUNING, grpo=TUNING
-)  # new: old ones, of before nanodoge/stage.py
+OLD_NAMES = dict(train=dict(micro_batch_size="batch_size"), sft=TUNING, dpo=TUNING, grpo=TUNING)  # before stage.py
 
 # Command lines. {out} stands for the folder that a case writes, "given" for what the old checkout made beforehand.
 EVERY = "stdin.py --out_dir={out} --log_every=1 --eval_every=3 --save_every=2 --device=cpu --learning_rate=1e-2 "
@@ -73,11 +71,8 @@ def cases():
     """Yields name, command line and number of ranks."""
     yield from ((f"data_{name}", line, 1) for name, line in DATA.items())
     yield "data_system", f"{DATA['chat']} --system=Short.", 1
-    yield (
-        "data_mixed",
-        DATA["text"].replace("text.txt", "text.txt@0.7 problems.jsonl@0.3 --text_column=question --tokens=9999"),
-        1,
-    )
+    mixed = "text.txt@0.7 problems.jsonl@0.3 --text_column=question --tokens=9999"
+    yield "data_mixed", DATA["text"].replace("text.txt", mixed), 1
     for source, kind in [("stories", "chat"), ("stories", "preferences"), ("sums", "chat"), ("sums", "problems")]:
         line = PREPARE.format(f"{source} --stories=200 --tokenizer=given/text", kind)
         yield f"data_{source}_{kind}", line, 1
@@ -163,9 +158,9 @@ def run(line, name, environment, stop):
 
     sys.addaudithook(watch)
     sys.argv = line.split()
+    status = 0
     try:
         runpy.run_path(f"{sys.path[0]}/{sys.argv[0]}.py", run_name="__main__")
-        status = 0
     except SystemExit as end:
         status = end.code or 0
     except BaseException:

@@ -101,9 +101,13 @@ def steady(rows):
     return [{name: value for name, value in row.items() if name not in VOLATILE} for row in rows]
 
 
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
 def assert_same_weights(a, b):
     """Asserts that two checkpoint folders hold the same weights, bit for bit."""
-    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
+    a, b = weights(a), weights(b)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 

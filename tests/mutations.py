@@ -105,7 +105,7 @@ MUTATIONS = [
         "nanodoge/checkpoint.py",
         "os.rename(saving, saved)",
         "[os.replace(path, folder / path.name) for path in sorted(saving.iterdir())]",
-        "test_runtime.py",
+        "test_checkpoint.py",
     ),
 ]
 

@@ -12,20 +12,11 @@ from helpers import STARTED
 
 import bench
 from model import Doge, DogeConfig
-from nanodoge import measure
+from nanodoge import engine, measure
 from nanodoge.options import HERE, parse_options
 
-SHAPE = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    keep_window_size=16,
-    num_experts=16,
-    num_experts_per_tok=4,
-)
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+SHAPE |= dict(num_key_value_heads=1, keep_window_size=16, num_experts=16, num_experts_per_tok=4)
 CPU = torch.device("cpu")
 
 
@@ -51,40 +42,37 @@ def table(tmp_path, capsys, *argv):
         return list(csv.DictReader(file)), capsys.readouterr().out
 
 
-def case(*argv, dtype="float32", length=0, config=None):
-    options = parse_options(bench.BenchOptions, ["decode", "--device=cpu", "--new_tokens=3", *argv], positional="what")
-    return bench.Case("decode", "a case", options, "small", config or DogeConfig(**SHAPE), dtype, length)
+def read(*argv):
+    return parse_options(bench.BenchOptions, list(argv), positional="what")
 
 
-PEERS = {
-    "decode": ["eager", "sdpa"],
-    "train": ["eager", "sdpa", "eager autocast", "sdpa autocast", "eager bfloat16 weights", "sdpa bfloat16 weights"],
-    "prefill": ["eager", "sdpa"],
-    "attention": ["dense causal"],
-    "moe": ["DogeCDMoE"],
-}
+def case(length=0, peer=False):
+    options = read("decode", "--device=cpu", "--new_tokens=3")
+    return bench.Case("decode", "a case", options, "small", DogeConfig(**SHAPE), "float32", length, peer=peer)
+
+
+PEERS = dict.fromkeys(["decode", "train", "prefill"], ["eager {}", "sdpa {}"])
+PEERS |= dict(attention=["dense causal"], moe=["DogeCDMoE"])
 
 
 @pytest.mark.parametrize("what", PEERS)
 def test_ours_and_the_peer_give_a_row(what, shape, tmp_path, capsys, quick):
-    length = [] if what == "decode" else ["--length=24"]
-    rows, printed = table(
-        tmp_path, capsys, what, "--peer", shape, *length, "--new_tokens=3", "--dtype=float32,bfloat16"
-    )
-    parts = ["layer", "experts"] if what == "moe" else [""]
+    parts, tokens = ["layer", "experts"] if what == "moe" else [""], 3 if what == "decode" else 24
+    argv = [what, "--peer", shape, "--new_tokens=3", "--dtype=float32,bfloat16"]
+    rows, printed = table(tmp_path, capsys, *argv, *["--length=24"] * (what != "decode"))
     assert [row["dtype"] for row in rows] == [dtype for dtype in ("float32", "bfloat16") for _ in parts]
     for part, row in zip(parts * 2, rows, strict=True):
-        assert list(row) == bench.COLUMNS + measure.CONDITIONS
+        assert list(row) == [*bench.COLUMNS, *measure.conditions()]
         number = {key: float(row[key]) for key in row if key == "seconds" or key.startswith(("peer_s", "sp"))}
         assert all(value > 0 for value in number.values()) and part in row["name"]
         assert number["speedup_min"] <= number["speedup"] <= number["speedup_max"]
         assert int(row["rounds"]) == 2 and row["what"] == what and row["model"] == "small"
-        tokens = 3 if what == "decode" else 24
         assert float(row["tokens_per_second"]) == pytest.approx(tokens / number["seconds"], rel=1e-4)
         if what in ("decode", "train", "prefill"):
             assert float(row["share"]) == pytest.approx(float(row["reached"]) / 1e9, rel=1e-4)
         assert row["torch"] == torch.__version__ and row["cpu"] and row["date"] and row["transformers"]
-        assert row["peer"] in PEERS[what] and float(row["extra_mb"]) == float(row["peer_extra_mb"]) == 3
+        assert row["peer"] in [peer.format(row["dtype"]) for peer in PEERS[what]]
+        assert float(row["extra_mb"]) == float(row["peer_extra_mb"]) == 3
         assert row["name"] in printed and row["peer"] in printed and str(tmp_path) not in row["name"]
 
 
@@ -98,13 +86,11 @@ def test_a_long_text_is_read_once_and_gone_on_with(shape, tmp_path, capsys, quic
 
 
 def test_both_can_draw_their_tokens(shape, tmp_path, capsys, quick, monkeypatch):
-    drawn, draw = [], bench.choose
-    monkeypatch.setattr(
-        bench, "choose", lambda logits, temperature: drawn.append(temperature) or draw(logits, temperature)
-    )
+    drawn, sample = [], engine.sample
+    monkeypatch.setattr(engine, "sample", lambda *args: drawn.append(float(args[2])) or sample(*args))
     [row], _ = table(tmp_path, capsys, "decode", "--peer", shape, "--new_tokens=3", "--temperature=0.7", "--dtype=int8")
-    assert row["name"] == "decode small int8 decoder drawn 1x32+3" and set(drawn) == {0.7} and len(drawn) == 9
-    assert row["peer"].split()[1] in ("float32", "bfloat16")
+    assert row["name"] == "decode small int8 decoder drawn 1x32+3" and len(drawn) == 9
+    assert drawn == pytest.approx([0.7] * 9) and row["peer"].split()[1] in ("float32", "bfloat16")
 
 
 def test_texts_and_files(tmp_path, capsys, quick, monkeypatch):
@@ -135,11 +121,11 @@ def test_a_process_that_dies_is_one_line(monkeypatch):
 
 def test_the_peer_is_ours_with_the_same_weights():
     seen = []
-    one = case(length=12)
-    peers = bench.make_peers(one, {"": "float32"}, lambda peer: seen.append(peer) or (lambda: None))
+    one = case(length=12, peer=True)
+    peers = bench.peer_steps(one, lambda peer: seen.append(peer) or (lambda: None))
     model, tokens = bench.make_model(one)
     torch.testing.assert_close(model(tokens)[0], seen[0](tokens).logits, atol=1e-4, rtol=0)
-    assert set(peers) == {"eager", "sdpa"}
+    assert set(peers) == {"eager float32", "sdpa float32"}
 
 
 def test_flop_are_counted_as_by_hand():
@@ -173,39 +159,35 @@ def test_rows_are_appended_and_a_file_of_other_columns_is_left_alone(shape, tmp_
         bench.main([*argv, f"--csv={other}"])
     assert other.read_text() == "step,loss\n1,2\n"
     header = (HERE / "results" / "bench.csv").read_text().partition("\n")[0]
-    assert header == ",".join(bench.COLUMNS + measure.CONDITIONS)  # which the README's rows are in
+    assert header == ",".join([*bench.COLUMNS, *measure.conditions()])  # which the README's rows are in
 
 
 def test_a_case_is_named_after_its_options_and_has_the_shape_of_its_recipe():
-    for how, name in (
-        ([], "decode 20m float32 decoder 1x32+128"),
-        (["--compile"], "decode 20m float32 decoder compiled 1x32+128"),
-    ):
-        options = parse_options(bench.BenchOptions, ["decode", *how], positional="what")
-        assert [case.name for case in bench.make_cases(options)] == [name]
+    for how, name in ([], "decoder"), (["--compile"], "decoder compiled"):
+        assert [c.name for c in bench.make_cases(read("decode", *how))] == [f"decode 20m float32 {name} 1x32+128"]
     for name, hidden, experts in (("20m_moe", 256, 1024), ("320m_moe", 1024, 16384)):
         config = bench.config_of(name)
         assert config.hidden_size == hidden and config.num_experts == experts and config.is_moe
 
 
-MISTAKES = [
-    ([], "what '': must be one or more of decode"),
-    (["decod"], "what 'decod': must be one or more of decode, train"),
-    (["decode", "--model=30m"], "there is no config file '30m'"),
-    (["train", "--dtype=int8"], "int8 is for decode"),
-    (["train", "--dtype=float16"], "dtype 'float16': must be one or more of float32"),
-    (["decode", "--length=2k"], "--length=2k must be a whole number"),
-    (["decode", "--length=0"], "--length=0 must be a whole number from 1 up"),
-    (["decode", "--rounds=-1"], "--rounds=-1 must be a number from 0 up"),
-    (["decode", "--temperature=-1"], "--temperature=-1.0 must be a number from 0 up"),
-    (["decode", "--pear"], "did you mean 'peer'"),
-]
+MISTAKES = {
+    "": "what '': must be one or more of decode",
+    "decod": "what 'decod': must be one or more of decode, train",
+    "decode --model=30m": "there is no config file '30m'",
+    "train --dtype=int8": "int8 is for decode",
+    "train --dtype=float16": "dtype 'float16': must be one or more of float32",
+    "decode --length=2k": "--length=2k must be a whole number",
+    "decode --length=0": "--length=0 must be a whole number from 1 up",
+    "decode --rounds=-1": "--rounds=-1 must be a number from 0 up",
+    "decode --temperature=-1": "--temperature=-1.0 must be a number from 0 up",
+    "decode --pear": "did you mean 'peer'",
+}
 
 
-@pytest.mark.parametrize("argv, message", MISTAKES)
-def test_a_mistake_is_one_line(argv, message):
-    with pytest.raises(ValueError, match=message) as error:
-        bench.main(argv)
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line(line):
+    with pytest.raises(ValueError, match=MISTAKES[line]) as error:
+        bench.main(line.split())
     assert "\n" not in str(error.value)
 
 

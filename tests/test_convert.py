@@ -541,6 +541,11 @@ DAMAGED_FILES = {
     f"{THIRD} has .*, which another file has too$": lambda at: shutil.copy(at / FIRST, at / THIRD),
     "is not a checkpoint: it has no config.json$": lambda at: (at / "config.json").unlink(),
     "config.json is damaged: it is not JSON": lambda at: (at / "config.json").write_text("{"),
+    "config.json is damaged: it holds a list": lambda at: (at / "config.json").write_text("[]"),
+    "has no model.safetensors": lambda at: [(at / name).unlink() for name in (FIRST, SECOND)],
+    "tokenizer.json has 300 ids, config.json 299$": lambda at: write_folder(
+        at, renamed(original_state()), tokenizer.Tokenizer.load(at), vocab_size=299
+    ),
     "holds no tokenizer.json$": lambda at: (at / "tokenizer.json").unlink(),
     f"{PICKLE}Weights": lambda at: pickled(at, Evil()),
     "pytorch_model.bin holds a, which is not a tensor$": lambda at: pickled(at, {"a": "b"}),

@@ -5,15 +5,12 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import greedy
+from test_model import distinct_tokens, greedy, make
 
-from model import Doge, DogeConfig
 from nanodoge import decode
 from nanodoge.decode import Decoder
 
-SHAPE = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
-SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, keep_window_size=12)
-MOE = dict(is_moe=True, num_experts=49, num_experts_per_tok=5)
+EXPERTS = dict(is_moe=True, num_experts=49, num_experts_per_tok=5)
 
 
 def needs_compiler(compile):
@@ -22,18 +19,7 @@ def needs_compiler(compile):
 
 
 def make_model(**changes):
-    model = Doge(DogeConfig(**SHAPE | changes))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 1:
-                p.add_(torch.randn_like(p) * 0.3)
-            elif "dt_proj" in name:
-                p.copy_(torch.randn_like(p))
-    return model.eval()
-
-
-def distinct(count, length):
-    return torch.stack([torch.randperm(97)[:length] for _ in range(count)])
+    return make(spread=0.05, **dict(num_hidden_layers=3, keep_window_size=12) | changes)
 
 
 @torch.inference_mode()
@@ -44,7 +30,7 @@ def logits_of(model, tokens, prompt, decoder):
     return torch.stack([decoder(tokens[:, t], cache) for t in range(prompt, tokens.shape[1])], dim=1)
 
 
-FORMS = [(False, {}), (True, {}), (False, dict(keep_window_size=64)), (False, MOE), (True, MOE)]
+FORMS = [(False, {}), (True, {}), (False, dict(keep_window_size=64)), (False, EXPERTS), (True, EXPERTS)]
 FORMS += [(False, dict(qk_norm=False, tie_word_embeddings=False))]
 
 
@@ -53,7 +39,8 @@ def test_one_token_at_a_time_equals_one_full_pass(monkeypatch, compile, changes)
     needs_compiler(compile)
     monkeypatch.setattr(decode, "LAYERS_AT_A_TIME", 1)  # the head comes with the last
     model = make_model(num_hidden_layers=1 if compile else 2, **changes)
-    tokens = distinct(1 if changes == MOE else 2, 40)  # one row, compiled, reads the cache by loops of its own
+    rows = 1 if changes == EXPERTS else 2  # one row, compiled, reads the cache by loops of its own
+    tokens = distinct_tokens(rows, 40, 97)
     with torch.no_grad():
         expected = model(tokens)[0][:, 5:]
     decoder = Decoder(model, compile=compile)
@@ -63,9 +50,9 @@ def test_one_token_at_a_time_equals_one_full_pass(monkeypatch, compile, changes)
     assert again.isfinite().all()
 
 
-@pytest.mark.parametrize("changes", [{}, MOE])
+@pytest.mark.parametrize("changes", [{}, EXPERTS])
 def test_a_bfloat16_model_is_decoded_as_it_is(changes):
-    model, tokens = make_model(**changes).bfloat16(), distinct(2, 20)
+    model, tokens = make_model(**changes).bfloat16(), distinct_tokens(2, 20, 97)
     with torch.no_grad():
         expected = model(tokens)[0][:, 5:].float()
     got = logits_of(model, tokens, 5, Decoder(model, torch.bfloat16))
@@ -90,7 +77,7 @@ def test_fewer_bits_are_rounded_weights_and_nothing_else(dtype, compile, rows, m
     for name, p in rounded.named_parameters():
         if name.endswith("proj.weight") and "dt_proj" not in name:
             p.data = rounding(p)
-    tokens, head = distinct(rows, 20), rounding(model.output_weight)
+    tokens, head = distinct_tokens(rows, 20, 97), rounding(model.output_weight)
     with torch.no_grad():
         expected = F.linear(rounded.hidden(tokens)[0], head)[:, 5:]
         cache = model.new_cache(rows, 20)
@@ -120,7 +107,7 @@ def test_int8_rows_keep_their_largest_entry_and_an_empty_row_stays_zero():
 
 
 def test_the_decoder_writes_the_model_s_text_in_rows_of_different_length():
-    model, tokens, lengths = make_model(), distinct(3, 20), torch.tensor([20, 4, 11])
+    model, tokens, lengths = make_model(), distinct_tokens(3, 20, 97), torch.tensor([20, 4, 11])
     assert torch.equal(greedy(model, tokens, 30, lengths), greedy(model, tokens, 30, lengths, decoder=Decoder(model)))
 
 

@@ -62,8 +62,16 @@ def distinct_tokens(rows, length, vocab_size, seed=0):
     return torch.stack([torch.randperm(vocab_size, generator=generator)[:length] for _ in range(rows)])
 
 
-def gradients(model, tokens, targets=None):
-    return torch.autograd.grad(model(tokens, tokens if targets is None else targets)[1], list(model.parameters()))
+def gradients(model, tokens):
+    return torch.autograd.grad(model(tokens, tokens)[1], list(model.parameters()))
+
+
+def with_gradients(function, inputs, direction=None):
+    """[what function(*inputs) returns, the gradients of inputs], in float64. direction: dL/d(out), or out itself."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    grads = torch.autograd.grad(out, inputs, out.detach() if direction is None else direction.to(out.dtype))
+    return [x.double() for x in (out, *grads)]
 
 
 def assert_all_close(ours, theirs, **tolerance):
@@ -223,15 +231,10 @@ def test_bf16_attention_and_its_gradients_are_no_worse_than_the_reference_form(w
         weights = (q @ k.transpose(-1, -2) / 8 + mask).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
         return weights.to(q.dtype) @ v
 
-    def with_gradients(function, inputs):
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        out = function(*inputs)
-        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
-
-    exact = with_gradients(lambda *x: m.attention_by_definition(*x, window), [x.double() for x in (q, k, v, s)])
-    rounded = [*(x.bfloat16() for x in (q, k, v)), s]
-    ours = with_gradients(lambda *x: dynamic_mask_attention(*x, window, 32)[0], rounded)
-    for a, b, true in zip(ours, with_gradients(reference, rounded), exact, strict=True):
+    rounded, ones = [*(x.bfloat16() for x in (q, k, v)), s], torch.ones_like(q)
+    exact = with_gradients(lambda *x: m.attention_by_definition(*x, window), [q, k, v, s.double()], ones)
+    ours = with_gradients(lambda *x: dynamic_mask_attention(*x, window, 32)[0], rounded, ones)
+    for a, b, true in zip(ours, with_gradients(reference, rounded, ones), exact, strict=True):
         assert (a - true).square().mean() <= (b - true).square().mean()
 
 
@@ -400,20 +403,16 @@ def test_moe_compiles_whole_and_computes_the_same():
 
 
 def test_routed_experts_in_bf16_are_no_worse_than_gathers_in_bf16():
-    exact = [torch.randn(*shape).bfloat16().double().requires_grad_() for shape in ((40, 64), (49, 64), (49, 64))]
+    half = [torch.randn(*shape).bfloat16() for shape in ((40, 64), (49, 64), (49, 64))]
     weights, experts = torch.rand(40, 5).bfloat16(), torch.rand(40, 49).topk(5).indices
-    half = [part.detach().bfloat16().requires_grad_() for part in exact]
 
-    def gathered(x, down, up, weights, experts):
-        hidden = F.silu((down[experts] @ x[..., None]).squeeze(-1)) * weights
+    def gathered(x, down, up):
+        hidden = F.silu((down[experts] @ x[..., None]).squeeze(-1)) * weights.to(x.dtype)
         return (hidden[:, None] @ up[experts]).squeeze(1)
 
-    def with_gradients(form, inputs):
-        out = form(*inputs, weights.to(inputs[0].dtype), experts)
-        return [out.double(), *(g.double() for g in torch.autograd.grad(out, inputs, out.detach()))]
-
-    ours, theirs = with_gradients(RoutedExperts.apply, half), with_gradients(gathered, half)
-    for a, b, true in zip(ours, theirs, with_gradients(gathered, exact), strict=True):
+    ours = with_gradients(lambda *inputs: RoutedExperts.apply(*inputs, weights, experts), half)
+    exact = with_gradients(gathered, [x.double() for x in half])
+    for a, b, true in zip(ours, with_gradients(gathered, half), exact, strict=True):
         assert (a - true).norm() < 1.1 * (b - true).norm() < 0.02 * true.norm()
 
 
@@ -587,10 +586,10 @@ def test_parameter_counts_of_the_family(size):
     hidden, layers, heads, groups, dense, experts, k, moe = FAMILY[size]
     shape = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers)
     shape |= dict(num_attention_heads=heads, num_key_value_heads=groups)
+    twin = dict(is_moe=True, num_experts=experts, num_experts_per_tok=k)
     with torch.device("meta"):
-        assert sum(p.numel() for p in Doge(DogeConfig(**shape)).parameters()) == dense
-        shape |= dict(is_moe=True, num_experts=experts, num_experts_per_tok=k)
-        assert sum(p.numel() for p in Doge(DogeConfig(**shape)).parameters()) == moe
+        counts = [sum(p.numel() for p in Doge(DogeConfig(**shape | kind)).parameters()) for kind in ({}, twin)]
+    assert counts == [dense, moe]
 
 
 def test_flops_of_the_20m_step_against_a_count_by_hand():

@@ -2,32 +2,45 @@
 resumed equals never stopped, two processes equal one, and nothing that exists is ever overwritten by mistake."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, VOLATILE, command, make_data
-from safetensors.torch import load_file
+from helpers import (
+    TINY,
+    assert_close_logs,
+    assert_refused,
+    assert_same_weights,
+    command,
+    make_data,
+    steady,
+    stopped_after,
+    weights,
+)
+from torch.optim import _muon
 from transformers import get_wsd_schedule
 
+import prepare_data
 import train
 from model import Doge, DogeConfig
 from nanodoge.checkpoint import load_model, load_training_state, save_checkpoint
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, parse_options
 from nanodoge.run import Run, read_log
-from nanodoge.stage import TuneOptions
 
 
 @pytest.fixture(scope="module")
@@ -35,75 +48,76 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data") / "small")
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that was never stopped: 12 steps, checkpoints after 4, 8 (also in stable/) and 12."""
+    out = tmp_path_factory.mktemp("out") / "whole"
+    run(data, out)
+    return out
+
+
 def run(data, out, *options):
     train.main([*TINY, f"--data={data}", f"--out_dir={out}", *options])
-    return read_log(out / "log.csv")
+    return log_of(out)
 
 
 def run_from_config(data, out, *options):
     """`run` without config/tiny.py underneath, as --init_from and --resume are used."""
     train.main([f"--data={data}", f"--out_dir={out}", *TINY[5:], *options])  # TINY[5:]: all but the model's shape
+    return log_of(out)
+
+
+def resume(out, *options):
+    train.main([f"--out_dir={out}", "--resume", *options])
+    return log_of(out)
+
+
+def log_of(out):
     return read_log(out / "log.csv")
 
 
-def steady(rows):
-    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
+def assert_same_run(a, b):
+    """Asserts that two runs left the same log, weights and state of the optimizer, bit for bit."""
+    assert steady(log_of(a)) == steady(log_of(b))
+    assert_same_weights(a, b)
+    a, b = (load_training_state(folder)["optimizer"] for folder in (a, b))
+    assert a.keys() == b.keys() and all(torch.equal(a[name][key], b[name][key]) for name in b for key in b[name])
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
+def losses_of(rows):
+    return [float(row["loss"]) for row in rows]
 
 
-def assert_same_weights(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The schedule
+# ---- Schedule and optimizer
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine", "1-sqrt"])
-def test_wsd_equals_transformers(decay):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    reference = get_wsd_schedule(optimizer, num_warmup_steps=10, num_decay_steps=30, num_training_steps=100,
-                                 decay_type=decay)  # fmt: skip
+def test_wsd_equals_transformers_and_is_zero_past_the_end(decay):
+    optimizer, phases = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), (10, 30)
+    reference = get_wsd_schedule(optimizer, *phases, num_training_steps=100, decay_type=decay).lr_lambdas[0]
     for step in range(130):
         # ours starts at 1/warmup instead of at a step that does nothing, one step ahead while it warms up
-        expected = reference.lr_lambdas[0](step + 1 if step < 10 else step)
-        assert train.wsd(step, 100, 10, 30, decay) == pytest.approx(expected, abs=1e-9), step
-
-
-def test_wsd_is_never_negative_and_zero_past_the_end():
-    for decay in ("linear", "cosine", "1-sqrt"):
-        assert [train.wsd(step, 100, 0, 30, decay) for step in (100, 101, 10**12)] == [0, 0, 0]
-        assert all(0 < train.wsd(step, 100, 0, 30, decay) <= 1 for step in range(100))
-    assert [train.wsd(step, 50, 0, 0) for step in (48, 49, 50)] == [1, 1, 0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The data
+        expected = reference(step + 1 if step < 10 else step)
+        assert train.wsd(step, 100, *phases, decay) == pytest.approx(expected, abs=1e-9), step
+    assert [train.wsd(step, 100, 0, 30, decay) for step in (100, 101, 10**12)] == [0, 0, 0]
+    assert all(0 < train.wsd(step, 100, 0, 30, decay) <= 1 for step in range(100))
+    assert [train.wsd(step, 50, 0, 0, decay) for step in (48, 49, 50)] == [1, 1, 0]
 
 
 def test_muon_is_torchs(monkeypatch):
     """All matrices of a shape at once, and in another precision, but the same steps."""
-    from torch.optim import _muon
-
-    exact = _muon._zeropower_via_newtonschulz
     cast = r"grad\.(bfloat16\(\)|to\(dtype=torch\.bfloat16, copy=True\))"  # of torch 2.13, of 2.15
-    source = re.sub(cast, "grad.clone()", inspect.getsource(exact))
+    source = re.sub(cast, "grad.clone()", inspect.getsource(_muon._zeropower_via_newtonschulz))
     assert "bfloat16" not in source
     exec(textwrap.dedent(source), vars(_muon), scope := {})
     monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", scope["_zeropower_via_newtonschulz"])
-    shapes = [(8, 16), (16, 8), (8, 16), (12, 12)]
-    ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
-                     for i, shape in enumerate(shapes)] for _ in range(2))  # fmt: skip
-    optimizers = [kind(parameters, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-                  for kind, parameters in ((train.Muon, ours), (torch.optim.Muon, theirs))]  # fmt: skip
-    for step in range(4):
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step * 10 + i))
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 16), (16, 8), (8, 16), (12, 12)]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizers = train.Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
             b.grad = a.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
@@ -111,16 +125,35 @@ def test_muon_is_torchs(monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_groups_of_the_optimizer():
+    """A, the residual scales and the norms are not decayed; Muon gets the hidden matrices and nothing else."""
+    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=48, tie_word_embeddings=False)
+    model = Doge(DogeConfig(**shape, is_moe=True, num_experts=16, num_experts_per_tok=2))
+    names = {p: name for name, p in model.named_parameters()}
+    for kind in ("adamw", "muon"):
+        optimizers = train.make_optimizers(model, train.TrainOptions(optimizer=kind), Machine("cpu"))
+        groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+        assert sorted(names[p] for _, group in groups for p in group["params"]) == sorted(names.values())
+        for optimizer, group in groups:
+            for name in (names[p] for p in group["params"]):
+                plain = name.endswith((".A", "_residual", "norm.weight"))
+                assert group["weight_decay"] == (0.0 if plain else 0.01), name
+                assert group["routed"] == any(word in name for word in ("router", "_embed")), name
+                hidden = any(f"{part}_proj" in name for part in ("q", "k", "v", "o", "gate", "up", "down"))
+                assert isinstance(optimizer, torch.optim.Muon) == (kind == "muon" and hidden), name
+
+
+# ---- Data
+
+
 def test_copies_are_rare_tokens_that_stood_before():
     tokens = torch.tensor([[5, 7, 5, 9, 7], [1, 1, 2, 3, 4], [8, 8, 0, 0, 0]])
     targets = torch.tensor([[7, 5, 9, 7, 8], [1, 2, 3, 4, 2], [8, -100, -100, -100, -100]])
-    common = torch.zeros(10, dtype=torch.bool).numpy()
-    common[[1, 7]] = True
+    common = np.isin(np.arange(10), [1, 7])
     found = train.only_copies(tokens, targets, common)
     assert found.tolist() == [[-100, 5, -100, -100, -100], [-100, -100, -100, -100, 2], [8, -100, -100, -100, -100]]
     # Brute force, on random rows.
-    row = torch.randint(0, 30, (4, 65), generator=torch.Generator().manual_seed(0))
-    common = np.arange(30) < 5
+    row, common = torch.randint(0, 30, (4, 65)), np.arange(30) < 5
     found = train.only_copies(row[:, :-1], row[:, 1:], common)
     for b, t in np.ndindex(4, 64):
         target = row[b, t + 1].item()
@@ -139,15 +172,14 @@ def test_copy_steps_fade():
 def test_copy_steps_count_every_copy_alike(data, tmp_path, monkeypatch):
     """The loss of a step is the mean over its copies, however they fall into micro-batches."""
     monkeypatch.setattr(train, "COMMON", 1 / 20)
-    whole = run(data, tmp_path / "a", "--copy_steps=2", "--micro_batch_size=4")
-    parts = run(data, tmp_path / "b", "--copy_steps=2", "--micro_batch_size=1")
-    losses = [[float(row["loss"]) for row in rows] for rows in (whole, parts)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    one = losses_of(run(data, tmp_path / "one", "--copy_steps=2", "--micro_batch_size=4"))
+    many = losses_of(run(data, tmp_path / "many", "--copy_steps=2", "--micro_batch_size=1"))
+    assert one == pytest.approx(many, rel=1e-4)
     monkeypatch.setattr(train, "COMMON", 0)
-    none = run(data, tmp_path / "none", "--copy_steps=2", "--max_steps=6")  # steps without a single target
-    assert float(none[0]["loss"]) == 0 and float(none[5]["loss"]) > 1
-    plain = run(data, tmp_path / "c", "--micro_batch_size=4")
-    assert abs(float(plain[0]["loss"]) - losses[0][0]) > 1e-3
+    none = losses_of(run(data, tmp_path / "none", "--copy_steps=2", "--max_steps=6"))  # steps without a single target
+    assert none[0] == 0 and none[5] > 1
+    plain = losses_of(run(data, tmp_path / "plain", "--micro_batch_size=4"))
+    assert abs(plain[0] - one[0]) > 1e-3
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000])
@@ -185,6 +217,19 @@ def test_a_row_overlaps_its_neighbour_by_the_one_token_that_is_only_a_target(dat
         rows.batch([3])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there a file with a hole takes up its whole length")
+def test_rows_beyond_four_billion_bytes(data, tmp_path):
+    meta, count = json.loads((data / "meta.json").read_text()), 2**32 + 5
+    meta["train"]["tokens"] = count
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.seek(2 * count - 10)
+        file.write(np.arange(1, 6, dtype="<u2").tobytes())
+    rows = train.Sequences(tmp_path, "train", 4)
+    tokens, targets = rows.batch([rows.count - 1])
+    assert rows.count == 2**30 + 1 and tokens.tolist() == [[1, 2, 3, 4]] and targets.tolist() == [[2, 3, 4, 5]]
+
+
 def test_bits_per_byte_by_hand(data, tmp_path):
     rows = run(data, tmp_path / "run", "--eval_tokens=1000000")
     model, tokenizer = load_model(tmp_path / "run")
@@ -200,404 +245,118 @@ def test_bits_per_byte_by_hand(data, tmp_path):
     assert size == json.loads((data / "meta.json").read_text())["val"]["bytes"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
+# ---- Runs
 
 
 def test_the_loss_falls_and_the_log_is_complete(data, tmp_path):
     rows = run(data, tmp_path / "run", "--max_steps=60", "--learning_rate=1e-2")
     assert [int(row["step"]) for row in rows] == list(range(1, 61))
-    assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"])
+    assert losses_of(rows)[-1] < 0.7 * losses_of(rows)[0]
     assert all((row["val_bpb"] != "") == (int(row["step"]) % 4 == 0) for row in rows)
     assert [int(row["tokens"]) for row in rows[:2]] == [64, 128]
     assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_groups_of_the_optimizer():
-    """A, the residual scales and the norms are not decayed; Muon gets the hidden matrices and nothing else."""
-    model = Doge(DogeConfig(vocab_size=50, hidden_size=32, intermediate_size=48, is_moe=True, num_experts=16,
-                            num_experts_per_tok=2, tie_word_embeddings=False))  # fmt: skip
-    names = {p: name for name, p in model.named_parameters()}
-    for kind in ("adamw", "muon"):
-        optimizers = train.make_optimizers(model, train.TrainOptions(optimizer=kind), Machine("cpu"))
-        groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
-        assert sorted(names[p] for _, group in groups for p in group["params"]) == sorted(names.values())
-        for optimizer, group in groups:
-            for name in (names[p] for p in group["params"]):
-                plain = name.endswith((".A", "_residual", "norm.weight"))
-                assert group["weight_decay"] == (0.0 if plain else 0.01), name
-                assert group["routed"] == any(word in name for word in ("router", "_embed")), name
-                hidden = any(f"{part}_proj" in name for part in ("q", "k", "v", "o", "gate", "up", "down"))
-                assert isinstance(optimizer, torch.optim.Muon) == (kind == "muon" and hidden), name
 
 
 MOE = ["--is_moe", "--num_experts=16", "--num_experts_per_tok=2"]
 
 
 @pytest.mark.parametrize("extra", [[], ["--optimizer=muon"], [*MOE, "--optimizer=muon"]], ids=["adamw", "muon", "moe"])
-def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(data, tmp_path, monkeypatch, extra):
-    whole = run(data, tmp_path / "whole", *extra)
-    monkeypatch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
-    with pytest.raises(ZeroDivisionError):
-        run(data, tmp_path / "cut", *extra)
-    assert len(read_log(tmp_path / "cut" / "log.csv")) == 6  # two rows more than the checkpoint knows of
-    monkeypatch.undo()
-    train.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
-    assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
-    assert_same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    a, b = (load_training_state(tmp_path / name)["optimizer"] for name in ("cut", "whole"))
-    assert all(torch.equal(a[n][k], b[n][k]) for n in b for k in b[n])
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(data, tmp_path, extra):
+    run(data, tmp_path / "whole", *extra)
+    with stopped_after(6):
+        assert len(run(data, tmp_path / "cut", *extra)) == 6  # two rows more than the checkpoint knows of
+    resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def crash_at(step, function):
-    def crashing(number, *rest):
-        return 1 / 0 if number == step else function(number, *rest)
-
-    return crashing
-
-
-def test_the_same_command_line_starts_a_run_and_goes_on_with_it(data, tmp_path, monkeypatch):
+def test_the_same_command_line_starts_a_run_and_goes_on_with_it(data, whole, tmp_path):
     """What torchrun --max-restarts and job queues do, before the first checkpoint, after it, and after the end."""
-    whole, again = run(data, tmp_path / "whole"), ["--resume_or_start"]
-    for crash in (2, 6):
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(train, "rows_of_step", crash_at(crash, train.rows_of_step))
-            run(data, tmp_path / "cut", *again)
+    cut = tmp_path / "cut"
+    for steps in (2, 6):
+        with stopped_after(steps):
+            run(data, cut, "--resume_or_start")
     for _ in range(2):
-        assert steady(run(data, tmp_path / "cut", *again)) == steady(whole)
-        assert_same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    for resume in ("--resume", "--resume_or_start"):
-        with pytest.raises(ValueError, match=f"--overwrite replaces the run in .*, {resume} goes on with it"):
-            run(data, tmp_path / "cut", "--overwrite", resume)
+        run(data, cut, "--resume_or_start")
+        assert_same_run(cut, whole)
+    for option in ("--resume", "--resume_or_start"):
+        with pytest.raises(ValueError, match=f"--overwrite replaces the run in .*, {option} goes on with it"):
+            run(data, cut, "--overwrite", option)
 
 
-def test_a_run_killed_between_its_checkpoint_and_its_row_loses_no_row(data, tmp_path, monkeypatch):
-    whole = run(data, tmp_path / "whole")
+def test_a_run_killed_between_its_checkpoint_and_its_row_loses_no_row(data, whole, tmp_path, monkeypatch):
     write_row = Run.write_row
-    monkeypatch.setattr("nanodoge.run.Run.write_row", lambda self: 1 / 0 if self.step == 8 else write_row(self))
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Run, "write_row", lambda self: 1 / 0 if self.step == 8 else write_row(self))
         run(data, tmp_path / "cut")
-    monkeypatch.undo()
-    train.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
-    assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
+    resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", whole)
 
 
-def test_accumulation_does_not_change_the_step(data, tmp_path):
-    big, small = (run(data, tmp_path / f"{size}", f"--micro_batch_size={size}") for size in (4, 1))
-    for a, b in zip(big, small, strict=True):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
-
-
-def test_two_processes_go_on_where_one_was_stopped_and_one_where_they_were(data, tmp_path, monkeypatch):
+def test_two_processes_go_on_where_one_was_stopped_and_one_where_they_were(data, tmp_path):
     """On the same rows in the same order, so the losses are those of one; the two divide the weights between them.
     (Two and four from the start, each with all weights: tests/test_sft.py; kills: tests/crash.py.)"""
-    alone = run(data, tmp_path / "one", "--optimizer=muon")
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "rows_of_step", crash_at(6, train.rows_of_step))
-        run(data, tmp_path / "two", "--optimizer=muon")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    torchrun += [f"--out_dir={tmp_path / 'two'}", "--resume", "--shard"]
-    torchrun += ["--max_steps=8", "--decay_steps=0", "--keep_best"]
-    done = subprocess.run(torchrun, capture_output=True, text=True, cwd=HERE, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    alone, two = run(data, tmp_path / "one", "--optimizer=muon"), tmp_path / "two"
+    with stopped_after(6):
+        run(data, two, "--optimizer=muon")
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 train.py".split()]
+    torchrun += [f"--out_dir={two}", *"--resume --shard --max_steps=8 --decay_steps=0 --keep_best".split()]
+    done = subprocess.run(torchrun, capture_output=True, text=True, cwd=HERE, timeout=300)
     assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
-    assert_same_weights(weights(tmp_path / "two" / "best"), weights(tmp_path / "two"))
-    train.main([f"--out_dir={tmp_path / 'two'}", "--resume", "--max_steps=12", "--decay_steps=4", "--shard=false"])
-    for a, b in zip(alone, read_log(tmp_path / "two" / "log.csv"), strict=True):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
-        assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
-        assert a["val_bpb"] == b["val_bpb"] == "" or float(a["val_bpb"]) == pytest.approx(float(b["val_bpb"]), abs=1e-5)
+    assert_same_weights(two / "best", two)
+    rows = resume(two, "--max_steps=12", "--decay_steps=4", "--shard=false")
+    assert_close_logs(alone, rows, ["loss", "val_bpb"], 1e-5)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
-    rows = train.rows_of_step
+def test_ranks_validate_a_moe_model_with_different_numbers_of_batches(data, tmp_path):
+    """A collective in the network's forward pass, such as DDP's broadcast of buffers, would hang."""
+    extra = [*MOE, "--eval_tokens=48", "--micro_batch_size=1", "--max_steps=4", "--decay_steps=1"]  # three sequences
+    alone, out = run(data, tmp_path / "one", *extra), tmp_path / "two"
+    done = command(train.main, [*TINY, f"--data={data}", f"--out_dir={out}", *extra, "--patience=20"], processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_close_logs(alone, log_of(out), ["loss", "val_bpb"], 1e-5)
+
+
+def run_signalled(number, data, out, *options):
+    """A run that gets a signal when its seventh step begins: it ends after that step, with a checkpoint."""
+    rows_of_step = train.rows_of_step
 
     def interrupted(step, *rest):
         if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return rows(step, *rest)
+            os.kill(os.getpid(), number)
+        return rows_of_step(step, *rest)
 
-    monkeypatch.setattr(train, "rows_of_step", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        run(data, tmp_path / "run")
-    assert stop.value.code == 128 + signal.SIGINT
+    with patch.object(train, "rows_of_step", interrupted), pytest.raises(SystemExit) as stop:
+        run(data, out, *options)
+    assert stop.value.code == 128 + number
+    assert load_training_state(out)["step"] == 7
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(data, whole, tmp_path, capsys):
+    run_signalled(signal.SIGINT, data, tmp_path / "run")
     assert "--resume" in capsys.readouterr().out
-    assert load_training_state(tmp_path / "run")["step"] == 7
-    monkeypatch.undo()
-    whole = run(data, tmp_path / "whole")
-    train.main([f"--out_dir={tmp_path / 'run'}", "--resume"])
-    assert steady(read_log(tmp_path / "run" / "log.csv")) == steady(whole)
-    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
 
 
-def test_init_from_the_stable_phase_goes_on_at_the_stable_rate(data, tmp_path):
-    first = run(data, tmp_path / "first")
-    stable = tmp_path / "first" / "stable"
+def test_a_signal_is_obeyed_where_the_loss_is_not_read_in_every_step(data, tmp_path, monkeypatch):
+    """As on a GPU: the run ends after that step with a checkpoint all the same."""
+    enter = Run.__enter__
+    monkeypatch.setattr(Run, "__enter__", lambda self: setattr(self, "reads_every_step", False) or enter(self))
+    rarely = "--log_every=100 --save_every=100 --eval_every=100 --decay_steps=0".split()
+    run_signalled(signal.SIGTERM, data, tmp_path / "run", *rarely)
+
+
+def test_init_from_the_stable_phase_goes_on_at_the_stable_rate(whole, tmp_path):
+    stable = whole / "stable"
     assert load_training_state(stable)["step"] == 8  # the last step before the decay
     other = make_data(tmp_path / "other", seed=7)
     rows = run_from_config(other, tmp_path / "second", f"--init_from={stable}", "--warmup_steps=0")
     assert {float(row["lr"]) for row in rows[:8]} == {3e-3}  # no warm-up
     with_warmup = run_from_config(other, tmp_path / "third", f"--init_from={stable}", "--max_steps=7")
     assert [float(row["lr"]) for row in with_warmup[:3]] == [1.5e-3, 3e-3, 3e-3]  # as TINY asks
-    assert float(rows[0]["loss"]) < float(first[4]["loss"])  # and no fresh start
+    assert losses_of(rows)[0] < losses_of(log_of(whole))[4]  # and no fresh start
     optimizer = load_training_state(tmp_path / "second")["optimizer"]
     assert optimizer["norm.weight"]["step"].item() == 20  # Adam went on counting: 8 + 12
-
-
-def test_dense_to_moe_starts_where_the_dense_model_stood(data, tmp_path):
-    run(data, tmp_path / "dense")
-    stable = tmp_path / "dense" / "stable"
-    moe = [*MOE, f"--init_from={stable}"]
-    rows = run_from_config(data, tmp_path / "moe", *moe, "--moe_warmup_steps=3", "--max_steps=4", "--decay_steps=1")
-    dense = run_from_config(data, tmp_path / "on", f"--init_from={stable}", "--max_steps=4", "--decay_steps=1")
-    assert rows[0]["loss"] == dense[0]["loss"]  # bit for bit
-    run_from_config(data, tmp_path / "short", *moe, "--moe_warmup_steps=3", "--max_steps=3", "--decay_steps=0")
-    before, after = weights(stable), weights(tmp_path / "short")
-    assert all(torch.equal(before[name], after[name]) for name in before)  # three steps moved the experts alone
-    assert after["model.layers.0.mlp.up_embed.weight"].abs().sum() > 0
-    assert json.loads((tmp_path / "moe" / "config.json").read_text())["model_type"] == "nanodoge"
-
-
-def test_a_vocabulary_rounded_up_trains_and_never_writes_an_id_without_a_token(data, tmp_path):
-    run(data, tmp_path / "run", "--vocab_size=320", "--sample_tokens=40")
-    model, tokenizer = load_model(tmp_path / "run")
-    assert model.config.vocab_size == 320 > tokenizer.vocab_size
-
-
-def test_gradient_checkpointing_and_long_rows_change_nothing_else(data, tmp_path):
-    plain = run(data, tmp_path / "plain", "--keep_window_size=5", "--max_steps=6")
-    saving = run(data, tmp_path / "saving", "--keep_window_size=5", "--max_steps=6", "--gradient_checkpointing")
-    for a, b in zip(plain, saving, strict=True):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals: one line, and nothing that was there is touched
-
-
-@pytest.mark.parametrize("options, words", [
-    (["--sequence_length=100000"], "sequence_length=100000 is longer than the data"),
-    (["--batch_tokens=100"], "batch_tokens=100 is not a multiple"),
-    (["--micro_batch_size=3"], "not a multiple"),
-    (["--micro_batch_size=0"], "micro_batch_size=0"),
-    (["--max_steps=0"], "max_steps=0"),
-    (["--warmup_steps=50"], "do not fit into --max_steps"),
-    (["--learning_rate=nan"], "learning_rate=nan"),
-    (["--learning_rate=fast"], "'fast' is not a number"),
-    (["--max_steps=1.5"], "'1.5' is not a whole number"),
-    (["--learning_rat=1"], "did you mean 'learning_rate'"),
-    (["--decay=sudden"], "not one of linear, cosine, 1-sqrt"),
-    (["--vocab_size=20"], "vocab_size=20 is smaller than the"),
-    (["--hidden_size=33"], "hidden_size=33"),
-    (["--data=nowhere"], "nowhere"),
-    (["--init_from=nowhere"], "no checkpoint folder 'nowhere'"),
-    (["--resume"], "no run to go on with"),
-    (["config/nothing.py"], "no config file 'config/nothing.py'"),
-    (["--beta1=1"], "beta1=1"),
-    (["--patience=0"], "patience=0 must be from 1"),
-    (["--moe_warmup_steps=3"], "no experts to train first"),
-    (["--initializer_range=-1"], "initializer_range=-1.0"),
-    (["--seed=100000000000000000000"], "seed: .100000000000000000000. is not a whole number below 2.63"),
-])  # fmt: skip
-def test_bad_options_are_named(data, tmp_path, options, words):
-    with pytest.raises(ValueError, match=words) as error:
-        run(data, tmp_path / "run", *options)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
-
-
-def damage(folder, what):
-    meta = json.loads((folder / "meta.json").read_text())
-    if what == "truncated":
-        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-3])
-    elif what == "empty":
-        (folder / "train.bin").write_bytes(b"")
-        meta["train"]["tokens"] = 0
-    elif what == "one token":
-        (folder / "train.bin").write_bytes(b"\1\0")
-        meta["train"]["tokens"] = 1
-    elif what == "no validation":
-        (folder / "val.bin").write_bytes(b"")
-        meta["val"]["tokens"] = 0
-    elif what == "other tokenizer":
-        meta["tokenizer_sha256"] = "0" * 64
-    elif what == "no tokens":
-        del meta["train"]
-    (folder / "meta.json").write_text("{" if what == "torn meta" else json.dumps(meta))
-
-
-@pytest.mark.parametrize("what, words", [
-    ("truncated", "not written to its end"), ("empty", "longer than the data"), ("one token", "longer than the data"),
-    ("no validation", "too few to validate on"), ("other tokenizer", "sha256 differs"),
-    ("no tokens", "damaged"), ("torn meta", "damaged"),
-])  # fmt: skip
-def test_damaged_data_is_refused(tmp_path, what, words):
-    folder = make_data(tmp_path / "data")
-    damage(folder, what)
-    with pytest.raises(ValueError, match=words):
-        run(folder, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_exists_is_not_overwritten_unasked(data, tmp_path):
-    run(data, tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match="holds a run already"):
-        run(data, tmp_path / "run")
-    with pytest.raises(ValueError, match="seed=1: the run in .* has 233"):
-        train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--seed=1"])
-    other = make_data(tmp_path / "other", vocab_size=290)
-    with pytest.raises(ValueError, match="another tokenizer"):
-        run_from_config(other, tmp_path / "run2", f"--init_from={tmp_path / 'run'}")
-    with pytest.raises(ValueError, match="hidden_size=64: the model of"):
-        run_from_config(data, tmp_path / "run2", f"--init_from={tmp_path / 'run'}", "--hidden_size=64")
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "config.json").write_bytes(before["config.json"])  # a copy that was cut off
-    with pytest.raises(ValueError, match="half holds a run already"):
-        run(data, tmp_path / "half")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
-    (tmp_path / "run" / "mine.txt").write_text("not the run's")
-    run(data, tmp_path / "run", "--overwrite", "--max_steps=6", "--decay_steps=0")
-    assert len(read_log(tmp_path / "run" / "log.csv")) == 6
-    assert (tmp_path / "run" / "mine.txt").exists()
-    assert not (tmp_path / "run" / "stable" / "model.safetensors").exists()  # that of the run that was given up
-
-
-def test_a_run_that_replaces_another_is_never_mixed_with_it(data, tmp_path, monkeypatch):
-    """Killed before its first checkpoint it leaves the old model, with nothing to resume to the new log."""
-    run(data, tmp_path / "run")
-    old = weights(tmp_path / "run")
-    monkeypatch.setattr(train, "rows_of_step", crash_at(3, train.rows_of_step))
-    with pytest.raises(ZeroDivisionError):
-        run(data, tmp_path / "run", "--overwrite", "--seed=1")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="no run to go on with"):
-        train.main([f"--out_dir={tmp_path / 'run'}", "--resume"])
-    assert_same_weights(weights(tmp_path / "run"), old)
-    assert not (tmp_path / "run" / "stable" / "model.safetensors").exists()
-
-
-def test_a_poisoned_weight_is_never_saved(data, tmp_path, monkeypatch):
-    """Not even one that no loss depends on: the embedding of an id that the data has not."""
-    end_step, options = Run.end_step, ["--vocab_size=320", "--tie_word_embeddings=false"]
-
-    def poisoned(self, at=5, **keywords):
-        if self.step == at:
-            self.model.embed_tokens.weight.data[319, 0] = math.nan
-        end_step(self, **keywords)
-
-    monkeypatch.setattr("nanodoge.run.Run.end_step", poisoned)
-    with pytest.raises(ValueError, match="weights nan at step 8: stopped; .* holds the last good checkpoint"):
-        run(data, tmp_path / "run", *options)
-    assert load_training_state(tmp_path / "run")["step"] == 4
-    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
-    monkeypatch.setattr("nanodoge.run.Run.end_step", lambda self, **keywords: poisoned(self, at=1, **keywords))
-    with pytest.raises(ValueError, match="at step 4: stopped; nothing was saved yet"):
-        run(data, tmp_path / "new", *options)
-
-
-def test_the_best_model_is_kept_if_asked(data, tmp_path, monkeypatch):
-    """Though the run was killed after it, and knows of it from its log alone."""
-    losses, count = {4: 3.0, 8: 1.0, 12: 2.0}, iter((4, 8, 12))
-    monkeypatch.setattr(train, "evaluate", lambda *rest: dict(val_loss=losses[next(count)], val_bpb=0.0))
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "rows_of_step", crash_at(9, train.rows_of_step))
-        run(data, tmp_path / "run", "--keep_best")
-    run(data, tmp_path / "run", "--keep_best", "--resume_or_start")
-    assert_same_weights(weights(tmp_path / "run" / "best"), weights(tmp_path / "run" / "stable"))  # of step 8
-    assert not torch.equal(*(weights(tmp_path / "run" / name)["model.norm.weight"] for name in ("", "best")))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
-    real, calls = train.wsd, []
-
-    def broken(step, *rest):
-        calls.append(step)
-        return math.nan if step == 5 else real(step, *rest)
-
-    monkeypatch.setattr(train, "wsd", broken)
-    with pytest.raises(ValueError, match=r"nan.* at step 7: stopped; .* holds the last good checkpoint"):
-        run(data, tmp_path / "run")
-    assert calls[-1] == 6
-    assert load_training_state(tmp_path / "run")["step"] == 4
-    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
-
-
-def test_the_command_line_ends_a_mistake_with_one_line_and_status_2(data, tmp_path):
-    """Here: no permission to write, by the one means that stops root too, a file where a folder is wanted."""
-    (tmp_path / "file").write_text("in the way")
-    done = command(train.main, [*TINY, f"--data={data}", f"--out_dir={tmp_path / 'file' / 'run'}"])
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr
-
-
-def test_an_interrupted_evaluation_costs_no_checkpoint(data, tmp_path, monkeypatch):
-    """Out of memory while validating, the peers' lost nights: the checkpoint of that step is on the disk by then."""
-    evaluate, count = train.evaluate, iter(range(9))
-    monkeypatch.setattr(train, "evaluate", lambda *rest: evaluate(*rest) if next(count) == 0 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(data, tmp_path / "run")
-    assert load_training_state(tmp_path / "run")["step"] == 8
-
-
-@pytest.mark.parametrize("path", sorted((HERE / "config").glob("*.py")), ids=lambda path: path.stem)
-def test_every_recipe_is_valid(path):
-    """And its model has the size that its first lines name."""
-    if path.stem == "smollm_corpus":
-        import prepare_data
-
-        parse_options(prepare_data.PrepareOptions, [f"--config={path}"], positional="sources")
-        return
-    if (stage := path.stem.split("_")[0]) in ("sft", "dpo", "grpo"):
-        [options_class] = [item for item in vars(importlib.import_module(stage)).values() if isinstance(item, type)
-                           and issubclass(item, TuneOptions) and item is not TuneOptions]  # fmt: skip
-        lines = [line.split() for line in path.read_text().splitlines()]
-        sizes = [[], *(flags for flags in lines if flags and flags[0].startswith("--init_from="))]  # of its docstring
-        assert len(sizes) == (1 if "tiny" in path.stem else 4)
-        for flags in sizes:
-            options = parse_options(options_class, [str(path), *flags])
-            model = re.search(r"doge\d+m", options.init_from)
-            assert options.out_dir.endswith(model[0] if model else options.data.rpartition("/")[2])
-        return
-    options = parse_options(train.TrainOptions, [str(path)])
-    size = re.search(r"([\d.,]+)(M) parameters", path.read_text())
-    if "_moe" in path.stem:
-        shape = parse_options(train.TrainOptions, [str(path).replace("_moe", ""), str(path)])
-    else:
-        shape = options
-        assert options.batch_tokens % (options.micro_batch_size * options.sequence_length) == 0
-    if size:
-        fields = {f.name: getattr(shape, f.name) for f in dataclasses.fields(DogeConfig)}
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in Doge(DogeConfig(**fields)).parameters())
-        assert f"{parameters / 1e6:,.1f}" == size[1]
-
-
-@pytest.mark.parametrize("extra", [[], MOE, ["--keep_window_size=5"]], ids=["dense", "moe", "beyond the window"])
-def test_bf16_autocast_learns_like_fp32(data, tmp_path, extra):
-    full, half = (run(data, tmp_path / dtype, f"--dtype={dtype}", *extra) for dtype in ("float32", "bfloat16"))
-    assert float(half[-1]["loss"]) == pytest.approx(float(full[-1]["loss"]), rel=0.01)
-    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bfloat16").values())
-
-
-def test_where_torch_compile_fails_the_run_goes_on_and_says_so(data, tmp_path, monkeypatch, capsys):
-    def broken(*batch):
-        raise RuntimeError("No working C++ compiler found\nand a page of details")
-
-    monkeypatch.setattr(torch, "compile", lambda model: broken)
-    rows = run(data, tmp_path / "run", "--compile=on")
-    assert "eager, since torch.compile failed here: No working C++ compiler found\n" in capsys.readouterr().out
-    assert len(rows) == 12
-
-
-def test_out_of_memory_is_known_before_the_first_step(data, tmp_path, monkeypatch):
-    def full(*rest):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-
-    monkeypatch.setattr(Doge, "forward", full)
-    with pytest.raises(ValueError, match="micro_batch_size=2: out of memory"):
-        run(data, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_init_from_goes_on_with_the_recipe_of_its_checkpoint(data, tmp_path):
@@ -614,23 +373,34 @@ def test_init_from_goes_on_with_the_recipe_of_its_checkpoint(data, tmp_path):
         run_from_config(data, tmp_path / "first", f"--init_from={stable}", "--overwrite")
 
 
-def test_a_resumed_run_may_become_longer(data, tmp_path):
+def test_dense_to_moe_starts_where_the_dense_model_stood(data, whole, tmp_path):
+    stable = whole / "stable"
+    moe = [*MOE, f"--init_from={stable}", "--moe_warmup_steps=3"]
+    rows = run_from_config(data, tmp_path / "moe", *moe, "--max_steps=4", "--decay_steps=1")
+    dense = run_from_config(data, tmp_path / "on", f"--init_from={stable}", "--max_steps=4", "--decay_steps=1")
+    assert rows[0]["loss"] == dense[0]["loss"]  # bit for bit
+    run_from_config(data, tmp_path / "short", *moe, "--max_steps=3", "--decay_steps=0")
+    before, after = weights(stable), weights(tmp_path / "short")
+    assert all(torch.equal(before[name], after[name]) for name in before)  # three steps moved the experts alone
+    assert after["model.layers.0.mlp.up_embed.weight"].abs().sum() > 0
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["model_type"] == "nanodoge"
+
+
+def test_a_resumed_run_may_become_longer(whole, tmp_path):
     """By --max_steps; the config file it was started with, given again, does not change what the run is."""
-    run(data, tmp_path / "run")
-    train.main([str(HERE / "config" / "tiny.py"), f"--out_dir={tmp_path / 'run'}", "--resume"])
-    assert len(read_log(tmp_path / "run" / "log.csv")) == 12
-    train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_steps=14"])
-    assert len(read_log(tmp_path / "run" / "log.csv")) == 14
+    out = shutil.copytree(whole, tmp_path / "run")
+    train.main([str(HERE / "config" / "tiny.py"), f"--out_dir={out}", "--resume"])
+    assert len(log_of(out)) == 12
+    assert len(resume(out, "--max_steps=14")) == 14
 
 
-def test_no_number_ends_at_32_bits(data, tmp_path):
+def test_no_number_ends_at_32_bits(whole, tmp_path):
     """A run that has done more steps and seen more tokens than 32 bits count, on data with more rows and bytes."""
-    run(data, tmp_path / "run")
-    state = load_training_state(tmp_path / "run") | dict(step=2**33, tokens=2**60)
+    state = load_training_state(whole) | dict(step=2**33, tokens=2**60)
     state["row"] |= dict(step=2**33)
-    save_checkpoint(tmp_path / "run", *load_model(tmp_path / "run"), state)
-    train.main([f"--out_dir={tmp_path / 'run'}", "--resume", f"--max_steps={2**33 + 2}"])
-    rows = read_log(tmp_path / "run" / "log.csv")
+    out = shutil.copytree(whole, tmp_path / "run")
+    save_checkpoint(out, *load_model(out), state)
+    rows = resume(out, f"--max_steps={2**33 + 2}")
     assert [int(row["step"]) for row in rows[12:]] == [2**33, 2**33 + 1, 2**33 + 2]
     assert int(rows[-1]["tokens"]) == 2**60 + 128 and 0 < float(rows[-1]["lr"]) < float(rows[-2]["lr"])
     assert sorted(train.rows_of_step(10**12, 20, 20, seed=5)) == list(range(20))
@@ -638,41 +408,250 @@ def test_no_number_ends_at_32_bits(data, tmp_path):
     assert len(set(many)) == 1000 and 2**38 < min(many) + max(many) < 2**41 and max(many) < 2**40
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there a file with a hole takes up its whole length")
-def test_rows_beyond_four_billion_bytes(data, tmp_path):
-    meta, count = json.loads((data / "meta.json").read_text()), 2**32 + 5
-    meta["train"]["tokens"] = count
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with open(tmp_path / "train.bin", "wb") as file:
-        file.seek(2 * count - 10)
-        file.write(np.arange(1, 6, dtype="<u2").tobytes())
-    rows = train.Sequences(tmp_path, "train", 4)
-    tokens, targets = rows.batch([rows.count - 1])
-    assert rows.count == 2**30 + 1 and tokens.tolist() == [[1, 2, 3, 4]] and targets.tolist() == [[2, 3, 4, 5]]
+def test_a_vocabulary_rounded_up_trains_and_never_writes_an_id_without_a_token(data, tmp_path):
+    run(data, tmp_path / "run", "--vocab_size=320", "--sample_tokens=40")
+    model, tokenizer = load_model(tmp_path / "run")
+    assert model.config.vocab_size == 320 > tokenizer.vocab_size
 
 
-def test_a_run_touches_no_other_run(data, tmp_path):
+LESS_MEMORY = {
+    "accumulation": ["--micro_batch_size=4", "--micro_batch_size=1"],
+    "gradient checkpointing": ["--keep_window_size=5", "--keep_window_size=5 --gradient_checkpointing"],
+}
+
+
+@pytest.mark.parametrize("name", LESS_MEMORY)
+def test_less_memory_changes_no_loss(data, tmp_path, name):
+    a, b = (run(data, tmp_path / str(i), *options.split()) for i, options in enumerate(LESS_MEMORY[name]))
+    assert_close_logs(a, b, ["loss"], 1e-5)
+
+
+@pytest.mark.parametrize("extra", [[], MOE, ["--keep_window_size=5"]], ids=["dense", "moe", "beyond the window"])
+def test_bf16_autocast_learns_like_fp32(data, tmp_path, extra):
+    full, half = (run(data, tmp_path / dtype, f"--dtype={dtype}", *extra) for dtype in ("float32", "bfloat16"))
+    assert losses_of(half)[-1] == pytest.approx(losses_of(full)[-1], rel=0.01)
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bfloat16").values())
+
+
+def test_where_torch_compile_fails_the_run_goes_on_and_says_so(data, tmp_path, monkeypatch, capsys):
+    def broken(*batch):
+        raise RuntimeError("No working C++ compiler found\nand a page of details")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    assert len(run(data, tmp_path / "run", "--compile=on")) == 12
+    assert "eager, since torch.compile failed here: No working C++ compiler found\n" in capsys.readouterr().out
+
+
+def test_the_best_model_is_kept_if_asked(data, tmp_path, monkeypatch):
+    """Though the run was killed after it, and knows of it from its log alone."""
+    losses, count, out = {4: 3.0, 8: 1.0, 12: 2.0}, iter((4, 8, 12)), tmp_path / "run"
+    monkeypatch.setattr(train, "evaluate", lambda *rest: dict(val_loss=losses[next(count)], val_bpb=0.0))
+    with stopped_after(9):
+        run(data, out, "--keep_best")
+    run(data, out, "--keep_best", "--resume_or_start")
+    assert_same_weights(out / "best", out / "stable")  # of step 8
+    assert not torch.equal(*(weights(folder)["model.norm.weight"] for folder in (out, out / "best")))
+
+
+# ---- Refusals: one line, and nothing that was there is touched
+
+REFUSED = """
+--sequence_length=100000 | sequence_length=100000 is longer than the data
+--batch_tokens=100 | batch_tokens=100 is not a multiple
+--micro_batch_size=3 | not a multiple
+--micro_batch_size=0 | micro_batch_size=0
+--max_steps=0 | max_steps=0
+--warmup_steps=50 | do not fit into --max_steps
+--learning_rate=nan | learning_rate=nan
+--learning_rate=fast | 'fast' is not a number
+--max_steps=1.5 | '1.5' is not a whole number
+--learning_rat=1 | did you mean 'learning_rate'
+--decay=sudden | not one of linear, cosine, 1-sqrt
+--vocab_size=20 | vocab_size=20 is smaller than the
+--hidden_size=33 | hidden_size=33
+--data=nowhere | nowhere
+--init_from=nowhere | no checkpoint folder 'nowhere'
+--resume | no run to go on with
+config/nothing.py | no config file 'config/nothing.py'
+--beta1=1 | beta1=1
+--patience=0 | patience=0 must be from 1
+--moe_warmup_steps=3 | no experts to train first
+--initializer_range=-1 | initializer_range=-1.0
+--seed=100000000000000000000 | seed: .100000000000000000000. is not a whole number below 2.63
+"""
+
+
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_bad_options_are_named(data, tmp_path, case):
+    assert_refused(functools.partial(run, data), tmp_path / "run", case)
+
+
+DAMAGED = [  # a file, how many of its bytes are left, other entries of meta.json, the error
+    ("train.bin", -3, dict(), "not written to its end"),
+    ("train.bin", 0, dict(train=dict(tokens=0)), "longer than the data"),
+    ("train.bin", 2, dict(train=dict(tokens=1)), "longer than the data"),
+    ("val.bin", 0, dict(val=dict(tokens=0)), "too few to validate on"),
+    ("meta.json", None, dict(tokenizer_sha256="0" * 64), "sha256 differs"),
+    ("meta.json", None, dict(train=None), "damaged"),
+    ("meta.json", 1, dict(), "damaged"),
+]
+
+
+@pytest.mark.parametrize("name, size, changes, words", DAMAGED)
+def test_damaged_data_is_refused(tmp_path, name, size, changes, words):
+    folder = make_data(tmp_path / "data")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+    (folder / name).write_bytes((folder / name).read_bytes()[:size])
+    with pytest.raises(ValueError, match=words):
+        run(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_what_exists_is_not_overwritten_unasked(data, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    before = files_of(out)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_bytes(before["config.json"])  # a copy that was cut off
+    other, new = make_data(tmp_path / "other", vocab_size=290), tmp_path / "new"
+    refused = [
+        ("holds a run already", run, data, out),
+        ("half holds a run already", run, data, tmp_path / "half"),
+        ("seed=1: the run in .* has 233", resume, out, "--seed=1"),
+        ("another tokenizer", run_from_config, other, new, f"--init_from={out}"),
+        ("hidden_size=64: the model of", run_from_config, data, new, f"--init_from={out}", "--hidden_size=64"),
+    ]
+    for words, command_line, *arguments in refused:
+        with pytest.raises(ValueError, match=words):
+            command_line(*arguments)
+    assert files_of(out) == before
+    (out / "mine.txt").write_text("not the run's")
+    assert len(run(data, out, "--overwrite", "--max_steps=6", "--decay_steps=0")) == 6
+    assert (out / "mine.txt").exists()
+    assert not (out / "stable" / "model.safetensors").exists()  # that of the run that was given up
+
+
+def test_a_run_that_replaces_another_is_never_mixed_with_it(data, whole, tmp_path):
+    """Killed before its first checkpoint it leaves the old model, with nothing to resume to the new log."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    with stopped_after(3):
+        run(data, out, "--overwrite", "--seed=1")
+    with pytest.raises(ValueError, match="no run to go on with"):
+        resume(out)
+    assert_same_weights(out, whole)
+    assert not (out / "stable" / "model.safetensors").exists()
+
+
+def test_a_run_touches_no_other_run(data, whole, tmp_path):
     """A run in the folder that holds other runs leaves them alone."""
-    run(data, tmp_path / "out" / "one")
-    before = weights(tmp_path / "out" / "one")
+    one = shutil.copytree(whole, tmp_path / "out" / "one")
     run(data, tmp_path / "out")
-    assert_same_weights(weights(tmp_path / "out" / "one"), before)
-    assert load_training_state(tmp_path / "out" / "one")["step"] == 12
+    assert files_of(one) == files_of(whole)
 
 
-def test_a_signal_is_obeyed_where_the_loss_is_not_read_in_every_step(data, tmp_path, monkeypatch):
-    """As on a GPU: the run ends after that step with a checkpoint all the same."""
-    rows = train.rows_of_step
+def assert_last_good(out):
+    """Asserts that the checkpoint of step 4 is the newest, and finite."""
+    assert load_training_state(out)["step"] == 4
+    assert all(w.isfinite().all() for w in weights(out).values())
 
-    def interrupted(step, *rest):
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return rows(step, *rest)
 
-    monkeypatch.setattr(train, "rows_of_step", interrupted)
-    enter = Run.__enter__
-    monkeypatch.setattr(Run, "__enter__", lambda self: setattr(self, "reads_every_step", False) or enter(self))
-    with pytest.raises(SystemExit) as stop:
-        run(data, tmp_path / "run", "--log_every=100", "--save_every=100", "--eval_every=100", "--decay_steps=0")
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert load_training_state(tmp_path / "run")["step"] == 7
+def test_a_poisoned_weight_is_never_saved(data, tmp_path, monkeypatch):
+    """Not even one that no loss depends on: the embedding of an id that the data has not."""
+    end_step, options = Run.end_step, ["--vocab_size=320", "--tie_word_embeddings=false"]
+
+    def poisoned(self, at=5, **keywords):
+        if self.step == at:
+            self.model.embed_tokens.weight.data[319, 0] = math.nan
+        end_step(self, **keywords)
+
+    monkeypatch.setattr(Run, "end_step", poisoned)
+    with pytest.raises(ValueError, match="weights nan at step 8: stopped; .* holds the last good checkpoint"):
+        run(data, tmp_path / "run", *options)
+    assert_last_good(tmp_path / "run")
+    monkeypatch.setattr(Run, "end_step", lambda self, **keywords: poisoned(self, at=1, **keywords))
+    with pytest.raises(ValueError, match="at step 4: stopped; nothing was saved yet"):
+        run(data, tmp_path / "new", *options)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    real, calls = train.wsd, []
+
+    def broken(step, *rest):
+        calls.append(step)
+        return math.nan if step == 5 else real(step, *rest)
+
+    monkeypatch.setattr(train, "wsd", broken)
+    with pytest.raises(ValueError, match=r"nan.* at step 7: stopped; .* holds the last good checkpoint"):
+        run(data, tmp_path / "run")
+    assert calls[-1] == 6
+    assert_last_good(tmp_path / "run")
+
+
+def test_an_interrupted_evaluation_costs_no_checkpoint(data, tmp_path, monkeypatch):
+    """Out of memory while validating, the peers' lost nights: the checkpoint of that step is on the disk by then."""
+    evaluate, count = train.evaluate, iter(range(9))
+    monkeypatch.setattr(train, "evaluate", lambda *rest: evaluate(*rest) if next(count) == 0 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(data, tmp_path / "run")
+    assert load_training_state(tmp_path / "run")["step"] == 8
+
+
+def test_out_of_memory_is_known_before_the_first_step(data, tmp_path, monkeypatch):
+    def full(*rest):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(Doge, "forward", full)
+    with pytest.raises(ValueError, match="micro_batch_size=2: out of memory"):
+        run(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_ends_a_mistake_with_one_line_and_status_2(data, tmp_path):
+    """Here: no permission to write, by the one means that stops root too, a file where a folder is wanted."""
+    (tmp_path / "file").write_text("in the way")
+    done = command(train.main, [*TINY, f"--data={data}", f"--out_dir={tmp_path / 'file' / 'run'}"])
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and str(tmp_path / "file") in done.stderr
+
+
+# ---- Recipes
+
+RECIPES = {path.stem: path for path in sorted((HERE / "config").glob("*.py"))}
+TUNING = [name for name in RECIPES if name.startswith(("sft", "dpo", "grpo"))]
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_every_tuning_recipe_is_valid_also_for_the_sizes_in_its_docstring(name):
+    stage = name.split("_")[0]
+    options_class = getattr(importlib.import_module(stage), f"{stage.capitalize()}Options")
+    lines = [line.split() for line in RECIPES[name].read_text().splitlines()]
+    sizes = [[], *(flags for flags in lines if flags and flags[0].startswith("--init_from="))]
+    assert len(sizes) == (1 if "tiny" in name else 4)
+    for flags in sizes:
+        options = parse_options(options_class, [str(RECIPES[name]), *flags])
+        model = re.search(r"doge\d+m", options.init_from)
+        assert options.out_dir.endswith(model[0] if model else options.data.rpartition("/")[2])
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in (*TUNING, "smollm_corpus")])
+def test_every_recipe_is_valid_and_its_model_has_the_size_that_it_names(name):
+    path = str(RECIPES[name])
+    options = parse_options(train.TrainOptions, [path])
+    if "_moe" in name:
+        options = parse_options(train.TrainOptions, [path.replace("_moe", ""), path])
+    else:
+        assert options.batch_tokens % (options.micro_batch_size * options.sequence_length) == 0
+    if size := re.search(r"([\d.,]+)(M) parameters", RECIPES[name].read_text()):
+        fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DogeConfig)}
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Doge(DogeConfig(**fields)).parameters())
+        assert f"{parameters / 1e6:,.1f}" == size[1]
+
+
+def test_the_recipe_of_the_corpus_is_valid():
+    argv = [f"--config={RECIPES['smollm_corpus']}"]
+    assert parse_options(prepare_data.PrepareOptions, argv, positional="sources").sources
