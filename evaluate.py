@@ -179,7 +179,7 @@ class HarnessMethods:
 
     def tok_encode(self, string, add_special_tokens=None, **_):
         ids, bos = [], self.coder.bos_id
-        for i, part in enumerate(self.coder.split_special(string)):
+        for i, part in enumerate(self.coder.split[None](string)):
             ids += [self.coder.special_tokens[part]] if i % 2 else self.coder.encode(part)
         return ids if add_special_tokens is False or ids[:1] == [bos] else [bos, *ids]
 
@@ -222,7 +222,7 @@ class HarnessMethods:
             asked.append(Request(prompt, **options, seed=i, stop_ids=[self.coder.eos_id]))
         slots = 4 * self.micro_batch_tokens // max(request.max_length for request in asked)
         Engine(self.model, slots=min(max(slots, 1), len(asked)), tokenizer=self.coder).generate(asked)
-        return ["".join(self.coder.split_special(request.text.text)[::2]) for request in asked]  # no special tokens
+        return ["".join(self.coder.split[None](request.text.text)[::2]) for request in asked]  # no special tokens
 
 
 def harness_model(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int = 2048):

@@ -54,8 +54,8 @@ MUTATIONS = [
     Mutation(
         "router: half of its scores are those of the next token",
         "model.py",
-        "self.router_gate(x).unflatten",
-        "self.router_gate(x.roll(-1, dims=1)).unflatten",
+        "logits = self.router_gate(x).unflatten(-1, (2, self.num_keys)).float()\n        best",
+        "logits = self.router_gate(x.roll(-1, dims=1)).unflatten(-1, (2, self.num_keys)).float()\n        best",
         "test_model.py",
     ),
     Mutation(
