@@ -411,7 +411,7 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
 def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: TrainOptions) -> None:
     """Prints what the model writes after the token that begins every document."""
-    settings = dict(temperature=0.7, top_p=0.95, seed=options.seed, stop_ids=[tokenizer.eos_id])
+    settings = dict(temperature=0.7, top_p=0.95, seed=0, stop_ids=[tokenizer.eos_id])  # the defaults of sample.py
     request = Request([tokenizer.bos_id], options.sample_tokens, **settings)
     with machine.autocast():
         [ids] = Engine(model.eval(), slots=1, vocab_size=tokenizer.vocab_size).generate([request])

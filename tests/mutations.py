@@ -96,8 +96,8 @@ MUTATIONS = [
     Mutation(
         "cache: the new key takes another slot than the weakest",
         "nanodoge/attention.py",
-        "torch.iinfo(torch.long).max).argmin(-1, keepdim=True)",
-        "torch.iinfo(torch.long).max).argmax(-1, keepdim=True)",
+        "masked_fill(~weakest, last).argmin(-1, keepdim=True)",
+        "masked_fill(~weakest, last).argmax(-1, keepdim=True)",
         "test_model.py",
     ),
     Mutation(
