@@ -275,7 +275,8 @@ def announce(
         "device": f"{machine.summary}; {compile_note}",
         "cost": f"{options.max_steps:,} steps, at most about {duration(seconds)}",
     }
-    for label in dict.fromkeys(("options", "model", *lines, "device", "cost")):
+    own = [label for label in lines if label not in common]
+    for label in ["options", "model", *own, "device", "cost"]:
         text = "; ".join(part[label] for part in (common, lines) if label in part)
         machine.print(f"{label:<9} {text}")
 
