@@ -127,7 +127,8 @@ class Run:
         self.tokenizer, self.optimizers, self.evaluate = tokenizer, optimizers, evaluate
         self.flops_per_token, self.peak_flops = flops_per_token, machine.peak_flops()
         self.folder, self.milestones = Path(options.out_dir), milestones or {}
-        self.columns, self.extra_state, self.evaluate_first = [*COLUMNS, *columns], extra_state or {}, evaluate_first
+        self.columns = list(dict.fromkeys([*COLUMNS, *columns]))  # each once
+        self.extra_state, self.evaluate_first = extra_state or {}, evaluate_first
         self.names = {p: name for name, p in model.named_parameters()}
         self.step, self.tokens, self.seconds, self.row = 0, 0, 0.0, None  # step: how many are done
         self.log, self.fresh = None, True  # fresh: nothing saved yet

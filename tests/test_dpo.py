@@ -216,6 +216,8 @@ def test_ties_are_not_won():
 def test_a_run_starts_at_ln_2_without_wins_and_a_rate_of_zero_keeps_it_there(base, data, pairs, tmp_path):
     """And the reference was asked about the pairs that are used, and no others."""
     log = run(base, data, tmp_path / "run", "--learning_rate=0", "--max_steps=3", "--eval_every=1", "--batch_size=5")
+    names = (tmp_path / "run" / "log.csv").read_text().splitlines()[0].split(",")
+    assert len(set(names)) == len(names)  # a column twice would lose one of its values in csv.DictReader
     known = load_training_state(tmp_path / "run")["reference"]["train"].isfinite().all(1)
     used = [i for step in range(3) for i in train.rows_of_step(step, pairs.count, 5, 233)]
     assert known.nonzero()[:, 0].tolist() == sorted(used)
