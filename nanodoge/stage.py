@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -91,6 +91,8 @@ class TuneOptions(RunOptions):
     warmup: Fraction = 0.1  # share of the steps in which the rate rises; then half a cosine down to a tenth of it
     freeze_embeddings: bool = False  # so that words which the data has not are not unlearned
     eval_size: Count = 1000  # conversations, pairs or problems of a validation, always the first ones
+    first: ClassVar[str] = """init_from data out_dir resume epochs max_steps learning_rate batch_size
+        micro_batch_tokens device"""
 
 
 # What a resumed tuning run may change: its cost, and where and how often it reports. The rest makes it another run.

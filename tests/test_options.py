@@ -172,3 +172,11 @@ def test_a_lost_process_is_one_line(capsys, monkeypatch, message):
     with pytest.raises(SystemExit) as stop:
         run_command(failing(RuntimeError(f"[gloo/transport/tcp/{message}")))
     assert stop.value.code == 1 and LOST[message] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["train", "sft", "dpo", "grpo"])
+def test_a_stage_shows_ten_options_first(stage, capsys):
+    with pytest.raises(SystemExit):
+        __import__(stage).main(["--help"])
+    _, first, *_ = capsys.readouterr().out.split("\n\n")
+    assert first.startswith("The options people need first:") and first.count("\n  --") == 10
