@@ -32,7 +32,8 @@ from model import Doge, DogeConfig
 from nanodoge import layouts
 from nanodoge.machine import full_state_dict, shard_like
 from nanodoge.options import one_line
-from nanodoge.tokenizer import PROGRAM_ERRORS, Tokenizer, read_object
+from nanodoge.template import PROGRAM_ERRORS
+from nanodoge.tokenizer import Tokenizer, read_object
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"]

@@ -1,0 +1,222 @@
+"""Chat templates: a conversation as text, and who wrote which part of it.
+
+A chat template is a jinja2 program in the tokenizer's files. It gets the messages and returns one text. Templates are
+written for transformers, so they run here with the settings, filters and functions that transformers gives them.
+
+Two things must be known about every character of the result: may it be part of a special token (only the template
+writes these, not a user), and is it learned (what the assistant writes). The text does not say. So the program runs a
+second time with marks around every text in the messages, which are then read and taken out again: two runs, whatever
+the number of messages. What the assistant writes stands between the template's own `generation` tags, if it has them.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import Any
+
+from jinja2 import TemplateError, nodes, pass_context
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from nanodoge.options import one_line
+from nanodoge.tokenizer_json import refuse_if
+
+ROLES = ("system", "user", "assistant", "tool")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names of an assistant's thought; templates know two
+
+# The Doge tokenizer's chat layout, without the block on today's date that it opens every chat with.
+CHAT_TEMPLATE = """{{- bos_token }}
+{%- if tools %}
+    {{- '<|start_header_id|>system<|end_header_id|>\\n' + tools | tojson + eos_token + '\\n\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}
+            {{- message['content'] | trim }}
+            {%- for call in message['tool_calls'] %}
+                {{- call['function'] | tojson }}
+            {%- endfor %}
+            {{- eos_token }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message['content'] | trim + eos_token }}
+    {%- endif %}
+    {{- '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n' }}
+{%- endif %}
+"""
+
+# What a program from outside (a chat template, a pickle) can raise besides the errors of its own language.
+PROGRAM_ERRORS = ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
+
+
+class Generation(Extension):
+    """The tag {% generation %} ... {% endgeneration %}: writes the `generation_marks` around what is between."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("surround"), [], [], body).set_lineno(line)
+
+    @pass_context
+    def surround(self, context, caller):
+        begin, end = context["generation_marks"]
+        return begin + caller() + end
+
+
+@lru_cache(maxsize=8)
+def compile_template(source: str):
+    """A chat template with the settings and helpers that transformers gives it. It is a program from outside, which the
+    sandbox keeps away from files."""
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    jinja.filters["tojson"] = tojson  # jinja's own escapes <, > and & for HTML
+    jinja.globals["raise_exception"] = raise_exception
+    jinja.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    return jinja.from_string(source)
+
+
+def fix_surrogates(text: str) -> str:
+    """`text` with half characters (lone surrogates, which JSON can contain) replaced by U+FFFD, as tiktoken does."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# ---- Messages
+
+
+def plain_messages(messages: list[dict], template: str) -> list[dict]:
+    """Messages as people send them -> as transformers gives them to this template. Raises ValueError for unusable ones.
+
+    A list of text parts is joined; null counts as missing; content may be missing beside tool calls. A thought
+    (`reasoning_content`) is left to a template that knows the field. For another one it is written between the thought
+    tags, and the content between the solution tags.
+    """
+    refuse_if(not isinstance(messages, list) or not messages, 'messages must be a list like [{"role": ...}], not empty')
+    knows_thoughts, plain = any(name in template for name in REASONING_FIELDS[:2]), []
+    for i, given in enumerate(messages):
+        message = {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else {}
+        content, calls = message.pop("content", None), message.pop("tool_calls", [])
+        thought = next((message.pop(name) for name in REASONING_FIELDS if name in message), "")
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        wrong = not isinstance(content, str) and (content is not None or not calls) or not isinstance(calls, list)
+        if wrong or message.get("role") not in ROLES or not isinstance(thought, str):
+            valid = f'like {{"role": "user", "content": "Hi"}}, with one of the roles {", ".join(ROLES)}'
+            raise ValueError(f"message {i} must be {valid}, not {given!r:.200}")
+        if knows_thoughts and thought:
+            message |= dict.fromkeys(REASONING_FIELDS[:2], thought)
+        elif thought.strip() and "<|begin_of_thought|>" not in (content or ""):
+            answer = f"\n\n<|begin_of_solution|>\n{content.strip()}\n<|end_of_solution|>" if content else ""
+            content = f"<|begin_of_thought|>\n{thought.strip()}\n<|end_of_thought|>{answer}"
+        message |= {"content": content} if content is not None else {}
+        plain.append(message | ({"tool_calls": list(map(plain_call, calls))} if calls else {}))
+    return plain
+
+
+def plain_call(call: Any) -> Any:
+    """A tool call whose arguments are an object, as templates expect it; APIs and data sets hold them as JSON too."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    with suppress(ValueError, RecursionError, TypeError):
+        function = function | {"arguments": dict(json.loads(function.get("arguments")))}
+    return {"type": "function", **(call if "function" in call else {}), "function": function}
+
+
+def change_texts(value: Any, change: Callable[[str], str], is_name: bool = False) -> Any:
+    """`value` with every text in it changed, but for names: keys, roles and types, which templates compare."""
+    if isinstance(value, dict):
+        return {change_texts(k, change, True): change_texts(v, change, k in ("role", "type")) for k, v in value.items()}
+    if isinstance(value, list):
+        return [change_texts(part, change) for part in value]
+    return change(value) if isinstance(value, str) and not (is_name and value.isidentifier()) else value
+
+
+# ---- Who wrote what
+
+
+def written_parts(
+    template: str, messages: list[dict], tools: list[dict] | None, split: Callable[[str], list[str]], **values: Any
+) -> Iterator[tuple[str, str | None, bool]]:
+    """Yields the conversation in parts: (text, role of who wrote it, None for the template, is it learned). Raises
+    ValueError for messages and templates that cannot be used, and for a template that hides who wrote what.
+
+    split: splits a text at the special tokens, [text, token, text, ...]. values: what else the template is given.
+    """
+    messages = plain_messages(messages, template)
+    roles = [message["role"] for message in messages] + ["tool"]  # the last one wrote `tools`
+
+    def run(change: Callable[[int, str], str], marks: tuple[str, str] = ("", ""), **other: Any) -> str:
+        try:
+            *filled, schemas = (change_texts(x, partial(change, i)) for i, x in enumerate([*messages, tools or None]))
+            given = values | dict(messages=filled, tools=schemas, documents=None, generation_marks=marks) | other
+            return fix_surrogates(compile_template(template).render(given))
+        except (TemplateError, *PROGRAM_ERRORS) as error:
+            raise ValueError(f"the chat template cannot be used: {one_line(error)}") from None
+
+    def unchanged(i: int, text: str) -> str:
+        return text
+
+    def mark(i: int, text: str) -> str:
+        """Marks around a text, inside the blanks at its ends, which many templates trim. An empty text has none (a
+        template may ask whether there is one), unless it is an answer: its turn ends there."""
+        said, is_answer = text.strip(), roles[i] == "assistant" and len(messages[i]) == 2
+        start = len(text) - len(text.lstrip())
+        marks = f"{text[:start]}{sign}{i}{sign}{said}{sign}{sign}{text[start + len(said) :]}"
+        return marks if text or is_answer else text
+
+    text = run(unchanged)
+    used = set(text)
+    sign = next(letter for letter in map(chr, range(0xF0000, 0x110000)) if letter not in used)  # of no alphabet
+    text_or_mark = re.split(f"{sign}([0-9<>]*){sign}", run(mark, (f"{sign}<{sign}", f"{sign}>{sign}")))
+    refuse_if("".join(text_or_mark[::2]) != text, "the chat template rewrites the messages: who wrote what is lost")
+    parts, owner, is_tagged = [(text_or_mark[0], None, False)], None, False
+    for found, part in zip(text_or_mark[1::2], text_or_mark[2::2], strict=True):
+        if found in ("<", ">"):
+            is_tagged = found == "<"
+        else:
+            refuse_if((owner is None) != bool(found), "the chat template cuts the messages: who wrote what is lost")
+            owner = int(found) if found else None
+        parts.append((part, owner, is_tagged))
+    if "<" in text_or_mark[1::2]:
+        yield from ((part, None if owner is None else roles[owner], learned) for part, owner, learned in parts)
+        return
+    prompt = ""
+    if any(len(message) > 2 for message in messages):  # more than role and content
+        other = run(unchanged, add_generation_prompt=not values["add_generation_prompt"])
+        prompt = max(text, other, key=len).removeprefix(min(text, other, key=len))
+    yield from turns(parts, roles, prompt, split)
+
+
+def turns(
+    parts: list[tuple], roles: list[str], prompt: str, split: Callable[[str], list[str]]
+) -> Iterator[tuple[str, str | None, bool]]:
+    """What written_parts yields, for a template without generation tags: an answer goes from its first text, or from
+    the end of the generation `prompt` in what the template writes before it, to the next special token after it."""
+    assistants = [None if owner is None or roles[owner] != "assistant" else owner for _, owner, _ in parts]
+    for k, (part, owner, _) in enumerate(parts):
+        before, after = ([None, *assistants, None][i] for i in (k, k + 2))
+        if owner is not None:
+            yield part, roles[owner], assistants[k] is not None
+        elif before == after:  # between two texts of one answer, or of none
+            yield part, None, before is not None
+        else:
+            end = "".join(split(part)[:2]) if before is not None and len(split(part)) > 1 else ""
+            rest = part[len(end) :]
+            begin = rest.rpartition(prompt)[2] if after is not None and prompt and prompt in rest else ""
+            yield from ((end, None, True), (rest[: len(rest) - len(begin)], None, False), (begin, None, True))
