@@ -24,6 +24,7 @@ disk a vocabulary is one `tokenizer.json` in Hugging Face's format (tokenizer_js
 """
 
 import codecs
+import functools
 import hashlib
 import heapq
 import json
@@ -120,8 +121,9 @@ class EncodingPerThread(threading.local):
     uses it, and if several share one encoder, they take 1.4 to 1.9 times as long."""
 
     def __init__(self, vocabulary: Vocabulary):
-        ranks, special, pattern = self.vocabulary = vocabulary
-        self.encoding = tiktoken.Encoding("doge", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        ranks, special, pattern, words = self.vocabulary = vocabulary
+        names = special | words
+        self.encoding = tiktoken.Encoding("doge", pat_str=pattern, mergeable_ranks=ranks, special_tokens=names)
 
     def __reduce__(self):  # so that a tokenizer can be pickled, for worker processes
         return EncodingPerThread, (self.vocabulary,)
@@ -131,7 +133,7 @@ class Tokenizer:
     """A vocabulary and how to use it. Made by `train_bpe` or `Tokenizer.load`.
 
     vocab_size: the largest id + 1. bos_id, eos_id, pad_id: ids. special_tokens: text -> id. chat_template: jinja2 text,
-    or "" for a vocabulary without a chat. digest: sha256 of its tokenizer.json, by which data and checkpoints know it.
+    or "" for a vocabulary without a chat. digest: by which data and checkpoints know it.
     """
 
     def __init__(self, vocabulary: Vocabulary, config: dict | None = None, data: bytes | None = None):
@@ -177,10 +179,15 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {one_line(error)}") from None
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write tokenizer.json and tokenizer_config.json, for `Tokenizer.load` and transformers' AutoTokenizer."""
-        template = {"chat_template": self.chat_template} if self.chat_template else {}
-        config = json.dumps({**self.config, **self.names, **template}, ensure_ascii=False, indent=2)
+    def save(self, folder: str | os.PathLike, max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, for `Tokenizer.load` and transformers' AutoTokenizer.
+
+        There padding goes on the left, since a text is continued at its right end. max_length: of the model.
+        """
+        more = {"chat_template": self.chat_template} if self.chat_template else {}
+        more |= {"model_max_length": max_length} if max_length else {}
+        config = {"padding_side": "left", **self.config, **self.names, **more}
+        config = json.dumps(config, ensure_ascii=False, indent=2)
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer") as temporary:
             for name, data in (("tokenizer_config.json", config.encode()), ("tokenizer.json", self.to_json())):
@@ -192,18 +199,24 @@ class Tokenizer:
         self.data = self.data or tokenizer_json.write_tokenizer_json(self.vocabulary, self.names["bos_token"])
         return self.data
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        return hashlib.sha256(self.to_json()).hexdigest()
+        """sha256 of what decides the ids of a document: the same for every file with this meaning."""
+        ranks, special, pattern, words = self.vocabulary
+        tables = {token.hex(): i for token, i in ranks.items()}, special, words
+        tables = [sorted(table.items(), key=itemgetter(1)) for table in tables]
+        return hashlib.sha256(json.dumps([tables, pattern, self.bos_id, self.eos_id]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The ids of ordinary text: no BOS, no EOS, and special tokens written in it are just characters."""
-        return [i for part in split_long_whitespace(text) for i in self.local.encoding.encode_ordinary(part)]
+        choices = dict(allowed_special={*self.vocabulary.words}, disallowed_special=())
+        return [i for part in split_long_whitespace(text) for i in self.local.encoding.encode(part, **choices)]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """`encode` as a uint32 array: a ninth of a list's memory, and threads run in parallel, without the GIL."""
         encode, parts = self.local.encoding.encode_to_numpy, split_long_whitespace(fix_surrogates(text))
-        return np.concatenate([encode(part, disallowed_special=()) for part in parts])
+        choices = dict(allowed_special={*self.vocabulary.words}, disallowed_special=())
+        return np.concatenate([encode(part, **choices) for part in parts])
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id; they may be half a character. Raises ValueError for an id that is not there."""
