@@ -96,13 +96,10 @@ def fix_surrogates(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# ---- Messages
-
-
 def plain_messages(messages: list[dict], template: str) -> list[dict]:
     """Messages as people send them -> as transformers gives them to this template. Raises ValueError for unusable ones.
 
-    A list of text parts is joined; null counts as missing; content may be missing beside tool calls. A thought
+    A list of text parts is joined. Null counts as missing, which content may be beside tool calls. A thought
     (`reasoning_content`) is left to a template that knows the field. For another one it is written between the thought
     tags, and the content between the solution tags.
     """
@@ -110,32 +107,30 @@ def plain_messages(messages: list[dict], template: str) -> list[dict]:
     knows_thoughts, plain = any(name in template for name in REASONING_FIELDS[:2]), []
     for i, given in enumerate(messages):
         message = {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else {}
-        content, calls = message.pop("content", None), message.pop("tool_calls", [])
+        calls = message.pop("tool_calls", [])
         thought = next((message.pop(name) for name in REASONING_FIELDS if name in message), "")
+        content = message.get("content", "" if calls else None)
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             content = "".join(part["text"] for part in content)
-        wrong = not isinstance(content, str) and (content is not None or not calls) or not isinstance(calls, list)
-        if wrong or message.get("role") not in ROLES or not isinstance(thought, str):
+        right = isinstance(content, str) and isinstance(thought, str) and message.get("role") in ROLES
+        if not right or not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             valid = f'like {{"role": "user", "content": "Hi"}}, with one of the roles {", ".join(ROLES)}'
             raise ValueError(f"message {i} must be {valid}, not {given!r:.200}")
-        if knows_thoughts and thought:
-            message |= dict.fromkeys(REASONING_FIELDS[:2], thought)
-        elif thought.strip() and "<|begin_of_thought|>" not in (content or ""):
-            answer = f"\n\n<|begin_of_solution|>\n{content.strip()}\n<|end_of_solution|>" if content else ""
-            content = f"<|begin_of_thought|>\n{thought.strip()}\n<|end_of_thought|>{answer}"
-        message |= {"content": content} if content is not None else {}
-        plain.append(message | ({"tool_calls": list(map(plain_call, calls))} if calls else {}))
+        if thought.strip() and not knows_thoughts and "<|begin_of_thought|>" not in content:
+            content = content and f"\n\n<|begin_of_solution|>\n{content.strip()}\n<|end_of_solution|>"
+            content = f"<|begin_of_thought|>\n{thought.strip()}\n<|end_of_thought|>{content}"
+        message |= dict.fromkeys(REASONING_FIELDS[:2], thought) if thought and knows_thoughts else {}
+        message |= {"tool_calls": list(map(plain_call, calls))} if calls else {}
+        plain.append(message | {"content": content})
     return plain
 
 
-def plain_call(call: Any) -> Any:
-    """A tool call whose arguments are an object, as templates expect it; APIs and data sets hold them as JSON too."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return call
-    with suppress(ValueError, RecursionError, TypeError):
+def plain_call(call: dict) -> dict:
+    """A tool call whose arguments are an object, as templates expect them; APIs and data sets often hold its JSON."""
+    function = call.get("function", call)
+    with suppress(ValueError, TypeError, RecursionError):
         function = function | {"arguments": dict(json.loads(function.get("arguments")))}
-    return {"type": "function", **(call if "function" in call else {}), "function": function}
+    return {"type": "function", **call, "function": function}
 
 
 def change_texts(value: Any, change: Callable[[str], str], is_name: bool = False) -> Any:
@@ -145,9 +140,6 @@ def change_texts(value: Any, change: Callable[[str], str], is_name: bool = False
     if isinstance(value, list):
         return [change_texts(part, change) for part in value]
     return change(value) if isinstance(value, str) and not (is_name and value.isidentifier()) else value
-
-
-# ---- Who wrote what
 
 
 def written_parts(
@@ -161,62 +153,47 @@ def written_parts(
     messages = plain_messages(messages, template)
     roles = [message["role"] for message in messages] + ["tool"]  # the last one wrote `tools`
 
-    def run(change: Callable[[int, str], str], marks: tuple[str, str] = ("", ""), **other: Any) -> str:
+    def run(change: Callable[[int, str], str], tags: tuple[str, str] = ("", ""), **other: Any) -> str:
         try:
             *filled, schemas = (change_texts(x, partial(change, i)) for i, x in enumerate([*messages, tools or None]))
-            given = values | dict(messages=filled, tools=schemas, documents=None, generation_marks=marks) | other
+            given = values | dict(messages=filled, tools=schemas, documents=None, generation_marks=tags) | other
             return fix_surrogates(compile_template(template).render(given))
         except (TemplateError, *PROGRAM_ERRORS) as error:
             raise ValueError(f"the chat template cannot be used: {one_line(error)}") from None
 
-    def unchanged(i: int, text: str) -> str:
-        return text
-
     def mark(i: int, text: str) -> str:
         """Marks around a text, inside the blanks at its ends, which many templates trim. An empty text has none (a
         template may ask whether there is one), unless it is an answer: its turn ends there."""
-        said, is_answer = text.strip(), roles[i] == "assistant" and len(messages[i]) == 2
-        start = len(text) - len(text.lstrip())
+        said, start = text.strip(), len(text) - len(text.lstrip())
         marks = f"{text[:start]}{sign}{i}{sign}{said}{sign}{sign}{text[start + len(said) :]}"
-        return marks if text or is_answer else text
+        return marks if text or roles[i] == "assistant" and len(messages[i]) == 2 else text
 
-    text = run(unchanged)
+    text = run(lambda i, text: text)
     used = set(text)
     sign = next(letter for letter in map(chr, range(0xF0000, 0x110000)) if letter not in used)  # of no alphabet
-    text_or_mark = re.split(f"{sign}([0-9<>]*){sign}", run(mark, (f"{sign}<{sign}", f"{sign}>{sign}")))
-    refuse_if("".join(text_or_mark[::2]) != text, "the chat template rewrites the messages: who wrote what is lost")
-    parts, owner, is_tagged = [(text_or_mark[0], None, False)], None, False
-    for found, part in zip(text_or_mark[1::2], text_or_mark[2::2], strict=True):
-        if found in ("<", ">"):
-            is_tagged = found == "<"
-        else:
-            refuse_if((owner is None) != bool(found), "the chat template cuts the messages: who wrote what is lost")
-            owner = int(found) if found else None
-        parts.append((part, owner, is_tagged))
-    if "<" in text_or_mark[1::2]:
-        yield from ((part, None if owner is None else roles[owner], learned) for part, owner, learned in parts)
+    literal, *rest = re.split(f"{sign}([0-9<>]*){sign}", run(mark, (f"{sign}<{sign}", f"{sign}>{sign}")))
+    marks, texts = ["", *rest[::2]], [literal, *rest[1::2]]
+    refuse_if("".join(texts) != text, "the chat template rewrites the messages: who wrote what is lost")
+    whose = [mark for mark in marks if mark not in ("<", ">")]  # "", number, "", number, ..., ""
+    refuse_if(any(bool(mark) != k % 2 for k, mark in enumerate(whose)), "the chat template cuts the messages in two")
+    if "<" in marks:
+        role, learned = None, False
+        for mark, text in zip(marks, texts, strict=True):
+            learned = mark == "<" if mark in ("<", ">") else learned
+            role = role if mark in ("<", ">") else roles[int(mark)] if mark else None
+            yield text, role, learned
         return
     prompt = ""
-    if any(len(message) > 2 for message in messages):  # more than role and content
-        other = run(unchanged, add_generation_prompt=not values["add_generation_prompt"])
+    if any(len(message) > 2 for message in messages):  # an answer may begin before its first text: {"name": "lamp", ...
+        other = run(lambda i, text: text, add_generation_prompt=not values["add_generation_prompt"])
         prompt = max(text, other, key=len).removeprefix(min(text, other, key=len))
-    yield from turns(parts, roles, prompt, split)
-
-
-def turns(
-    parts: list[tuple], roles: list[str], prompt: str, split: Callable[[str], list[str]]
-) -> Iterator[tuple[str, str | None, bool]]:
-    """What written_parts yields, for a template without generation tags: an answer goes from its first text, or from
-    the end of the generation `prompt` in what the template writes before it, to the next special token after it."""
-    assistants = [None if owner is None or roles[owner] != "assistant" else owner for _, owner, _ in parts]
-    for k, (part, owner, _) in enumerate(parts):
-        before, after = ([None, *assistants, None][i] for i in (k, k + 2))
-        if owner is not None:
-            yield part, roles[owner], assistants[k] is not None
+    answers = [None, *(mark if mark and roles[int(mark)] == "assistant" else None for mark in marks), None]
+    for mark, text, before, after in zip(marks, texts, answers, answers[2:], strict=False):
+        if mark:
+            yield text, roles[int(mark)], roles[int(mark)] == "assistant"
         elif before == after:  # between two texts of one answer, or of none
-            yield part, None, before is not None
-        else:
-            end = "".join(split(part)[:2]) if before is not None and len(split(part)) > 1 else ""
-            rest = part[len(end) :]
-            begin = rest.rpartition(prompt)[2] if after is not None and prompt and prompt in rest else ""
-            yield from ((end, None, True), (rest[: len(rest) - len(begin)], None, False), (begin, None, True))
+            yield text, None, before is not None
+        else:  # up to the token that ends an answer; from the end of the generation prompt
+            end = "".join(split(text)[:2]) if before and len(split(text)) > 1 else ""
+            begin = text[len(end) :].rpartition(prompt)[2] if after and prompt in text[len(end) :] and prompt else ""
+            yield from ((end, None, True), (text[len(end) : len(text) - len(begin)], None, False), (begin, None, True))

@@ -127,8 +127,8 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
         added, vocab = document["added_tokens"], model["vocab"]
         names = {token["content"]: token["id"] for token in added}
         refuse_if(not all(type(text) is str and text for text in names), "an added token is empty or no text")
-        words = {token["content"]: token["id"] for token in added if not token["special"]}
-        check_words(added if words else [], vocab)
+        words = {token["content"]: token["id"] for token in added if not token.get("special", True)}
+        check_words(added if words else [], words, vocab)
         greedy = [token["content"] for token in added if any(map(token.get, ("lstrip", "rstrip", "single_word")))]
         refuse_if(greedy, f"its added tokens {greedy[:3]} include the blanks around them, or are found as words only")
         ranks = {bytes_of(text): i for text, i in vocab.items() if text not in names or text in words}
@@ -146,22 +146,22 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
     return Vocabulary(ranks, special_tokens, pattern, words)
 
 
-def check_words(added: list[dict], vocab: dict[str, int]) -> None:
-    """Raises ValueError for an added token, not special, that tiktoken and Hugging Face's library treat differently.
+def check_words(added: list[dict], words: dict[str, int], vocab: dict[str, int]) -> None:
+    """Raises ValueError for added tokens, if some are `words`, that tiktoken and the library treat differently.
 
-    Where two overlap in a text, the library takes the first and longest, tiktoken any of them. And the library numbers
-    those that are not in the vocabulary itself, in the order of the file.
+    They choose otherwise where two overlap in a text, and the library numbers those beyond the vocabulary itself.
     """
     names, top = [token["content"] for token in added], len(vocab) - 1
-    begins = {name[:n] for name in names for n in range(1, len(name))}
+
+    def overlap(a: str, b: str) -> bool:
+        return a in b or any(b.startswith(a[n:]) for n in range(1, len(a)))
+
     for name, token in zip(names, added, strict=True):
-        refuse_if(
-            name not in vocab and token["id"] != top + 1, f"its added token {name!r} should have the id {top + 1}"
-        )
+        renumbered = name not in vocab and token["id"] != top + 1
+        refuse_if(renumbered, f"its added token {name!r} has the id {token['id']}, which should be {top + 1}")
         top = max(top, token["id"])
-        shared = any(name[n:] in begins for n in range(len(name))) or any(a in name for a in names if a != name)
-        overlaps = f"its added token {name!r}, which is not special, overlaps with another one"
-        refuse_if(shared and not token["special"], overlaps)
+        shared = [a for a in names if a != name and (overlap(a, name) or overlap(name, a))] if name in words else []
+        refuse_if(shared, f"its added token {name!r}, which is not special, overlaps with {shared[:1]}")
 
 
 def bytes_of(text: str) -> bytes:
