@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
-from jinja2 import TemplateError, nodes, pass_context
+from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -57,19 +57,15 @@ PROGRAM_ERRORS = ArithmeticError, AttributeError, LookupError, MemoryError, Recu
 
 
 class Generation(Extension):
-    """The tag {% generation %} ... {% endgeneration %}: writes the `generation_marks` around what is between."""
+    """The tag {% generation %} ... {% endgeneration %}: two marks, around what the assistant writes."""
 
     tags = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("surround"), [], [], body).set_lineno(line)
-
-    @pass_context
-    def surround(self, context, caller):
-        begin, end = context["generation_marks"]
-        return begin + caller() + end
+        marks = (nodes.Output([nodes.Name(name, "load")]) for name in ("generation_begin", "generation_end"))
+        return nodes.Scope([next(marks), *body, next(marks)], lineno=line)
 
 
 @lru_cache(maxsize=8)
@@ -80,14 +76,11 @@ def compile_template(source: str):
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
     extensions = [Generation, "jinja2.ext.loopcontrols"]
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    jinja.filters["tojson"] = tojson  # jinja's own escapes <, > and & for HTML
-    jinja.globals["raise_exception"] = raise_exception
-    jinja.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes <, > and & for HTML
+    now = datetime.datetime.now
+    jinja.globals |= dict(raise_exception=raise_exception, strftime_now=lambda format: now().strftime(format))
     return jinja.from_string(source)
 
 
@@ -153,10 +146,11 @@ def written_parts(
     messages = plain_messages(messages, template)
     roles = [message["role"] for message in messages] + ["tool"]  # the last one wrote `tools`
 
-    def run(change: Callable[[int, str], str], tags: tuple[str, str] = ("", ""), **other: Any) -> str:
+    def run(change: Callable[[int, str], str], begin: str = "", end: str = "", **other: Any) -> str:
         try:
             *filled, schemas = (change_texts(x, partial(change, i)) for i, x in enumerate([*messages, tools or None]))
-            given = values | dict(messages=filled, tools=schemas, documents=None, generation_marks=tags) | other
+            given = values | dict(messages=filled, tools=schemas, documents=None) | other
+            given |= dict(generation_begin=begin, generation_end=end)
             return fix_surrogates(compile_template(template).render(given))
         except (TemplateError, *PROGRAM_ERRORS) as error:
             raise ValueError(f"the chat template cannot be used: {one_line(error)}") from None
@@ -171,7 +165,7 @@ def written_parts(
     text = run(lambda i, text: text)
     used = set(text)
     sign = next(letter for letter in map(chr, range(0xF0000, 0x110000)) if letter not in used)  # of no alphabet
-    literal, *rest = re.split(f"{sign}([0-9<>]*){sign}", run(mark, (f"{sign}<{sign}", f"{sign}>{sign}")))
+    literal, *rest = re.split(f"{sign}([0-9<>]*){sign}", run(mark, f"{sign}<{sign}", f"{sign}>{sign}"))
     marks, texts = ["", *rest[::2]], [literal, *rest[1::2]]
     refuse_if("".join(texts) != text, "the chat template rewrites the messages: who wrote what is lost")
     whose = [mark for mark in marks if mark not in ("<", ">")]  # "", number, "", number, ..., ""
@@ -179,8 +173,10 @@ def written_parts(
     if "<" in marks:
         role, learned = None, False
         for mark, text in zip(marks, texts, strict=True):
-            learned = mark == "<" if mark in ("<", ">") else learned
-            role = role if mark in ("<", ">") else roles[int(mark)] if mark else None
+            if mark in ("<", ">"):
+                learned = mark == "<"
+            else:
+                role = roles[int(mark)] if mark else None
             yield text, role, learned
         return
     prompt = ""

@@ -60,7 +60,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(small, folder):
 
 
 def test_data_of_older_commits_and_tokenizers_saved_again_fit(tmp_path):
-    """Older data folders name the bytes of their tokenizer.json, and their chat template has no generation tags."""
+    """Older data folders name the bytes of their tokenizer.json."""
     make_data(tmp_path / "data")
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
     AutoTokenizer.from_pretrained(tmp_path / "data").save_pretrained(tmp_path / "again")
