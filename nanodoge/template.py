@@ -121,7 +121,7 @@ def plain_messages(messages: list[dict], template: str) -> list[dict]:
 def plain_call(call: dict) -> dict:
     """A tool call whose arguments are an object, as templates expect them; APIs and data sets often hold its JSON."""
     function = call.get("function", call)
-    with suppress(ValueError, TypeError, RecursionError):
+    with suppress(*PROGRAM_ERRORS):
         function = function | {"arguments": dict(json.loads(function.get("arguments")))}
     return {"type": "function", **call, "function": function}
 
@@ -168,28 +168,39 @@ def written_parts(
     literal, *rest = re.split(f"{sign}([0-9<>]*){sign}", run(mark, f"{sign}<{sign}", f"{sign}>{sign}"))
     marks, texts = ["", *rest[::2]], [literal, *rest[1::2]]
     refuse_if("".join(texts) != text, "the chat template rewrites the messages: who wrote what is lost")
-    whose = [mark for mark in marks if mark not in ("<", ">")]  # "", number, "", number, ..., ""
-    refuse_if(any(bool(mark) != k % 2 for k, mark in enumerate(whose)), "the chat template cuts the messages in two")
-    if "<" in marks:
-        role, learned = None, False
-        for mark, text in zip(marks, texts, strict=True):
-            if mark in ("<", ">"):
-                learned = mark == "<"
-            else:
-                role = roles[int(mark)] if mark else None
-            yield text, role, learned
+    whose = [found for found in marks if found not in ("<", ">")]  # "", number, "", number, ..., ""
+    refuse_if(any(bool(found) != k % 2 for k, found in enumerate(whose)), "the chat template cuts the messages in two")
+    if "<" not in marks:
+        prompt = ""
+        if any(len(message) > 2 for message in messages):  # a call begins before its first text: {"name": "lamp", ...
+            other = run(lambda i, text: text, add_generation_prompt=not values["add_generation_prompt"])
+            prompt = max(text, other, key=len).removeprefix(min(text, other, key=len))
+        yield from answers(marks, texts, roles, prompt, split)
         return
-    prompt = ""
-    if any(len(message) > 2 for message in messages):  # an answer may begin before its first text: {"name": "lamp", ...
-        other = run(lambda i, text: text, add_generation_prompt=not values["add_generation_prompt"])
-        prompt = max(text, other, key=len).removeprefix(min(text, other, key=len))
-    answers = [None, *(mark if mark and roles[int(mark)] == "assistant" else None for mark in marks), None]
-    for mark, text, before, after in zip(marks, texts, answers, answers[2:], strict=False):
+    role, learned = None, False
+    for found, part in zip(marks, texts, strict=True):
+        if found in ("<", ">"):
+            learned = found == "<"
+        else:
+            role = roles[int(found)] if found else None
+        yield part, role, learned
+
+
+def answers(
+    marks: list[str], texts: list[str], roles: list[str], prompt: str, split: Callable[[str], list[str]]
+) -> Iterator[tuple[str, str | None, bool]]:
+    """The parts for a template without generation tags: learned is what the assistant says, what the template writes
+    between two texts of one message, the special token after the last, and what follows the generation prompt before
+    the first. marks: of each text the number of its message, or ""."""
+    speaks = [None, *(mark if mark and roles[int(mark)] == "assistant" else None for mark in marks), None]
+    for mark, text, before, after in zip(marks, texts, speaks, speaks[2:], strict=False):
         if mark:
             yield text, roles[int(mark)], roles[int(mark)] == "assistant"
-        elif before == after:  # between two texts of one answer, or of none
+            continue
+        if before == after:
             yield text, None, before is not None
-        else:  # up to the token that ends an answer; from the end of the generation prompt
-            end = "".join(split(text)[:2]) if before and len(split(text)) > 1 else ""
-            begin = text[len(end) :].rpartition(prompt)[2] if after and prompt in text[len(end) :] and prompt else ""
-            yield from ((end, None, True), (text[len(end) : len(text) - len(begin)], None, False), (begin, None, True))
+            continue
+        end = "".join(split(text)[:2]) if before and len(split(text)) > 1 else ""
+        rest = text[len(end) :]
+        begin = rest.rpartition(prompt)[2] if after and prompt and prompt in rest else ""
+        yield from ((end, None, True), (rest[: len(rest) - len(begin)], None, False), (begin, None, True))
