@@ -532,7 +532,7 @@ def test_the_config_beside_it(folder, tmp_path):
     several = [{"name": "default", "template": "x"}]
     refused(lambda: with_config(chat_template=several), "tokenizer_config.json", "chat templates")
     assert with_config(eos_token={"content": "<|end_of_thought|>"}).eos_id == 6
-    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
+    (tmp_path / "chat_template.jinja").write_text("\ufeff{{ bos_token }}{{ messages[0]['content'] }}", encoding="utf-8")
     assert Tokenizer.load(tmp_path).render([user("x")])[0][0] == 0
 
 
