@@ -7,7 +7,8 @@
 No stage needs this step: each takes a name on the hub, or a folder in any published layout (nanodoge/layouts.py), and
 converts it in memory. This writes a folder to keep, to look at, or for others.
 
-transformers opens a folder of ours as it is, as long as it computes the same. For two kinds of model it does not: it
+transformers (5.18 or newer: before, its sdpa attention sees later tokens, its issue 48748) opens a folder of ours as
+it is, as long as it computes the same. For two kinds of model it does not: it
 always normalises queries and keys, which most published checkpoints never did, and its router of experts mixes the
 tokens of a text, so that a later token changes an earlier one's experts. Such folders say `"model_type": "nanodoge"`,
 so that transformers refuses them. `--for=transformers` asks for a folder that it opens all the same: without the norms

@@ -96,8 +96,8 @@ def read_prompt(options: SampleOptions) -> str:
     """The text to continue. Raises ValueError for a file or an input that is not UTF-8 text."""
     try:
         if options.file:
-            return Path(options.file).read_text(encoding="utf-8")
-        return sys.stdin.buffer.read().decode("utf-8") if options.prompt == "-" else options.prompt
+            return Path(options.file).read_text(encoding="utf-8-sig")
+        return sys.stdin.buffer.read().decode("utf-8-sig") if options.prompt == "-" else options.prompt
     except UnicodeDecodeError:
         raise ValueError(f"{options.file or 'standard input'} is not UTF-8 text") from None
 

@@ -32,7 +32,8 @@ from model import Doge, DogeConfig
 from nanodoge import layouts
 from nanodoge.machine import full_state_dict, shard_like
 from nanodoge.options import one_line
-from nanodoge.tokenizer import PROGRAM_ERRORS, Tokenizer, read_object
+from nanodoge.template import PROGRAM_ERRORS
+from nanodoge.tokenizer import Tokenizer, read_object
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"]
@@ -62,7 +63,7 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=N
             torch.save(state, saving / "training_state.pt")
         text = json.dumps(hugging_face_config(model, tokenizer) | (fields or {}), indent=2)
         (saving / "config.json").write_text(text, encoding="utf-8")
-        tokenizer.save(saving)
+        tokenizer.save(saving, model.config.max_position_embeddings)
         for path in [*saving.iterdir(), saving]:
             if path.is_file() or os.name == "posix":  # Windows cannot flush a folder
                 flush(path)

@@ -5,6 +5,7 @@ its bytes, this does not depend on how the text was cut into tokens, so models w
 compared: 8 is no model at all, a good compressor of English needs about 2, a language model less.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,9 @@ def read_meta(folder: str | Path, kind: str | None = "text") -> dict:
 def check_tokenizer(tokenizer: Tokenizer, data: str | Path, source: str | Path = "") -> None:
     """Raises ValueError unless `tokenizer`, that of the checkpoint `source` or else the data folder's own, is the one
     that the folder's tokens were made with: same ids and, for conversations, same chat template."""
-    meta = read_meta(data, kind=None)
+    meta, file = read_meta(data, kind=None), Path(data) / "tokenizer.json"
+    if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == meta["tokenizer_sha256"]:
+        meta["tokenizer_sha256"] = Tokenizer.load(data).digest  # folders of before November 2026 name the file's bytes
     own = dict(tokenizer_sha256=tokenizer.digest, vocab_size=tokenizer.vocab_size)
     own |= dict(chat_template=tokenizer.chat_template) if meta.get("kind", "text") != "text" else {}
     if different := [name for name, value in own.items() if meta.get(name) != value]:

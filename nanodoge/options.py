@@ -132,7 +132,7 @@ def read_config(path: str | Path) -> dict[str, tuple[Any, int]]:
     if not Path(path).is_file():
         raise ValueError(f"there is no config file {str(path)!r} (options are written --name=value)")
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path}: not a file of assignments ({error})") from None
     values = {}

@@ -34,18 +34,17 @@ import tempfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby, pairwise
 from operator import add, itemgetter
 from pathlib import Path
 
 import numpy as np
 import regex
 import tiktoken
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanodoge import tokenizer_json
 from nanodoge.options import one_line
+from nanodoge.template import CHAT_TEMPLATE, ROLES, fix_surrogates, written_parts
 from nanodoge.tokenizer_json import Vocabulary, read_object, refuse_if
 
 SPECIAL_TOKENS = (
@@ -53,7 +52,6 @@ SPECIAL_TOKENS = (
     "<|begin_of_thought|> <|end_of_thought|> <|begin_of_solution|> <|end_of_solution|>"
 ).split()
 REASONING_TAGS = SPECIAL_TOKENS[5:]  # these the assistant may write in its messages
-ROLES = ("system", "user", "assistant")
 
 # Where chunks begin and end: the pattern of Llama-3 and Doge. tiktoken's regex engine, Hugging Face's and Python's
 # `regex` all read it alike, which is not true of GPT-2's own spelling.
@@ -61,20 +59,6 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-# The Doge tokenizer's chat layout, without the block on today's date that it opens every chat with.
-CHAT_TEMPLATE = """{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n' }}
-    {{- message['content'] | trim + eos_token + '\\n\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n' }}
-{%- endif %}
-"""
-
-# What a program from outside (a chat template, a pickle) can raise besides the errors of its own language.
-PROGRAM_ERRORS = ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -137,8 +121,9 @@ class EncodingPerThread(threading.local):
     uses it, and if several share one encoder, they take 1.4 to 1.9 times as long."""
 
     def __init__(self, vocabulary: Vocabulary):
-        ranks, special, pattern = self.vocabulary = vocabulary
-        self.encoding = tiktoken.Encoding("doge", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        ranks, special, pattern, words = self.vocabulary = vocabulary
+        names = special | words
+        self.encoding = tiktoken.Encoding("doge", pat_str=pattern, mergeable_ranks=ranks, special_tokens=names)
 
     def __reduce__(self):  # so that a tokenizer can be pickled, for worker processes
         return EncodingPerThread, (self.vocabulary,)
@@ -148,7 +133,7 @@ class Tokenizer:
     """A vocabulary and how to use it. Made by `train_bpe` or `Tokenizer.load`.
 
     vocab_size: the largest id + 1. bos_id, eos_id, pad_id: ids. special_tokens: text -> id. chat_template: jinja2 text,
-    or "" for a vocabulary without a chat. digest: sha256 of its tokenizer.json, by which data and checkpoints know it.
+    or "" for a vocabulary without a chat. digest: by which data and checkpoints know it.
     """
 
     def __init__(self, vocabulary: Vocabulary, config: dict | None = None, data: bytes | None = None):
@@ -194,10 +179,15 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {one_line(error)}") from None
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write tokenizer.json and tokenizer_config.json, for `Tokenizer.load` and transformers' AutoTokenizer."""
-        template = {"chat_template": self.chat_template} if self.chat_template else {}
-        config = json.dumps({**self.config, **self.names, **template}, ensure_ascii=False, indent=2)
+    def save(self, folder: str | os.PathLike, max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, for `Tokenizer.load` and transformers' AutoTokenizer.
+
+        There padding goes on the left, since a text is continued at its right end. max_length: of the model.
+        """
+        more = {"chat_template": self.chat_template} if self.chat_template else {}
+        more |= {"model_max_length": max_length} if max_length else {}
+        config = {"padding_side": "left", **self.config, **self.names, **more}
+        config = json.dumps(config, ensure_ascii=False, indent=2)
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer") as temporary:
             for name, data in (("tokenizer_config.json", config.encode()), ("tokenizer.json", self.to_json())):
@@ -209,18 +199,24 @@ class Tokenizer:
         self.data = self.data or tokenizer_json.write_tokenizer_json(self.vocabulary, self.names["bos_token"])
         return self.data
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        return hashlib.sha256(self.to_json()).hexdigest()
+        """sha256 of what decides the ids of a document: the same for every file with this meaning."""
+        ranks, special, pattern, words = self.vocabulary
+        tables = {token.hex(): i for token, i in ranks.items()}, special, words
+        tables = [sorted(table.items(), key=itemgetter(1)) for table in tables]
+        return hashlib.sha256(json.dumps([tables, pattern, self.bos_id, self.eos_id]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The ids of ordinary text: no BOS, no EOS, and special tokens written in it are just characters."""
-        return [i for part in split_long_whitespace(text) for i in self.local.encoding.encode_ordinary(part)]
+        choices = dict(allowed_special={*self.vocabulary.words}, disallowed_special=())
+        return [i for part in split_long_whitespace(text) for i in self.local.encoding.encode(part, **choices)]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """`encode` as a uint32 array: a ninth of a list's memory, and threads run in parallel, without the GIL."""
         encode, parts = self.local.encoding.encode_to_numpy, split_long_whitespace(fix_surrogates(text))
-        return np.concatenate([encode(part, disallowed_special=()) for part in parts])
+        choices = dict(allowed_special={*self.vocabulary.words}, disallowed_special=())
+        return np.concatenate([encode(part, **choices) for part in parts])
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one id; they may be half a character. Raises ValueError for an id that is not there."""
@@ -241,105 +237,41 @@ class Tokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda id: decoder.decode(b"" if id in hidden else self.token_bytes(id), final=id is None)
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+    def render(
+        self, messages: list[dict], add_generation_prompt: bool = False, tools: list[dict] | None = None
+    ) -> tuple[list[int], list[int]]:
         """(ids, mask) of a conversation in the layout of the chat template.
 
-        messages: [{"role": "user", "content": "Hi"}, ...]; other keys are ignored. The ids are those of transformers'
-        `apply_chat_template`, except that special tokens in the messages stay plain text. (The assistant may write the
-        reasoning tags.)
+        messages: [{"role": "user", "content": "Hi"}, ...]; plain_messages in template.py says what else they may hold.
+        tools: JSON schemas for the template. The ids are those of transformers' `apply_chat_template`, except that
+        special tokens in messages and tools stay plain text. (The assistant may write the reasoning tags.)
 
-        The mask marks what the model learns to write: the assistant's words and the special token that ends its turn,
-        EOS; not the header before them, and not the blank lines after. A token belongs to whoever wrote its first byte:
-        one that begins in the header and runs into the answer is not the assistant's, because at generation time the
-        header is already there. Raises ValueError for unusable messages and for templates that rewrite them.
-        """
-        pieces, is_answer = [], False  # pieces: (text, is it a special token, is it learned)
-        for text, role in self.template_parts(messages, add_generation_prompt):
-            split = self.split[role](text)  # text, token, text, ..., text
-            end = 2 if is_answer and len(split) > 1 else 0  # after an answer: up to the token that ends the turn
-            is_answer = role == "assistant"
-            learned = len(split) if is_answer else end
-            pieces += [(piece, k % 2, int(k < learned)) for k, piece in enumerate(split)]
-        ids, mask = [], []
-        for is_special, run in groupby(pieces, key=itemgetter(1)):
-            texts, _, learned = zip(*run, strict=True)
-            if is_special:
-                ids += [self.special_tokens[text] for text in texts]
-                mask += learned
-                continue
-            run_ids = self.encode("".join(texts))  # text between two special tokens is encoded as one
-            owner = b"".join(bytes([flag]) * len(text.encode()) for text, flag in zip(texts, learned, strict=True))
-            ends = accumulate(len(self.token_bytes(id)) for id in run_ids)
-            ids += run_ids
-            mask += [owner[start] for start in [0, *ends][:-1]]
-        return ids, mask
-
-    def template_parts(self, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, str | None]]:
-        """The rendered conversation as (text, role of who wrote it, None for the template) parts.
-
-        A template is a program, and its output does not say which characters come from which message. So it runs
-        again with a numbered mark in place of every content, and the marks are then replaced.
+        The mask marks what the model learns to write: what the template puts between its `generation` tags, else the
+        assistant's words and the special token that ends its turn, EOS; not the header before them, and not the blank
+        lines after. A token belongs to whoever wrote its first byte: one that begins in the header and runs into the
+        answer is not the assistant's, because at generation time the header is already there. Raises ValueError for
+        unusable messages and for templates that rewrite them.
         """
         refuse_if(not self.chat_template, "the tokenizer has no chat template: it cannot render a conversation")
-        contents, roles = message_texts(messages), [message["role"] for message in messages]
-
-        def run(contents: list[str]) -> str:
-            filled = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-            values = {"messages": filled, "add_generation_prompt": add_generation_prompt, **self.names}
-            try:
-                return compile_template(self.chat_template).render(tools=None, documents=None, **values)
-            except (TemplateError, *PROGRAM_ERRORS) as error:
-                raise ValueError(f"the chat template cannot be used: {one_line(error)}") from None
-
-        text = run(contents)
-        for i, content in enumerate(contents):  # many templates trim: then the trimmed content counts
-            trimmed = [*contents[:i], content.strip(), *contents[i + 1 :]]
-            if trimmed[i] != content and run(trimmed) == text:
-                contents = trimmed
-        marked = re.split("\0([0-9]+)\0", run([f"\0{i}\0" for i in range(len(contents))]))
-        parts = [(contents[int(p)], roles[int(p)]) if k % 2 else (p, None) for k, p in enumerate(marked)]
-        if "".join(part for part, _ in parts) != text:
-            raise ValueError("the chat template rewrites the messages: who wrote what is lost")
-        return parts
-
-
-def message_texts(messages: list[dict]) -> list[str]:
-    """The text of every message. A list of text parts, as some clients send it, is joined. ValueError for the rest."""
-    refuse_if(not isinstance(messages, list) or not messages, 'messages must be a list like [{"role": ...}], not empty')
-    texts = []
-    for i, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
-        if not isinstance(content, str) or message.get("role") not in ROLES:
-            valid = f'like {{"role": "user", "content": "Hi"}}, with one of the roles {", ".join(ROLES)}'
-            raise ValueError(f"message {i} must be {valid}, not {message!r:.200}")
-        texts.append(fix_surrogates(content))
-    return texts
-
-
-@functools.lru_cache(maxsize=8)
-def compile_template(source: str):
-    """A chat template with the settings and helpers that transformers gives it. It is a program from outside, which the
-    sandbox keeps away from files."""
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    jinja.globals["raise_exception"] = raise_exception
-    return jinja.from_string(source)
+        learned, pieces = bytearray(), []  # a flag per byte; (text, is it a special token)
+        values = dict(add_generation_prompt=add_generation_prompt, **self.names)
+        for text, role, flag in written_parts(self.chat_template, messages, tools, self.split[None], **values):
+            learned += bytes([flag]) * len(text.encode())
+            pieces += [(piece, k % 2) for k, piece in enumerate(self.split[role](text))]
+        ids, mask, start = [], [], 0
+        for is_special, run in groupby(pieces, key=itemgetter(1)):
+            texts = [text for text, _ in run]  # text between two special tokens is encoded as one
+            for id in map(self.special_tokens.get, texts) if is_special else self.encode("".join(texts)):
+                ids.append(id)
+                mask.append(learned[start])
+                start += len(self.token_bytes(id))
+        return ids, mask
 
 
 def splitter(tokens: Iterable[str]) -> Callable[[str], list[str]]:
     """A function that splits text into [text, token, text, ..., text]; of two tokens at one place, the longer wins."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split  # (?!) matches nowhere
-
-
-def fix_surrogates(text: str) -> str:
-    """`text` with half characters (lone surrogates, which JSON can contain) replaced by U+FFFD, as tiktoken does."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def split_long_whitespace(text: str, limit: int = 500_000) -> list[str]:
@@ -360,7 +292,7 @@ def read_config(folder: Path) -> dict:
     file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = read_object(file.read_bytes(), file.name) if file.is_file() else {}
     if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8")
+        config["chat_template"] = template.read_text(encoding="utf-8-sig")
     several = not isinstance(config.get("chat_template") or "", str)
     refuse_if(several, "tokenizer_config.json has several chat templates: leave the one to use, as text")
     return config

@@ -36,6 +36,7 @@ class Vocabulary(NamedTuple):
     ranks: dict[bytes, int]  # token -> id; a smaller id is an earlier merge
     special_tokens: dict[str, int]  # text -> id
     pattern: str  # the regex that cuts text into chunks
+    words: dict[str, int] = {}  # added tokens that are not special, found in every text; text -> id
 
 
 def refuse_if(condition: object, reason: str) -> None:
@@ -81,13 +82,14 @@ def merges_of(ranks: dict[bytes, int]) -> list[list[bytes]]:
 
 def write_tokenizer_json(vocabulary: Vocabulary, bos: str) -> bytes:
     """tokenizer.json in Hugging Face's format. Its post-processor puts one `bos` before a text, as Doge's does."""
-    ranks, special_tokens, pattern = vocabulary
+    ranks, special_tokens, pattern, words = vocabulary
     spelled = {token: "".join(map(LETTERS.get, token)) for token in ranks}
     ids = special_tokens | {spelled[token]: i for token, i in ranks.items()}
     vocab = dict(sorted(ids.items(), key=itemgetter(1)))
     merges = [" ".join(map(spelled.get, parts)) for parts in merges_of(ranks) if len(parts) == 2]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": i, "content": name, **flags} for name, i in vocab.items() if name in special_tokens]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    names = sorted((special_tokens | words).items(), key=itemgetter(1))
+    added = [{"id": i, "content": name, **flags, "special": name in special_tokens} for name, i in names]
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": which, "type_id": i}} for i, which in enumerate("AB"))
     bos_ids = {bos: {"id": bos, "ids": [special_tokens[bos]], "tokens": [bos]}}
@@ -123,21 +125,43 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
         check_pattern(pattern)
 
         added, vocab = document["added_tokens"], model["vocab"]
-        special_tokens = {token["content"]: token["id"] for token in added}
+        names = {token["content"]: token["id"] for token in added}
+        refuse_if(not all(type(text) is str and text for text in names), "an added token is empty or no text")
+        words = {token["content"]: token["id"] for token in added if not token.get("special", True)}
+        check_words(added if words else [], words, vocab)
         greedy = [token["content"] for token in added if any(map(token.get, ("lstrip", "rstrip", "single_word")))]
-        ranks = {bytes_of(text): i for text, i in vocab.items() if text not in special_tokens}
-        ids = [*ranks.values(), *special_tokens.values()]
         refuse_if(greedy, f"its added tokens {greedy[:3]} include the blanks around them, or are found as words only")
-        refuse_if(not all(type(text) is str and text for text in special_tokens), "an added token is empty or no text")
+        ranks = {bytes_of(text): i for text, i in vocab.items() if text not in names or text in words}
+        ids = [*ranks.values(), *(i for text, i in names.items() if text not in words or text not in vocab)]
         refuse_if(not all(type(i) is int and 0 <= i < 2**31 for i in ids), "its ids are not all whole numbers from 0")
         refuse_if(len(set(ids)) < len(ids), "two of its tokens share an id")
-        moved = [text for text, i in special_tokens.items() if vocab.get(text, i) != i]
-        refuse_if(moved, f"its added tokens {moved[:3]} have another id in the vocabulary")
+        moved = [text for text, i in names.items() if vocab.get(text, i) != i]
+        moved += [text for text in words.keys() & vocab.keys() if bytes_of(text) != text.encode()]
+        refuse_if(moved, f"its added tokens {moved[:3]} have another id or meaning in the vocabulary")
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         check_merges(ranks, [(bytes_of(a), bytes_of(b)) for a, b in pairs], model.get("ignore_merges"))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"it is not a complete tokenizer.json ({type(error).__name__}: {error})") from None
-    return Vocabulary(ranks, special_tokens, pattern)
+    special_tokens = {text: i for text, i in names.items() if text not in words}
+    return Vocabulary(ranks, special_tokens, pattern, words)
+
+
+def check_words(added: list[dict], words: dict[str, int], vocab: dict[str, int]) -> None:
+    """Raises ValueError for added tokens, if some are `words`, that tiktoken and the library treat differently.
+
+    They choose otherwise where two overlap in a text, and the library numbers those beyond the vocabulary itself.
+    """
+    names, top = [token["content"] for token in added], len(vocab) - 1
+
+    def overlap(a: str, b: str) -> bool:
+        return a in b or any(b.startswith(a[n:]) for n in range(1, len(a)))
+
+    for name, token in zip(names, added, strict=True):
+        renumbered = name not in vocab and token["id"] != top + 1
+        refuse_if(renumbered, f"its added token {name!r} has the id {token['id']}, which should be {top + 1}")
+        top = max(top, token["id"])
+        shared = [a for a in names if a != name and (overlap(a, name) or overlap(name, a))] if name in words else []
+        refuse_if(shared, f"its added token {name!r}, which is not special, overlaps with {shared[:1]}")
 
 
 def bytes_of(text: str) -> bytes:

@@ -71,7 +71,8 @@ import sft  # noqa: E402
 import train  # noqa: E402
 from nanodoge import run  # noqa: E402
 from nanodoge.options import Count, check_ranges, is_out_of_memory, parse_options, run_command  # noqa: E402
-from nanodoge.tokenizer import Tokenizer  # noqa: E402
+from nanodoge.sources import split_pieces  # noqa: E402
+from nanodoge.tokenizer import Tokenizer, train_bpe  # noqa: E402
 
 SOURCES = [*HERE.parent.glob("*.py"), *(HERE.parent / "nanodoge").glob("*.py")]
 LINES = {str(path): path.read_text(encoding="utf-8").splitlines() for path in SOURCES}
@@ -252,6 +253,69 @@ def tokenizer_files(draw: Random) -> Case:
     return use_tokenizer, ["model"], damage.tokenizer(draw, Path("model"))
 
 
+# ---- Tokenizers saved again by others, and runs of one character
+
+SCRAPS = "<think> </think> <tool_call> dog the se < > | |> <|pad|> \u65e5\u672c 12 'll".split() + ["\n\n", " ", "  "]
+
+
+def use_saved_again(argv: list[str]) -> None:
+    """The ids of `tokenizers`, with the tokens that were added there, after it or transformers wrote the folder."""
+    import tokenizers
+
+    ours, text = Tokenizer.load("saved"), Path("text").read_bytes().decode()
+    theirs = tokenizers.Tokenizer.from_file("saved/tokenizer.json")
+    theirs.encode_special_tokens = True
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, "other ids"
+    assert ours.decode(ours.encode(text)) == text, "text is lost"
+    assert (ours.digest == Tokenizer.load("model").digest) == (not ours.vocabulary.words), "another tokenizer"
+
+
+def saved_again(draw: Random) -> Case:
+    import tokenizers
+    import transformers
+
+    bring("model/tokenizer.json", "model/tokenizer_config.json")
+    theirs, flags = tokenizers.Tokenizer.from_file("model/tokenizer.json"), ["lstrip", "rstrip", "single_word"]
+    words = ["".join(draw.choices(SCRAPS, k=draw.choice([1, 1, 2]))) for _ in range(draw.choice([0, 0, 1, 1, 2, 4]))]
+    given = [dict.fromkeys([flag for flag in flags if draw.random() < 0.05], True) for _ in words]
+    kinds = [draw.random() < 0.7 for _ in words]
+    added = [tokenizers.AddedToken(w, normalized=n, **g) for w, n, g in zip(words, kinds, given, strict=True)]
+    theirs.add_tokens(added)
+    Path("saved").mkdir()
+    if draw.random() < 0.5:
+        theirs.save("saved/tokenizer.json", pretty=draw.random() < 0.5)
+    else:
+        transformers.PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained("saved")
+        shutil.copy("model/tokenizer_config.json", "saved")
+    Path("text").write_bytes("".join(draw.choices([*SCRAPS, PROBE], k=draw.randrange(30))).encode())
+    return use_saved_again, [], ""
+
+
+def use_run(argv: list[str]) -> None:
+    """Everything that works on text of users, with a bound on the time per byte."""
+    tokenizer, text = Tokenizer.load("model"), Path("run").read_bytes().decode()
+    assert tokenizer.decode(tokenizer.encode(text)) == text, "text is lost"
+    for work in (
+        tokenizer.encode,
+        lambda text: tokenizer.render([dict(role="user", content=text), dict(role="assistant", content=text)]),
+        lambda text: train_bpe([text], 270),
+        lambda text: list(split_pieces(iter([text]), 1000)),
+    ):
+        start = time.process_time()
+        work(text)
+        assert time.process_time() - start < 0.5 + 8e-6 * len(text), "not linear"
+
+
+def long_run(draw: Random) -> Case:
+    bring("model/tokenizer.json", "model/tokenizer_config.json")
+    letters = " \n\r\t\u3000\x1c\u0301'a1^\u00e9\u65e5\U0001f600\ufeff<|"
+    unit = "".join(draw.choices(letters, k=draw.choice([1, 1, 1, 2, 3])))
+    size = draw.choice([10**6, 500_000, 499_999, 500_001, int(10 ** draw.uniform(0, 6))])
+    text = draw.choice(["", "x"]) + unit * (size // len(unit)) + draw.choice(["", "y", "\n", "y" + unit * 1000])
+    Path("run").write_bytes(text.encode())
+    return use_run, [], ""
+
+
 def text_data(draw: Random) -> Case:
     name = draw.choice(["train", "evaluate", "evaluate"])
     bring("data", "model")
@@ -379,7 +443,7 @@ def resume(draw: Random) -> Case:
 # part: how it draws a case, its share of the cases
 PARTS = dict(command_line=(command_line, 16), config_file=(config_file, 14), tokenizer=(tokenizer_files, 16))
 PARTS |= dict(text_data=(text_data, 8), tuning_data=(tuning_data, 9), rows=(rows, 14), checkpoint=(checkpoint, 10))
-PARTS |= dict(convert=(convert_source, 5), resume=(resume, 8))
+PARTS |= dict(convert=(convert_source, 5), resume=(resume, 8), saved_again=(saved_again, 5), long_run=(long_run, 2))
 
 
 # ---- One case

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -10,13 +11,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import texts
+from helpers import make_data, texts
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model import Doge, DogeConfig
-from nanodoge import tokenizer
+from nanodoge import data, tokenizer
 from nanodoge.checkpoint import (
     finish_interrupted_save,
     load_config,
@@ -56,6 +57,21 @@ def test_a_checkpoint_comes_back_bit_for_bit(small, folder):
     for name, w in small[0].state_dict().items():
         assert torch.equal(model.state_dict()[name], w)
     assert load_training_state(folder) == state_of(1)
+
+
+def test_data_of_older_commits_and_tokenizers_saved_again_fit(tmp_path):
+    """Older data folders name the bytes of their tokenizer.json."""
+    make_data(tmp_path / "data")
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    AutoTokenizer.from_pretrained(tmp_path / "data").save_pretrained(tmp_path / "again")
+    again, other = tokenizer.Tokenizer.load(tmp_path / "again"), tokenizer.train_bpe(texts(50), 300)
+    older = hashlib.sha256((tmp_path / "data" / "tokenizer.json").read_bytes()).hexdigest()
+    for change in ({}, dict(tokenizer_sha256=older)):
+        (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | change))
+        data.load_tokenizer(tmp_path / "data")
+        data.check_tokenizer(again, tmp_path / "data", source="again")
+        with pytest.raises(ValueError, match="other has another tokenizer"):
+            data.check_tokenizer(other, tmp_path / "data", source="other")
 
 
 @pytest.mark.parametrize("tied", [True, False])

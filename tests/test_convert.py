@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from helpers import TINY, TUNE, make_data, make_set, texts
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -291,6 +292,28 @@ def test_what_transformers_writes_is_read(tmp_path, words, change):
     else:
         expected = theirs(tokens).logits
     torch.testing.assert_close(model(tokens)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_transformers_is_no_older_than_5_18(tmp_path, words):
+    """Before, its sdpa attention let later tokens change earlier logits (its issue 48748)."""
+    save_checkpoint(tmp_path, random_model(), words)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    tokens = torch.randint(0, 300, (1, 30))
+    changed = torch.cat([tokens[:, :20], torch.randint(0, 300, (1, 10))], dim=1)
+    before, after = theirs(tokens).logits[:, :20], theirs(changed).logits[:, :20]
+    assert torch.allclose(before, after, atol=1e-5), f"transformers {transformers.__version__} sees later tokens"
+
+
+def test_a_padded_batch_in_transformers_equals_its_rows(tmp_path, words):
+    """The tokenizer's files say that padding goes on the left, and how long a text the model was trained on."""
+    save_checkpoint(tmp_path, random_model(), words)
+    theirs, reader = theirs_of(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (reader.padding_side, reader.model_max_length) == ("left", 64)
+    prompts = ["the cat", "the dog sees a red ball and then", "blue"]
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=reader.pad_token_id)
+    together = theirs.generate(**reader(prompts, padding=True, return_tensors="pt"), **options)[:, -12:]
+    alone = [theirs.generate(**reader(prompt, return_tensors="pt"), **options)[0, -12:] for prompt in prompts]
+    assert torch.equal(together, torch.stack(alone))
 
 
 def test_experts_go_to_transformers_with_a_warning(tmp_path, words, capsys):

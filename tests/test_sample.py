@@ -15,6 +15,7 @@ import sample
 import train
 from nanodoge.checkpoint import load_model
 from nanodoge.engine import Engine
+from nanodoge.options import parse_options
 from nanodoge.tokenizer import Tokenizer
 
 
@@ -29,6 +30,16 @@ def checkpoint(tmp_path_factory):
 def outputs(checkpoint, *options, capsys):
     sample.main([str(checkpoint), "--device=cpu", *options])
     return capsys.readouterr()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch):
+    data = "\ufeffOnce".encode()
+    (tmp_path / "prompt.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(data)))
+    for option in (dict(file=str(tmp_path / "prompt.txt")), dict(prompt="-")):
+        assert sample.read_prompt(sample.SampleOptions(**option)) == "Once"
+    (tmp_path / "config.py").write_bytes("\ufefftop_k = 3".encode())
+    assert parse_options(sample.SampleOptions, [f"--config={tmp_path / 'config.py'}"]).top_k == 3
 
 
 def test_the_text_is_what_generate_gives(checkpoint, capsys):

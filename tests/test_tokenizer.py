@@ -13,6 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from nanodoge import tokenizer, tokenizer_json
+from nanodoge import template, tokenizer, tokenizer_json
 from nanodoge.tokenizer import CHAT_TEMPLATE, PATTERN, SPECIAL_TOKENS, Tokenizer, split_long_whitespace, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -351,6 +352,62 @@ def test_a_token_that_no_merges_lead_to(small, folder, tmp_path):
     refused(lambda: load(document, tmp_path), "ZqXj")
 
 
+WORDS = ["<think>", "</think>", "<tool_call>", "dog", " ", "\n\n", "<|pad", "|>", "self", "<|im|>", "日本", "<t>"]
+
+
+@given(st.lists(st.sampled_from(WORDS), unique=True, max_size=5), st.lists(st.sampled_from([*WORDS, "a", "<|pad|>"])))
+@settings(max_examples=20, deadline=None)
+def test_added_words_give_the_ids_of_the_library_or_are_refused(folder, tmp_path_factory, words, parts):
+    """Added tokens that are not special are found in every text: same ids, after saving too, or a reason."""
+    other, text = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), "".join(parts)
+    other.add_tokens(words)
+    other.encode_special_tokens = True
+    place = tmp_path_factory.mktemp("words")
+    other.save(str(place / "tokenizer.json"))
+    try:
+        ours = Tokenizer.load(place)
+    except ValueError as error:
+        pairs = [pair for a in words for b in [*words, *SPECIAL_TOKENS] if a != b for pair in ((a, b), (b, a))]
+        shared = [(a, b) for a, b in pairs if a in b or any(b.startswith(a[n:]) for n in range(1, len(a)))]
+        assert "overlaps" in str(error) and shared
+        return
+    ids = other.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text) == ids == ours.encode_to_numpy(text).tolist() and ours.decode(ids) == text
+    again = Tokenizer(ours.vocabulary)
+    again.save(place)
+    assert Tokenizer.load(place).digest == ours.digest and Tokenizer.load(place).encode(text) == ids
+    assert (ours.digest == Tokenizer.load(folder).digest) == (not words)
+
+
+def test_added_tokens_of_other_kinds_are_refused_by_name(folder, tmp_path):
+    for flag in ("lstrip", "rstrip", "single_word"):
+        other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        other.add_tokens([tokenizers.AddedToken("<think>", **{flag: True})])
+        other.save(str(tmp_path / "tokenizer.json"))
+        refused(lambda: Tokenizer.load(tmp_path), "<think>", "blanks")
+    document = parsed(folder)  # as a word "é" is two bytes, in the byte-level alphabet it is one
+    document["added_tokens"].append({"content": "é", "id": document["model"]["vocab"]["é"], "special": False})
+    refused(lambda: load(document, tmp_path), "'é'", "meaning")
+    document = parsed(folder)
+    document["added_tokens"].append({"content": "<think>", "id": 1500, "special": False})
+    refused(lambda: load(document, tmp_path), "<think>", "1500", "1000")  # the library would number it 1000
+
+
+@pytest.mark.parametrize("saved_by", ["transformers", "tokenizers"])
+def test_a_tokenizer_that_was_saved_again_is_the_same(small, folder, tmp_path, saved_by):
+    if saved_by == "transformers":
+        auto = open_automatically(folder)
+        auto(["a", "a b c"], padding=True, truncation=True, max_length=2)  # leaves its settings in the file
+        auto.save_pretrained(tmp_path)
+    else:
+        library(folder).save(str(tmp_path / "tokenizer.json"))
+    again = Tokenizer.load(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() != (folder / "tokenizer.json").read_bytes()
+    assert (again.digest, again.chat_template) == (small.digest, small.chat_template)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|pad|>"}')
+    assert Tokenizer.load(tmp_path).digest != small.digest  # documents would end with another id
+
+
 def test_of_two_special_tokens_the_longer(folder, tmp_path):
     document = parsed(folder)
     document["added_tokens"].append({**document["added_tokens"][0], "id": 1000, "content": "<|pad|>ding"})
@@ -475,7 +532,7 @@ def test_the_config_beside_it(folder, tmp_path):
     several = [{"name": "default", "template": "x"}]
     refused(lambda: with_config(chat_template=several), "tokenizer_config.json", "chat templates")
     assert with_config(eos_token={"content": "<|end_of_thought|>"}).eos_id == 6
-    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
+    (tmp_path / "chat_template.jinja").write_text("\ufeff{{ bos_token }}{{ messages[0]['content'] }}", encoding="utf-8")
     assert Tokenizer.load(tmp_path).render([user("x")])[0][0] == 0
 
 
@@ -544,7 +601,8 @@ ONE_TRIMMED = """{{ bos_token }}{% for m in messages %}
 {%- if m.role == 'user' %}{{ m.content | trim }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"""
 PLAIN = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
 TWICE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{{ m.content }}{% endfor %}"
-TEMPLATES = [CHAT_TEMPLATE, UNTRIMMED, ONE_TRIMMED, PLAIN, TWICE]
+SHOUTED = "{% for m in messages %}{{ m.content | upper }}{{ eos_token }}{% endfor %}"
+TEMPLATES = [CHAT_TEMPLATE, UNTRIMMED, ONE_TRIMMED, PLAIN, TWICE, SHOUTED]
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, pytest.param(None, marks=needs_doge)])
@@ -569,18 +627,72 @@ def test_chats_equal_transformers(folder, auto, template):
 @given(chats)
 @quick
 def test_mask_equals_transformers(small, auto, messages):
-    """transformers can mark the assistant's part where a template says `generation`; ours finds it without."""
-    speech = "{{- message['content'] | trim + eos_token + '\\n\\n' }}"
-    assert speech in CHAT_TEMPLATE
-    marked = CHAT_TEMPLATE.replace(
-        speech,
-        "{%- if message['role'] == 'assistant' %}{% generation %}{{- message['content'] | trim + eos_token }}"
-        "{% endgeneration %}{{- '\\n\\n' }}{% else %}" + speech + "{% endif %}",
-    )
-    theirs = auto.apply_chat_template(messages, chat_template=marked, return_assistant_tokens_mask=True)
+    """Our template says `generation`, as trl's assistant_only_loss needs it; without it, ours finds the same part."""
+    theirs = auto.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    assert small.render(messages) == (theirs["input_ids"], theirs["assistant_masks"])
+    plain = Tokenizer(small.vocabulary, {"chat_template": re.sub("{%- (end)?generation %}", "", CHAT_TEMPLATE)})
     ids, mask = small.render(messages)
-    assert ids == theirs["input_ids"] and mask == theirs["assistant_masks"]
-    assert learned(small, ids, mask) == answers(messages)
+    assert plain.render(messages) == (ids, mask) and learned(small, ids, mask) == answers(messages)
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rill <|pad|>"}}}
+SENT = {**CALL, "function": {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"])}}  # as APIs do
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "k <|pad|>": 1}}}]
+TALK = [user("Weather in Rill?"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+TALK += [{"role": "tool", "content": '12 "degrees"', "name": "weather"}, assistant("It is 12 degrees.")]
+# Templates that use what transformers gives them. The second is the published Doge's way to write calls and results.
+ENVIRONMENT = [
+    CHAT_TEMPLATE,
+    """{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n' }}
+{%- if 'tool_calls' in m %}{% set call = m.tool_calls[0].function %}
+    {{- '{"name": "' + call.name + '", "parameters": ' }}{{ call.arguments | tojson }}{{ '}' }}
+{%- elif m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content | trim }}{% endif %}{{ eos_token }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n' }}{% endif %}""",
+    """{% set ns = namespace(n=0) %}{% if tools is not none %}{{ tools | tojson(indent=2) }}{% endif %}
+{% for m in messages %}{% set ns.n = ns.n + 1 %}{% if ns.n > 9 %}{% break %}{% endif %}{{ m.content | upper }}
+{{- m.name | default('nobody') }}{{ dict(a='<é>') | tojson }}{{ ns.n }}{% generation %}{% for c in m.tool_calls %}
+{{ c.function.arguments | items | list | string | length > 0 }}{% endfor %}x{% endgeneration %}{% endfor %}""",
+    "{{ strftime_now('%Y') }}{% if not messages %}{{ raise_exception('none') }}{% endif %}{{ documents is none }}",
+]
+
+
+@pytest.mark.parametrize("template", ENVIRONMENT)
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_templates_of_transformers(small, auto, template, tools):
+    ours, sent = Tokenizer(small.vocabulary, {"chat_template": template}), [{**m} for m in TALK]
+    ids, mask = ours.render(TALK, tools=tools)
+    theirs = auto.apply_chat_template(TALK, tools=tools, chat_template=template, tokenize=False)
+    assert ours.decode(ids) == theirs and ours.pad_id not in ids  # what messages and tools say is text
+    sent[1]["tool_calls"] = [SENT]
+    assert ours.render(sent, tools=tools) == (ids, mask)
+    if "header_id" in template:  # a call is learned from its first character, and its result is not
+        call = json.dumps(CALL["function"]) if template is CHAT_TEMPLATE else '{"name": "weather", "parameters": '
+        call += "" if template is CHAT_TEMPLATE else json.dumps(CALL["function"]["arguments"]) + "}"
+        assert learned(ours, ids, mask) == f"{call}<|end_of_text|>It is 12 degrees.<|end_of_text|>"
+
+
+KNOWS = "{% for m in messages %}{% if m.reasoning_content %}<{{ m.reasoning_content }}>{% endif %}{{ m.content }}"
+KNOWS += "{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_is_written_and_learned(small, field):
+    ids, mask = small.render([user("5+1?"), {**assistant("6"), field: " One past 5.\n"}])
+    thought = "<|begin_of_thought|>\nOne past 5.\n<|end_of_thought|>\n\n<|begin_of_solution|>\n6\n<|end_of_solution|>"
+    assert learned(small, ids, mask) == thought + "<|end_of_text|>" and {5, 6, 7, 8} < set(ids)
+    assert small.render([user("5+1?"), {**assistant(thought), field: "twice"}]) == (ids, mask)
+    knows = Tokenizer(small.vocabulary, {"chat_template": KNOWS})
+    ids, mask = knows.render([user("5+1?"), {**assistant("6"), field: "One past 5."}])
+    assert learned(knows, ids, mask) == "One past 5.>6<|end_of_text|>"  # no generation prompt says where "<" belongs
+
+
+def test_a_conversation_is_rendered_twice_however_long(folder, monkeypatch):
+    ours, runs = Tokenizer.load(folder), []
+    compiled = template.compile_template(UNTRIMMED)
+    counting = SimpleNamespace(render=lambda values: runs.append(1) or compiled.render(values))
+    monkeypatch.setattr(template, "compile_template", lambda _: counting)
+    ours.render([user(" a\n"), assistant(" b\n")] * 50)
+    assert len(runs) == 2
 
 
 def test_one_bos_one_eos_a_turn(small):
@@ -652,7 +764,7 @@ def test_messages_that_make_no_sense(small, messages, word):
 
 
 BAD_TEMPLATES = {
-    "{{ messages[0]['content'] | upper }}": "rewrites",
+    "{{ messages[0]['content'].split('i')[-1] }}<|pad|>": "cuts",
     "{% if messages[0]['content'] == 'Hi' %}secret{% endif %}": "rewrites",
     "{{ raise_exception('no system\\nplease') }}": "no system",
     "{% for %}": "cannot be used",
