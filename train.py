@@ -32,6 +32,7 @@ does not depend on the tokenizer.
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -374,8 +375,9 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
     stable, sizes = options.max_steps - options.decay_steps, token_bytes(tokenizer)
     milestones = {stable: Path(options.out_dir) / "stable"} if options.decay_steps and stable else {}
-    validate = lambda: evaluate(model if options.shard else network, val_data, sizes, machine, options)  # noqa: E731
-    run = Run(options, machine, model, network, tokenizer, optimizers, validate, model.flops_per_token(T), milestones)
+    validate = partial(evaluate, model if options.shard else network, val_data, sizes, machine, options)
+    flops, columns = model.flops_per_token(T), ["copy_loss"]
+    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, milestones, columns)
     if options.resume:
         run.restore(state)
     elif state:
@@ -399,9 +401,11 @@ def train(options: TrainOptions, machine: Machine) -> None:
             for part in run.micro_batches(micro_batches[machine.rank :: world]):
                 tokens, targets = batch(part, copying)
                 loss += run.backward(loss_sum(network, tokens, targets, machine) / count)
-            experts_only = step < options.moe_warmup_steps
+            experts_only, name = step < options.moe_warmup_steps, "copy_loss" if copying else "loss"
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip, experts_only)
-            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=options.batch_tokens)
+            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=options.batch_tokens, name=name)
+            if step + 1 == options.copy_steps:
+                machine.print(f"step {step + 1:>6}  the copy steps end: every target counts, so the loss is another")
     run.finish()
     if options.sample_tokens:
         with unsharded(model):

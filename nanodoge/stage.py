@@ -31,6 +31,7 @@ from nanodoge.options import (
     read_values,
     split_argv,
 )
+from nanodoge.run import duration
 from nanodoge.tokenizer import Tokenizer
 
 # ---- Options
@@ -281,15 +282,3 @@ def announce(
     for label in ["options", "model", *own, "device", "cost"]:
         text = "; ".join(part[label] for part in (common, lines) if label in part)
         machine.print(f"{label:<9} {text}")
-
-
-def duration(seconds: float) -> str:
-    """45 s, 12 min or 3 h 20 min."""
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if minutes < 2
-        else f"{minutes} min"
-        if minutes < 120
-        else f"{minutes // 60} h {minutes % 60} min"
-    )
