@@ -38,7 +38,7 @@ from tqdm import tqdm
 from model import Doge
 from nanodoge.attention import Cache
 from nanodoge.checkpoint import load_model
-from nanodoge.data import bits_per_byte, check_tokenizer, token_bytes
+from nanodoge.data import Sequences, bits_per_byte, check_tokenizer, token_bytes
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.examples import bucket_by_length
@@ -46,7 +46,6 @@ from nanodoge.losses import rows_at_once
 from nanodoge.machine import Machine
 from nanodoge.options import Count, Range, Whole, check_ranges, one_line, parse_options, run_command
 from nanodoge.tokenizer import Tokenizer
-from train import Sequences
 
 # What the original project measures, with its few-shot counts. Its MMLU scores the texts of the answers and not their
 # letters, hence mmlu_continuation. The last two suites are for models that chat, so they use the chat template.

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from model import Doge, DogeConfig
 from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
-from nanodoge.data import bits_per_byte, check_tokenizer, load_tokenizer, read_meta, token_bytes
+from nanodoge.data import Sequences, bits_per_byte, check_tokenizer, load_tokenizer, token_bytes
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon
@@ -81,46 +81,7 @@ class TrainOptions(DogeConfig, RunOptions):
             raise ValueError(f"{phases} do not fit into --max_steps={self.max_steps}")
 
 
-# ---- Data
-
-
-class Sequences:
-    """The sequences of a .bin file: sequence i is tokens iT .. iT + T, the last one being only a target. The file is
-    mapped, not read: the operating system loads the pages that are touched."""
-
-    def __init__(self, folder: str | Path, split: str, length: int):
-        meta = read_meta(folder)
-        self.length, self.vocab_size, self.path = length, meta["vocab_size"], Path(folder) / f"{split}.bin"
-        dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), self.path.stat().st_size
-        if size != (count := meta[split]["tokens"]) * dtype.itemsize:
-            advice = "it was not written to its end, or changed; prepare the data again"
-            raise ValueError(
-                f"{self.path} has {size:,} bytes, and meta.json says {count:,} {dtype.name} tokens: {advice}"
-            )
-        self.tokens = np.memmap(self.path, dtype, "r") if size else np.zeros(0, dtype)
-        self.count = (len(self.tokens) - 1) // length
-        if split == "train" and self.count < 1:
-            found = f"{self.path} has {len(self.tokens)} tokens, and a sequence takes one more than its length"
-            raise ValueError(f"--sequence_length={length} is longer than the data: {found}")
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens of this range. Raises ValueError for an id outside the vocabulary: the file is too large to be
-        checked beforehand."""
-        tokens = self.tokens[start:stop]
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            found = f"the id {tokens.max()} at or after token {start}, and meta.json says vocab_size {self.vocab_size}"
-            raise ValueError(f"{self.path} has {found}: it was changed; prepare the data again")
-        return tokens
-
-    def batch(self, rows: list[int] | range) -> tuple[Tensor, Tensor]:
-        """tokens, targets (B, T) int64 of these sequences. One that ends after the file is filled with token 0 and
-        target -100, which the loss ignores."""
-        span = np.full((len(rows), self.length + 1), -1, dtype=np.int64)
-        for i, row in enumerate(rows):
-            tokens = self.read(row * self.length, (row + 1) * self.length + 1)
-            span[i, : len(tokens)] = tokens
-        tokens, targets = torch.from_numpy(span[:, :-1]), torch.from_numpy(span[:, 1:])
-        return tokens.clamp(min=0), targets.masked_fill(targets < 0, -100)
+# ---- Data order
 
 
 def shuffled(index: int, count: int, key: int) -> int:
@@ -303,7 +264,7 @@ def evaluate(
 def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tuple[Doge, dict | None]:
     """The model to train, and a training state if there is one: of a resumed run, or of the checkpoint. Resolves
     vocab_size."""
-    folder = options.out_dir if options.resume else options.init_from
+    folder = resumed_folder(options, machine) if options.resume else options.init_from
     if not folder:
         options.vocab_size = options.vocab_size or tokenizer.vocab_size
         if options.vocab_size < tokenizer.vocab_size:
@@ -328,6 +289,24 @@ def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tupl
         model.config.router_aux_loss_coef = options.router_aux_loss_coef
     model.config.attention = options.attention
     return model.train().to(machine.device), load_training_state(folder)
+
+
+def resumed_folder(options: TrainOptions, machine: Machine) -> str:
+    """The folder of the weights that a resumed run goes on from: out_dir, or its `stable` when these weights have begun
+    to decay and the run is to end otherwise. Raises ValueError if that is not there."""
+    folder, state = Path(options.out_dir), load_training_state(options.out_dir)
+    before = vars(options) | saved_options(TrainOptions, state)
+    then, now = ((o["max_steps"], o["max_steps"] - o["decay_steps"]) for o in (before, vars(options)))
+    if then == now or state["step"] <= then[1]:
+        return options.out_dir
+    asked = f"--max_steps={options.max_steps} --decay_steps={options.decay_steps}"
+    what = f"the learning rate of the run in {folder} has been falling since step {then[1]}"
+    stable = load_training_state(folder / "stable")
+    if not stable or stable["step"] != then[1] or now[1] < then[1]:
+        need = f"{folder}/stable with the weights of that step, and a decay that begins no earlier"
+        raise ValueError(f"{asked}: {what}; to go on otherwise takes {need} (--init_from starts a new run)")
+    machine.print(f"resumed   from {folder}/stable, step {then[1]}, for {asked}: {what}")
+    return f"{folder}/stable"
 
 
 def describe(options: TrainOptions, machine: Machine, model: Doge, data: Sequences) -> dict[str, str]:

@@ -26,7 +26,13 @@ import tempfile
 from pathlib import Path
 
 SCRIPTS = "train sft dpo grpo sample evaluate prepare_data convert".split()
-VOLATILE = {"seconds", "tokens_per_second", "memory", "memory_mb", "mfu"}  # columns of log.csv that differ between equal runs
+VOLATILE = {
+    "seconds",
+    "tokens_per_second",
+    "memory",
+    "memory_mb",
+    "mfu",
+}  # in log.csv, of equal runs
 TUNING = dict(batch_size="batch_rows", micro_batch_tokens="micro_tokens", eval_size="eval_rows", slots="rollout_rows")
 OLD_NAMES = dict(train=dict(micro_batch_size="batch_size"), sft=TUNING, dpo=TUNING, grpo=TUNING)  # before stage.py
 
