@@ -257,6 +257,7 @@ def train(options: DpoOptions, machine: Machine) -> None:
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()), **columns)
     run.finish()
+    stage.print_answer(options, machine, model, val)
 
 
 def main(argv: list[str]) -> None:

@@ -169,6 +169,15 @@ def advantages(rewards: np.ndarray, divide_by_std: bool) -> np.ndarray:
     return np.where(rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True), above, 0.0)
 
 
+def no_signal(step: int, earned: dict, options: GrpoOptions) -> str:
+    """The warning for a step whose answers earn the same within each problem. earned: as from `judge`."""
+    right, lengths = int(earned["reward_answer"].sum()), earned["length"]
+    found = f"{right} of {len(lengths)} are right, {lengths.mean():.0f} of {options.max_new_tokens} tokens long"
+    advice = "harder problems" if right else "easier problems, or sft.py on solved ones first"
+    reason = f"step {step + 1} learns nothing, since all answers to a problem earn the same ({found})"
+    return f"{reason}. If it stays so: read {options.out_dir}/samples.jsonl, then try {advice}"
+
+
 # ---- Rollouts
 
 
@@ -324,6 +333,8 @@ def train(options: GrpoOptions, machine: Machine) -> None:
             lr = options.learning_rate * cosine(step, options.max_steps, int(options.warmup * options.max_steps))
             batches, earned, read = rollout(machine, model, problems, options, step)
             answers, tokens = len(earned["length"]), earned["length"].sum()  # of all ranks
+            if earned["no_signal"].all():
+                run.warn(no_signal(step, earned, options))
             for batch in batches if reference else ():
                 with torch.no_grad(), machine.autocast():
                     batch.start = reference(*batch.inputs)[0]
@@ -343,6 +354,7 @@ def train(options: GrpoOptions, machine: Machine) -> None:
             columns |= {name: values[mine].sum() / answers for name, values in earned.items()}
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=read, **columns)
     run.finish()
+    stage.print_answer(options, machine, model, val)
 
 
 def main(argv: list[str]) -> None:

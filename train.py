@@ -49,7 +49,7 @@ from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon
 from nanodoge.options import Count, Whole, run_command
 from nanodoge.run import Run
-from nanodoge.stage import RunOptions, announce, profile_step, read_run_options, run_stage, saved_options
+from nanodoge.stage import RunOptions, announce, print_end, profile_step, read_run_options, run_stage, saved_options
 from nanodoge.tokenizer import Tokenizer
 
 
@@ -68,7 +68,6 @@ class TrainOptions(DogeConfig, RunOptions):
     copy_steps: Whole = 0  # first steps, most of which learn only copies; none after --init_from unless given
     moe_warmup_steps: Whole = 0  # first steps that train the router and the experts only
     eval_tokens: Count = 1_000_000  # validation tokens, always the first ones of val.bin
-    sample_tokens: Whole = 240  # longest sample printed at the end (a built-in story has about 180); 0 = none
     first: ClassVar[str] = """data init_from out_dir resume max_steps learning_rate batch_tokens micro_batch_size
         optimizer device"""
 
@@ -399,8 +398,7 @@ def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: T
     with machine.autocast():
         [ids] = Engine(model.eval(), slots=1, vocab_size=tokenizer.vocab_size).generate([request])
     text = tokenizer.decode(ids, skip_special=True)
-    machine.print(f"\nThe model is in {options.out_dir}. It writes:\n\n{text}\n")
-    machine.print(f"More: python sample.py {options.out_dir}")
+    print_end(options, machine, "writes", text, f"python sample.py {options.out_dir}")
 
 
 # What a resumed run may change: its cost, where and how often it reports, and when it ends. The rest makes it another.

@@ -1,4 +1,5 @@
-"""How a training stage starts: its options, the model it tunes, one profiled step, what is printed before step 1."""
+"""How a training stage starts and ends: its options, the model it tunes, one profiled step, and what it prints before
+the first step and after the last one."""
 
 import dataclasses
 import math
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -15,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from model import Doge
 from nanodoge.checkpoint import checkpoint_file, load_model, load_training_state
 from nanodoge.data import check_tokenizer
-from nanodoge.machine import Machine
+from nanodoge.examples import Examples
+from nanodoge.machine import Machine, unsharded
 from nanodoge.options import (
     HERE,
     Count,
@@ -31,6 +34,7 @@ from nanodoge.options import (
     read_values,
     split_argv,
 )
+from nanodoge.policy import write_answers
 from nanodoge.run import duration
 from nanodoge.tokenizer import Tokenizer
 
@@ -58,6 +62,7 @@ class RunOptions:
     log_every: Count = 10  # steps between rows of log.csv
     eval_every: Count = 100  # steps between validations
     save_every: Count = 100  # steps between checkpoints
+    sample_tokens: Whole = 240  # longest sample printed at the end (a built-in story has about 180); 0 = none
     keep_best: bool = False  # also keep the model of the lowest val_loss, in OUT_DIR/best
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
@@ -98,7 +103,7 @@ class TuneOptions(RunOptions):
 
 # What a resumed tuning run may change: its cost, and where and how often it reports. The rest makes it another run.
 TUNE_MAY_CHANGE = set(
-    """resume out_dir overwrite keep_best log_every eval_every eval_size save_every device dtype
+    """resume out_dir overwrite keep_best log_every eval_every eval_size save_every sample_tokens device dtype
     compile patience shard micro_batch_tokens gradient_checkpointing""".split()
 )
 
@@ -282,3 +287,29 @@ def announce(
     for label in ["options", "model", *own, "device", "cost"]:
         text = "; ".join(part[label] for part in (common, lines) if label in part)
         machine.print(f"{label:<9} {text}")
+
+
+# ---- End
+
+
+def print_answer(options: TuneOptions, machine: Machine, model: Doge, val: Examples) -> None:
+    """Prints how the tuned model answers the first held-out example, where it is, and the next command. Every rank must
+    call it."""
+    if not options.sample_tokens:
+        return
+    tokenizer, (ids, mask) = val.set.tokenizer, val.rows(0)[0]
+    prompt = ids[: np.flatnonzero(~mask)[-1] + 1]  # up to the last answer; of a problem, all of it
+    if model.labels:
+        with torch.no_grad(), unsharded(model), machine.autocast():
+            logits = model(*machine.to_device(torch.from_numpy(prompt)[None]))[0][0, -1]
+        text = model.labels[int(logits.argmax())]
+        more = f'AutoModelForSequenceClassification.from_pretrained("{options.out_dir}") of transformers'
+    else:
+        [answer] = write_answers(machine, model, tokenizer, [prompt.tolist()], options.sample_tokens)
+        text, more = tokenizer.decode(answer), f"python sample.py {options.out_dir} --chat"
+    print_end(options, machine, "answers a held-out example", f"{tokenizer.decode(prompt)}{{+{text}+}}", more)
+
+
+def print_end(options: RunOptions, machine: Machine, does: str, text: str, more: str) -> None:
+    """Prints where the model is, what it writes, and the next command."""
+    machine.print(f"\nThe model is in {options.out_dir}. It {does}:\n\n{text}\n\nMore: {more}")

@@ -346,7 +346,7 @@ def test_what_is_drawn_depends_on_seed_and_step(base, data):
     assert draw(step=1)[0] != rows and draw(temperature=1.0)[0] != rows
 
 
-def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
+def test_a_run_without_any_signal_goes_on_and_says_so_once(base, data, tmp_path, capsys):
     """No answer is in form, so nothing is learned: no NaN. And experts are tuned like anything else."""
     model = make_checkpoint(
         tmp_path / "moe", is_moe=True, num_experts=16, num_experts_per_tok=2, router_aux_loss_coef=0.0
@@ -354,6 +354,9 @@ def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
     log = run(model, data, tmp_path / "run", "--max_steps=2", "--reward_answer=0", "--divide_by_std=true")
     assert [float(row["no_signal"]) for row in log[1:]] == [1, 1]
     assert [float(row["loss"]) for row in log[1:]] == [float(row["grad_norm"]) for row in log[1:]] == [0, 0]
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == 1
+    assert "step 1 learns nothing, since all answers to a problem earn the same (" in out
 
 
 # ---- Refusals
