@@ -1,9 +1,12 @@
 """run.py, stage.py and machine.py: a log without a torn or doubled row, training states with the old names of options,
 and what a process says that is alone or on an unknown GPU."""
 
+import contextlib
 import errno
 import os
 import re
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ from nanodoge.checkpoint import load_model, load_training_state, save_checkpoint
 from nanodoge.examples import TokenSet
 from nanodoge.machine import Machine
 from nanodoge.run import Log, read_log
-from nanodoge.stage import saved_options
+from nanodoge.stage import run_stage, saved_options
 
 # ---- The log
 
@@ -169,6 +172,24 @@ def test_processes_that_torchrun_started_again_say_what_they_need(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
         Machine("cpu")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_stage_made_is_deleted_before_the_process_group(monkeypatch, fails):
+    """DDP holds Python's lock if it is the last to own the process group: a rank hung at exit once."""
+    made, alive = [], []
+
+    def stage(options, machine):
+        network = torch.nn.Linear(1, 1)
+        network.itself, machine.world_size = [network], 2  # a reference cycle
+        made.append(weakref.ref(network))
+        if fails:
+            raise FloatingPointError
+
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: alive.append(made[0]() is not None))
+    with pytest.raises(FloatingPointError) if fails else contextlib.nullcontext():
+        run_stage(stage, SimpleNamespace(device="cpu", dtype="auto", patience=9))
+    assert alive == [False]
 
 
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12}
