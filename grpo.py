@@ -43,7 +43,6 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
 
@@ -53,8 +52,8 @@ from torch import Tensor
 
 from model import Doge
 from nanodoge import stage
+from nanodoge.answers import is_right
 from nanodoge.checkpoint import clear, load_model, save_checkpoint
-from nanodoge.conversations import final_answer
 from nanodoge.examples import Examples, TokenSet, bucket_by_length, describe, open_sets, pad
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, run_command
@@ -89,7 +88,7 @@ class GrpoOptions(stage.TuneOptions):
     divide_by_std: bool = False  # divide advantages by the standard deviation of their group
     kl: NonNegative = 0.0  # weight of the divergence from the model at the start; 0 = that model is not kept
     # ---- Rewards
-    reward_answer: NonNegative = 1.0  # for the right answer: compared as numbers if both are, else as texts
+    reward_answer: NonNegative = 1.0  # for the right answer: see nanodoge/answers.py
     reward_format: NonNegative = 0.1  # for a thought and then a solution, each once between its tags
     reward_length: NonNegative = 0.0  # cost of an answer of max_new_tokens; of a shorter one in proportion
     # ---- Validation
@@ -118,25 +117,7 @@ def read_problems(problems: Examples, which: Sequence[int]) -> tuple[list[list[i
 
 # ---- Rewards
 
-NUMBER = re.compile(r"([-+]?)\$?([-+]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(\.[0-9]*)?", re.ASCII)
 TAGS = [f"<|{edge}_of_{part}|>" for part in ("thought", "solution") for edge in ("begin", "end")]
-
-
-def number(text: str) -> Decimal | None:
-    """The number that a text is, None if it is none. "42", "42.0", "42.", "$42" and " +42 " are the same, and so are
-    "1,000" and "1000". Units, fractions, percentages and powers are not read."""
-    found = NUMBER.fullmatch(text.strip())
-    if not found or not re.search("[0-9]", text) or (found[1] and found[2]):
-        return None
-    return Decimal((found[1] or found[2]) + (found[3] or "0").replace(",", "") + (found[4] or ""))
-
-
-def is_right(text: str, wanted: str) -> bool:
-    """Whether what an answer comes to (see final_answer) is what is wanted: equal numbers, else equal texts."""
-    found = final_answer(text)
-    if (a := number(found)) is not None and (b := number(wanted)) is not None:
-        return a == b
-    return found != "" and found == wanted.strip()
 
 
 def is_in_format(text: str) -> bool:

@@ -40,7 +40,7 @@ import torch
 
 from model import Doge
 from nanodoge import stage
-from nanodoge.conversations import final_answer
+from nanodoge.answers import final_answer
 from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Whole, run_command
