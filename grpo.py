@@ -44,7 +44,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -72,6 +72,7 @@ COLUMNS = "reward reward_answer reward_format length no_signal entropy clipped k
 class GrpoOptions(stage.TuneOptions):
     """Reinforcement learning."""
 
+    recipe: ClassVar[str] = "grpo_tiny.py"
     init_from: str = "out/sums-chat"  # checkpoint folder of the model to tune
     data: str = "data/sums-problems"  # folder made by prepare_data.py --kind=problems
     batch_size: Count = 16  # problems per step, over all ranks
@@ -340,7 +341,7 @@ def train(options: GrpoOptions, machine: Machine) -> None:
 
 def main(argv: list[str]) -> None:
     may_change = stage.TUNE_MAY_CHANGE | {"eval_samples", "slots"}
-    stage.run_stage(train, stage.read_run_options(GrpoOptions, argv, "grpo_tiny.py", may_change))
+    stage.run_stage(train, stage.read_run_options(GrpoOptions, argv, may_change))
 
 
 if __name__ == "__main__":

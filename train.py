@@ -68,6 +68,7 @@ class TrainOptions(DogeConfig, RunOptions):
     copy_steps: Whole = 0  # first steps, most of which learn only copies; none after --init_from unless given
     moe_warmup_steps: Whole = 0  # first steps that train the router and the experts only
     eval_tokens: Count = 1_000_000  # validation tokens, always the first ones of val.bin
+    recipe: ClassVar[str] = "tiny.py"
     first: ClassVar[str] = """data init_from out_dir resume max_steps learning_rate batch_tokens micro_batch_size
         optimizer device"""
 
@@ -420,7 +421,7 @@ def inherited(source: str) -> dict[str, Any]:
 
 
 def read_options(argv: list[str]) -> TrainOptions:
-    return read_run_options(TrainOptions, argv, "tiny.py", MAY_CHANGE, inherited)
+    return read_run_options(TrainOptions, argv, MAY_CHANGE, inherited)
 
 
 def main(argv: list[str]) -> None:

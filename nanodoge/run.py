@@ -2,14 +2,6 @@
 
 A run can be killed at any moment and resumed as if nothing had happened. Nothing is random by accident: the order of
 the data is a pure function of (seed, step), so the state of a run is its weights, its optimizer and its step number.
-
-    with run:
-        for step in run.steps():
-            for batch in run.micro_batches(batches):             # gradients are exchanged at the last one
-                loss += run.backward(loss_sum(batch) / targets)
-            grad_norm = optimizer_step(...)
-            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens)
-    run.finish()
 """
 
 import csv

@@ -28,6 +28,7 @@ from nanodoge.options import (
     Range,
     Whole,
     check_ranges,
+    defaults,
     is_out_of_memory,
     one_line,
     parse_options,
@@ -119,17 +120,16 @@ def default_out_dir(data: str) -> str:
 def read_run_options(
     cls: type,
     argv: list[str],
-    default_config: str,
     may_change: set[str],
     inherited: Callable[[str], dict[str, Any]] | None = None,
 ) -> Any:
-    """The options of a run: the class's defaults, then `default_config` (in config/) if argv names no config file, then
+    """The options of a run: the class's defaults, then its recipe (in config/) if argv names no config file, then
     argv. With --resume they are those of the run in out_dir, of which argv may change `may_change`.
 
     --resume_or_start resumes if there is a run: torchrun --max-restarts and job queues repeat the same command line.
-    inherited(--init_from): options that a new run takes over from a checkpoint, in place of `default_config`.
+    inherited(--init_from): options that a new run takes over from a checkpoint, in place of the recipe.
     """
-    config = HERE / "config" / default_config
+    config = HERE / "config" / cls.recipe
     asked = read_values(cls, argv, default_config=config)
     out = Path(asked.get("out_dir") or default_out_dir(asked.get("data") or cls.data)).as_posix()
     for name in ("resume", "resume_or_start"):
@@ -274,11 +274,11 @@ def announce(
     options: RunOptions, machine: Machine, model: Doge, lines: dict[str, str], seconds: float, compile_note: str
 ) -> None:
     """Prints, before the first step, what is going to happen, on what, and at what cost: the options that differ from
-    their defaults, the model, the stage's own `lines`, the device, and how long all steps will take at most."""
-    changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    those of a bare command, the model, the stage's own `lines`, the device, and the time of all steps at most."""
+    changed = [name for name, value in defaults(type(options)).items() if getattr(options, name) != value]
     source = f", from {options.init_from}" if options.init_from else ""
     common = {
-        "options": " ".join(f"{name}={getattr(options, name)}" for name in changed),
+        "options": " ".join(f"{name}={getattr(options, name)}" for name in changed) or "as --help shows them",
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters{source}",
         "device": f"{machine.summary}; {compile_note}",
         "cost": f"{options.max_steps:,} steps, at most about {duration(seconds)}",
