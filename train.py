@@ -294,19 +294,19 @@ def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tupl
 def resumed_folder(options: TrainOptions, machine: Machine) -> str:
     """The folder of the weights that a resumed run goes on from: out_dir, or its `stable` when these weights have begun
     to decay and the run is to end otherwise. Raises ValueError if that is not there."""
-    folder, state = Path(options.out_dir), load_training_state(options.out_dir)
+    state, folder = load_training_state(options.out_dir), f"{options.out_dir}/stable"
     before = vars(options) | saved_options(TrainOptions, state)
-    then, now = ((o["max_steps"], o["max_steps"] - o["decay_steps"]) for o in (before, vars(options)))
-    if then == now or state["step"] <= then[1]:
+    falls, new_falls = (o["max_steps"] - o["decay_steps"] for o in (before, vars(options)))  # from this step on
+    if (before["max_steps"], falls) == (options.max_steps, new_falls) or state["step"] <= falls:
         return options.out_dir
     asked = f"--max_steps={options.max_steps} --decay_steps={options.decay_steps}"
-    what = f"the learning rate of the run in {folder} has been falling since step {then[1]}"
-    stable = load_training_state(folder / "stable")
-    if not stable or stable["step"] != then[1] or now[1] < then[1]:
-        need = f"{folder}/stable with the weights of that step, and a decay that begins no earlier"
+    what = f"the learning rate of the run in {options.out_dir} has been falling since step {falls}"
+    stable = load_training_state(folder)
+    if not stable or stable["step"] != falls or new_falls < falls:
+        need = f"{folder} with the weights of that step, and a decay that begins no earlier"
         raise ValueError(f"{asked}: {what}; to go on otherwise takes {need} (--init_from starts a new run)")
-    machine.print(f"resumed   from {folder}/stable, step {then[1]}, for {asked}: {what}")
-    return f"{folder}/stable"
+    machine.print(f"resumed   from {folder}, step {falls}, for {asked}: {what}")
+    return folder
 
 
 def describe(options: TrainOptions, machine: Machine, model: Doge, data: Sequences) -> dict[str, str]:
@@ -375,11 +375,13 @@ def train(options: TrainOptions, machine: Machine) -> None:
             micro_batches = [rows[i : i + B] for i in range(0, len(rows), B)]  # of all ranks
             copying, count = is_copy_step(step, options.copy_steps, options.seed), options.batch_tokens
             if copying:
-                count = max(1, sum(int((batch(part, copying)[1] >= 0).sum()) for part in micro_batches))
+                count = sum(int((batch(part, copying)[1] >= 0).sum()) for part in micro_batches)
+                if not count:
+                    run.warn(f"no target of step {step + 1} is a copy, so nothing is learned: --copy_steps=0 here")
             loss = 0.0
             for part in run.micro_batches(micro_batches[machine.rank :: world]):
                 tokens, targets = batch(part, copying)
-                loss += run.backward(loss_sum(network, tokens, targets, machine) / count)
+                loss += run.backward(loss_sum(network, tokens, targets, machine) / max(count, 1))
             experts_only, name = step < options.moe_warmup_steps, "copy_loss" if copying else "loss"
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip, experts_only)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=options.batch_tokens, name=name)
