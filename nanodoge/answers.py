@@ -63,12 +63,13 @@ def final_answer(text: str) -> str:
     """What an answer comes to: the text between the solution tags, else all of it; of that what stands after the last
     ####, and of that what stands in the last \\boxed{}. "" for a solution that does not end."""
     if "<|begin_of_solution|>" in text:
-        found = re.search(r".*<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>", text, re.DOTALL)
-        text = found[1] if found else ""
+        ended, _, _ = text.rpartition("<|end_of_solution|>")  # "" if no solution ends
+        _, is_begun, solution = ended.rpartition("<|begin_of_solution|>")
+        text = solution.partition("<|end_of_solution|>")[0] if is_begun else ""
     text = text.rpartition("####")[2]
-    _, found, boxed = text.rpartition("\\boxed{")
-    depth = 1 if found else 0
-    for i, character in enumerate(boxed if found else ""):
+    _, is_boxed, boxed = text.rpartition("\\boxed{")
+    depth = 1
+    for i, character in enumerate(boxed if is_boxed else ""):
         depth += (character == "{") - (character == "}")
         if not depth:
             return boxed[:i].strip()
