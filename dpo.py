@@ -43,7 +43,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ VALIDATED = "loss accuracy margin chosen_logp".split()  # as val_loss and so on
 class DpoOptions(stage.TuneOptions):
     """Direct preference optimisation."""
 
+    recipe: ClassVar[str] = "dpo_tiny.py"
     init_from: str = "out/stories-chat"  # checkpoint folder of the model to tune, which is also the reference
     data: str = "data/stories-preferences"  # folder made by prepare_data.py --kind=preferences
     loss: Literal["sigmoid", "ipo", "sigmoid_norm"] = "sigmoid"  # sigmoid: DPO's own; the others use means per token
@@ -257,10 +258,11 @@ def train(options: DpoOptions, machine: Machine) -> None:
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()), **columns)
     run.finish()
+    stage.print_answer(options, machine, model, val)
 
 
 def main(argv: list[str]) -> None:
-    stage.run_stage(train, stage.read_run_options(DpoOptions, argv, "dpo_tiny.py", stage.TUNE_MAY_CHANGE))
+    stage.run_stage(train, stage.read_run_options(DpoOptions, argv, stage.TUNE_MAY_CHANGE))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from model import Doge
 from nanodoge.attention import Cache
 from nanodoge.checkpoint import load_model
-from nanodoge.data import bits_per_byte, check_tokenizer, token_bytes
+from nanodoge.data import Sequences, bits_per_byte, check_tokenizer, token_bytes
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.examples import bucket_by_length
@@ -46,7 +46,6 @@ from nanodoge.losses import rows_at_once
 from nanodoge.machine import Machine
 from nanodoge.options import Count, Range, Whole, check_ranges, one_line, parse_options, run_command
 from nanodoge.tokenizer import Tokenizer
-from train import Sequences
 
 # What the original project measures, with its few-shot counts. Its MMLU scores the texts of the answers and not their
 # letters, hence mmlu_continuation. The last two suites are for models that chat, so they use the chat template.
@@ -64,13 +63,13 @@ class EvaluateOptions:
 
     checkpoint: list[str] = field(default_factory=lambda: ["out/stories"])  # folder of the model, or a name on the hub
     bpb: str = ""  # data folder whose validation text is measured; empty = data/stories, unless tasks are asked for
-    tokens: Count = 32768  # of the validation text at most, rounded up to whole sequences
+    eval_tokens: Count = 32768  # of the validation text at most, rounded up to whole sequences
     micro_batch_size: Count = 64  # sequences of the validation text at once
     tasks: list[str] = field(default_factory=list)  # benchmarks by their names in lm_eval, as NAME or NAME=SHOTS
     suite: Literal["", "base", "instruct", "reason"] = ""  # the benchmarks of the original's tables
     num_fewshot: Annotated[int, Range(-1)] = -1  # solved examples before each question; -1 = what suite or task say
     limit: Whole = 0  # questions of each task, the first ones; 0 = all
-    apply_chat_template: Literal["auto", "true", "false"] = "auto"  # ask in a conversation; auto: not in suite base
+    apply_chat_template: Literal["auto", "on", "off"] = "auto"  # ask in a conversation; auto: not in suite base
     include_path: str = ""  # folder with task files of your own (YAML), which need no network
     micro_batch_tokens: Whole = 0  # prompts and answers at once, padding included; 0 = 2048, on a GPU 65,536
     out: str = ""  # JSON file for all the results
@@ -111,7 +110,7 @@ def print_bits_per_byte(model: Doge, tokenizer: Tokenizer, options: EvaluateOpti
     print(f"{'weights':<10}{'loss':>10}{'bits/byte':>12}{'change':>10}{'tokens':>10}")
     for dtype in options.dtype:
         decoder = Decoder(model, getattr(torch, dtype))
-        loss, bits, seen = bits_per_byte(nats_of, rows, sizes, options.tokens, options.micro_batch_size, machine)
+        loss, bits, seen = bits_per_byte(nats_of, rows, sizes, options.eval_tokens, options.micro_batch_size, machine)
         first = first or loss
         print(f"{dtype:<10}{loss:>10.4f}{bits:>12.4f}{loss / first - 1:>+10.2%}{seen:>10,}", flush=True)
 
@@ -282,22 +281,23 @@ def run_tasks(harness, options: EvaluateOptions, chat: bool) -> None:
     merged, errors = {"nanodoge": about}, []
     print(ROW.format("task", "shots", "questions", "metric", "value", "std error", "chance"))
     for name, equals, count in dict.fromkeys(asked):
+        members, results, shots = {}, {}, options.num_fewshot if options.num_fewshot >= 0 else int(count or -1)
+        shots = None if shots < 0 else shots
         try:
-            shots = options.num_fewshot if options.num_fewshot >= 0 else int(count) if count else None
             loaded = manager.load([name])
+            members = {key: group.get_all_tasks() for key, group in loaded["groups"].items()}
+            members |= {key: [task] for key, task in loaded["tasks"].items()}
             items = [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
             results = simple_evaluate(harness, tasks=items, num_fewshot=shots, task_manager=manager, **common)
         except Exception as error:
-            about["failed"][name + equals + count] = f"{type(error).__name__}: {one_line(error)}"
-            errors.append(error)
-            continue
+            reason = too_few_examples(members, shots or 0)
+            about["failed"][name + equals + count] = reason or f"{type(error).__name__}: {one_line(error)}"
+            errors.append(ValueError(reason) if reason else error)
         for key, value in results.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
-        members = {key: group.get_all_tasks() for key, group in loaded["groups"].items()}
-        members |= {key: [task] for key, task in loaded["tasks"].items()}
-        about["chance"] |= {key: chance(tasks) for key, tasks in members.items()}
         about["shortened"] = harness.shortened
-        scored = [key for key in members if any("," in metric for metric in results["results"].get(key, {}))]
+        about["chance"] |= {key: chance(tasks) for key, tasks in members.items() if results}
+        scored = [key for key in members if any("," in metric for metric in results.get("results", {}).get(key, {}))]
         for key in [name] if name in scored else scored:
             print_scores(key, results["n-shot"].get(key), results["results"][key], about["chance"][key])
         if options.out:
@@ -312,6 +312,14 @@ def run_tasks(harness, options: EvaluateOptions, chat: bool) -> None:
         reasons = "; ".join(f"--tasks={name}: {reason}" for name, reason in about["failed"].items())
         packages, files = "pip install lm_eval[ifeval,math]", "--include_path=FOLDER"
         raise ValueError(f"{reasons} ({packages} if packages are missing, {files} for tasks without network)")
+
+
+def too_few_examples(members: dict[str, list], shots: int) -> str:
+    """Why some of the tasks cannot begin with so many solved examples, else "". members: {name: lm_eval's tasks}."""
+    for name, task in [(name, task) for name, tasks in members.items() for task in tasks if shots]:
+        if shots >= (count := len(list(task.fewshot_docs()))):  # equal: a question is not an example of itself
+            return f"{name} has {count} documents, too few for {shots} solved examples"
+    return ""
 
 
 def chance(tasks: list) -> float | None:
@@ -350,10 +358,10 @@ def main(argv: list[str]) -> None:
         print_bits_per_byte(model, tokenizer, options, machine)
     if not options.tasks and not options.suite:
         return
-    chats = {"true": True, "false": False, "auto": options.suite in ("instruct", "reason")}
-    chat = chats[options.apply_chat_template]
+    by_suite = options.apply_chat_template == "auto" and options.suite in ("instruct", "reason")
+    chat = options.apply_chat_template == "on" or by_suite
     if chat and not tokenizer.chat_template:
-        raise ValueError(f"--apply_chat_template=true: the tokenizer of {options.checkpoint[0]} has no chat template")
+        raise ValueError(f"--apply_chat_template=on: the tokenizer of {options.checkpoint[0]} has no chat template")
     size = options.micro_batch_tokens or (2048 if machine.device.type == "cpu" else 65536)  # a CPU's cache is small
     harness = harness_model(model.to(getattr(torch, options.dtype[0])), tokenizer, size)
     run_tasks(harness, options, chat)

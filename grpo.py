@@ -43,9 +43,8 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -53,8 +52,8 @@ from torch import Tensor
 
 from model import Doge
 from nanodoge import stage
+from nanodoge.answers import is_right
 from nanodoge.checkpoint import clear, load_model, save_checkpoint
-from nanodoge.conversations import final_answer
 from nanodoge.examples import Examples, TokenSet, bucket_by_length, describe, open_sets, pad
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, run_command
@@ -73,6 +72,7 @@ COLUMNS = "reward reward_answer reward_format length no_signal entropy clipped k
 class GrpoOptions(stage.TuneOptions):
     """Reinforcement learning."""
 
+    recipe: ClassVar[str] = "grpo_tiny.py"
     init_from: str = "out/sums-chat"  # checkpoint folder of the model to tune
     data: str = "data/sums-problems"  # folder made by prepare_data.py --kind=problems
     batch_size: Count = 16  # problems per step, over all ranks
@@ -89,7 +89,7 @@ class GrpoOptions(stage.TuneOptions):
     divide_by_std: bool = False  # divide advantages by the standard deviation of their group
     kl: NonNegative = 0.0  # weight of the divergence from the model at the start; 0 = that model is not kept
     # ---- Rewards
-    reward_answer: NonNegative = 1.0  # for the right answer: compared as numbers if both are, else as texts
+    reward_answer: NonNegative = 1.0  # for the right answer: see nanodoge/answers.py
     reward_format: NonNegative = 0.1  # for a thought and then a solution, each once between its tags
     reward_length: NonNegative = 0.0  # cost of an answer of max_new_tokens; of a shorter one in proportion
     # ---- Validation
@@ -118,25 +118,7 @@ def read_problems(problems: Examples, which: Sequence[int]) -> tuple[list[list[i
 
 # ---- Rewards
 
-NUMBER = re.compile(r"([-+]?)\$?([-+]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(\.[0-9]*)?", re.ASCII)
 TAGS = [f"<|{edge}_of_{part}|>" for part in ("thought", "solution") for edge in ("begin", "end")]
-
-
-def number(text: str) -> Decimal | None:
-    """The number that a text is, None if it is none. "42", "42.0", "42.", "$42" and " +42 " are the same, and so are
-    "1,000" and "1000". Units, fractions, percentages and powers are not read."""
-    found = NUMBER.fullmatch(text.strip())
-    if not found or not re.search("[0-9]", text) or (found[1] and found[2]):
-        return None
-    return Decimal((found[1] or found[2]) + (found[3] or "0").replace(",", "") + (found[4] or ""))
-
-
-def is_right(text: str, wanted: str) -> bool:
-    """Whether what an answer comes to (see final_answer) is what is wanted: equal numbers, else equal texts."""
-    found = final_answer(text)
-    if (a := number(found)) is not None and (b := number(wanted)) is not None:
-        return a == b
-    return found != "" and found == wanted.strip()
 
 
 def is_in_format(text: str) -> bool:
@@ -167,6 +149,15 @@ def advantages(rewards: np.ndarray, divide_by_std: bool) -> np.ndarray:
     if divide_by_std:
         above = above / np.maximum(rewards.std(axis=1, keepdims=True), np.finfo(float).tiny)
     return np.where(rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True), above, 0.0)
+
+
+def no_signal(step: int, earned: dict, options: GrpoOptions) -> str:
+    """The warning for a step whose answers earn the same within each problem. earned: as from `judge`."""
+    right, lengths = int(earned["reward_answer"].sum()), earned["length"]
+    found = f"{right} of {len(lengths)} are right, {lengths.mean():.0f} of {options.max_new_tokens} tokens long"
+    advice = "harder problems" if right else "easier problems, or sft.py on solved ones first"
+    reason = f"step {step + 1} learns nothing, since all answers to a problem earn the same ({found})"
+    return f"{reason}. If it stays so: read {options.out_dir}/samples.jsonl, then try {advice}"
 
 
 # ---- Rollouts
@@ -324,6 +315,8 @@ def train(options: GrpoOptions, machine: Machine) -> None:
             lr = options.learning_rate * cosine(step, options.max_steps, int(options.warmup * options.max_steps))
             batches, earned, read = rollout(machine, model, problems, options, step)
             answers, tokens = len(earned["length"]), earned["length"].sum()  # of all ranks
+            if earned["no_signal"].all():
+                run.warn(no_signal(step, earned, options))
             for batch in batches if reference else ():
                 with torch.no_grad(), machine.autocast():
                     batch.start = reference(*batch.inputs)[0]
@@ -343,11 +336,12 @@ def train(options: GrpoOptions, machine: Machine) -> None:
             columns |= {name: values[mine].sum() / answers for name, values in earned.items()}
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=read, **columns)
     run.finish()
+    stage.print_answer(options, machine, model, val)
 
 
 def main(argv: list[str]) -> None:
     may_change = stage.TUNE_MAY_CHANGE | {"eval_samples", "slots"}
-    stage.run_stage(train, stage.read_run_options(GrpoOptions, argv, "grpo_tiny.py", may_change))
+    stage.run_stage(train, stage.read_run_options(GrpoOptions, argv, may_change))
 
 
 if __name__ == "__main__":

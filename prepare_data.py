@@ -61,7 +61,7 @@ import numpy as np
 from filelock import FileLock  # torch and datasets bring it
 from tqdm import tqdm
 
-from nanodoge import conversations
+from nanodoge import answers, conversations
 from nanodoge.checkpoint import flush, locate, read_json
 from nanodoge.options import Count, Range, Whole, check_ranges, parse_options, run_command
 from nanodoge.sources import Source, check_space, in_validation, open_source, parse_source, shares_of, text_of
@@ -426,6 +426,7 @@ def report(out: Path, meta: dict) -> None:
         what = f"{count['documents']:,} {meta.get('kind', 'documents')}, {count['tokens']:,} tokens"
         learn = f", {count['targets']:,} of them to learn" if count.get("targets") else ""
         print(f"{out / split}: {what}{learn}, {count['bytes'] / count['tokens']:.2f} bytes per token")
+    answers.report(out / "train.answers.jsonl")
     for mix in meta["mix"]:
         print(f"  {mix['tokens'] / meta['train']['tokens']:6.1%} {mix['source']}, epochs: {mix['epochs']}")
     for reason, count in meta["left_out"].items():

@@ -33,14 +33,14 @@ position after its last token. A matrix with one row per label replaces the outp
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
 from model import Doge
 from nanodoge import stage
-from nanodoge.conversations import final_answer
+from nanodoge.answers import final_answer
 from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Whole, run_command
@@ -54,6 +54,7 @@ from train import cosine, loss_sum, make_optimizers, optimizer_step, prepare_if_
 class SftOptions(stage.TuneOptions):
     """Supervised fine-tuning."""
 
+    recipe: ClassVar[str] = "sft_tiny.py"
     data: str = "data/stories-chat"  # folder made by prepare_data.py
     kind: Literal["chat", "labels"] = "chat"  # of the data: conversations, or texts with a label
     eval_answers: Whole = 0  # validation answers that are written and compared word for word; of labels, always all
@@ -143,12 +144,11 @@ def train(options: SftOptions, machine: Machine) -> None:
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()))
     run.finish()
+    stage.print_answer(options, machine, model, val)
 
 
 def main(argv: list[str]) -> None:
-    stage.run_stage(
-        train, stage.read_run_options(SftOptions, argv, "sft_tiny.py", stage.TUNE_MAY_CHANGE | {"eval_answers"})
-    )
+    stage.run_stage(train, stage.read_run_options(SftOptions, argv, stage.TUNE_MAY_CHANGE | {"eval_answers"}))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ does not depend on the tokenizer.
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -42,13 +43,13 @@ from torch import Tensor
 
 from model import Doge, DogeConfig
 from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
-from nanodoge.data import bits_per_byte, check_tokenizer, load_tokenizer, read_meta, token_bytes
+from nanodoge.data import Sequences, bits_per_byte, check_tokenizer, load_tokenizer, token_bytes
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon
 from nanodoge.options import Count, Whole, run_command
 from nanodoge.run import Run
-from nanodoge.stage import RunOptions, announce, profile_step, read_run_options, run_stage, saved_options
+from nanodoge.stage import RunOptions, announce, print_end, profile_step, read_run_options, run_stage, saved_options
 from nanodoge.tokenizer import Tokenizer
 
 
@@ -67,7 +68,7 @@ class TrainOptions(DogeConfig, RunOptions):
     copy_steps: Whole = 0  # first steps, most of which learn only copies; none after --init_from unless given
     moe_warmup_steps: Whole = 0  # first steps that train the router and the experts only
     eval_tokens: Count = 1_000_000  # validation tokens, always the first ones of val.bin
-    sample_tokens: Whole = 240  # longest sample printed at the end (a built-in story has about 180); 0 = none
+    recipe: ClassVar[str] = "tiny.py"
     first: ClassVar[str] = """data init_from out_dir resume max_steps learning_rate batch_tokens micro_batch_size
         optimizer device"""
 
@@ -80,46 +81,7 @@ class TrainOptions(DogeConfig, RunOptions):
             raise ValueError(f"{phases} do not fit into --max_steps={self.max_steps}")
 
 
-# ---- Data
-
-
-class Sequences:
-    """The sequences of a .bin file: sequence i is tokens iT .. iT + T, the last one being only a target. The file is
-    mapped, not read: the operating system loads the pages that are touched."""
-
-    def __init__(self, folder: str | Path, split: str, length: int):
-        meta = read_meta(folder)
-        self.length, self.vocab_size, self.path = length, meta["vocab_size"], Path(folder) / f"{split}.bin"
-        dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), self.path.stat().st_size
-        if size != (count := meta[split]["tokens"]) * dtype.itemsize:
-            advice = "it was not written to its end, or changed; prepare the data again"
-            raise ValueError(
-                f"{self.path} has {size:,} bytes, and meta.json says {count:,} {dtype.name} tokens: {advice}"
-            )
-        self.tokens = np.memmap(self.path, dtype, "r") if size else np.zeros(0, dtype)
-        self.count = (len(self.tokens) - 1) // length
-        if split == "train" and self.count < 1:
-            found = f"{self.path} has {len(self.tokens)} tokens, and a sequence takes one more than its length"
-            raise ValueError(f"--sequence_length={length} is longer than the data: {found}")
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens of this range. Raises ValueError for an id outside the vocabulary: the file is too large to be
-        checked beforehand."""
-        tokens = self.tokens[start:stop]
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            found = f"the id {tokens.max()} at or after token {start}, and meta.json says vocab_size {self.vocab_size}"
-            raise ValueError(f"{self.path} has {found}: it was changed; prepare the data again")
-        return tokens
-
-    def batch(self, rows: list[int] | range) -> tuple[Tensor, Tensor]:
-        """tokens, targets (B, T) int64 of these sequences. One that ends after the file is filled with token 0 and
-        target -100, which the loss ignores."""
-        span = np.full((len(rows), self.length + 1), -1, dtype=np.int64)
-        for i, row in enumerate(rows):
-            tokens = self.read(row * self.length, (row + 1) * self.length + 1)
-            span[i, : len(tokens)] = tokens
-        tokens, targets = torch.from_numpy(span[:, :-1]), torch.from_numpy(span[:, 1:])
-        return tokens.clamp(min=0), targets.masked_fill(targets < 0, -100)
+# ---- Data order
 
 
 def shuffled(index: int, count: int, key: int) -> int:
@@ -302,7 +264,7 @@ def evaluate(
 def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tuple[Doge, dict | None]:
     """The model to train, and a training state if there is one: of a resumed run, or of the checkpoint. Resolves
     vocab_size."""
-    folder = options.out_dir if options.resume else options.init_from
+    folder = resumed_folder(options, machine) if options.resume else options.init_from
     if not folder:
         options.vocab_size = options.vocab_size or tokenizer.vocab_size
         if options.vocab_size < tokenizer.vocab_size:
@@ -327,6 +289,24 @@ def start(options: TrainOptions, machine: Machine, tokenizer: Tokenizer) -> tupl
         model.config.router_aux_loss_coef = options.router_aux_loss_coef
     model.config.attention = options.attention
     return model.train().to(machine.device), load_training_state(folder)
+
+
+def resumed_folder(options: TrainOptions, machine: Machine) -> str:
+    """The folder of the weights that a resumed run goes on from: out_dir, or its `stable` when these weights have begun
+    to decay and the run is to end otherwise. Raises ValueError if that is not there."""
+    state, folder = load_training_state(options.out_dir), f"{options.out_dir}/stable"
+    before = vars(options) | saved_options(TrainOptions, state)
+    falls, new_falls = (o["max_steps"] - o["decay_steps"] for o in (before, vars(options)))  # from this step on
+    if (before["max_steps"], falls) == (options.max_steps, new_falls) or state["step"] <= falls:
+        return options.out_dir
+    asked = f"--max_steps={options.max_steps} --decay_steps={options.decay_steps}"
+    what = f"the learning rate of the run in {options.out_dir} has been falling since step {falls}"
+    stable = load_training_state(folder)
+    if not stable or stable["step"] != falls or new_falls < falls:
+        need = f"{folder} with the weights of that step, and a decay that begins no earlier"
+        raise ValueError(f"{asked}: {what}; to go on otherwise takes {need} (--init_from starts a new run)")
+    machine.print(f"resumed   from {folder}, step {falls}, for {asked}: {what}")
+    return folder
 
 
 def describe(options: TrainOptions, machine: Machine, model: Doge, data: Sequences) -> dict[str, str]:
@@ -374,8 +354,9 @@ def train(options: TrainOptions, machine: Machine) -> None:
 
     stable, sizes = options.max_steps - options.decay_steps, token_bytes(tokenizer)
     milestones = {stable: Path(options.out_dir) / "stable"} if options.decay_steps and stable else {}
-    validate = lambda: evaluate(model if options.shard else network, val_data, sizes, machine, options)  # noqa: E731
-    run = Run(options, machine, model, network, tokenizer, optimizers, validate, model.flops_per_token(T), milestones)
+    validate = partial(evaluate, model if options.shard else network, val_data, sizes, machine, options)
+    flops, columns = model.flops_per_token(T), ["copy_loss"]
+    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, milestones, columns)
     if options.resume:
         run.restore(state)
     elif state:
@@ -394,14 +375,18 @@ def train(options: TrainOptions, machine: Machine) -> None:
             micro_batches = [rows[i : i + B] for i in range(0, len(rows), B)]  # of all ranks
             copying, count = is_copy_step(step, options.copy_steps, options.seed), options.batch_tokens
             if copying:
-                count = max(1, sum(int((batch(part, copying)[1] >= 0).sum()) for part in micro_batches))
+                count = sum(int((batch(part, copying)[1] >= 0).sum()) for part in micro_batches)
+                if not count:
+                    run.warn(f"no target of step {step + 1} is a copy, so nothing is learned: --copy_steps=0 here")
             loss = 0.0
             for part in run.micro_batches(micro_batches[machine.rank :: world]):
                 tokens, targets = batch(part, copying)
-                loss += run.backward(loss_sum(network, tokens, targets, machine) / count)
-            experts_only = step < options.moe_warmup_steps
+                loss += run.backward(loss_sum(network, tokens, targets, machine) / max(count, 1))
+            experts_only, name = step < options.moe_warmup_steps, "copy_loss" if copying else "loss"
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip, experts_only)
-            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=options.batch_tokens)
+            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=options.batch_tokens, name=name)
+            if step + 1 == options.copy_steps:
+                machine.print(f"step {step + 1:>6}  the copy steps end: every target counts, so the loss is another")
     run.finish()
     if options.sample_tokens:
         with unsharded(model):
@@ -416,8 +401,7 @@ def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: T
     with machine.autocast():
         [ids] = Engine(model.eval(), slots=1, vocab_size=tokenizer.vocab_size).generate([request])
     text = tokenizer.decode(ids, skip_special=True)
-    machine.print(f"\nThe model is in {options.out_dir}. It writes:\n\n{text}\n")
-    machine.print(f"More: python sample.py {options.out_dir}")
+    print_end(options, machine, "writes", text, f"python sample.py {options.out_dir}")
 
 
 # What a resumed run may change: its cost, where and how often it reports, and when it ends. The rest makes it another.
@@ -439,7 +423,7 @@ def inherited(source: str) -> dict[str, Any]:
 
 
 def read_options(argv: list[str]) -> TrainOptions:
-    return read_run_options(TrainOptions, argv, "tiny.py", MAY_CHANGE, inherited)
+    return read_run_options(TrainOptions, argv, MAY_CHANGE, inherited)
 
 
 def main(argv: list[str]) -> None:

@@ -64,6 +64,7 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=N
         text = json.dumps(hugging_face_config(model, tokenizer) | (fields or {}), indent=2)
         (saving / "config.json").write_text(text, encoding="utf-8")
         tokenizer.save(saving, model.config.max_position_embeddings)
+        shutil.copymode(saving / "config.json", saving / "model.safetensors")  # safetensors shuts others out
         for path in [*saving.iterdir(), saving]:
             if path.is_file() or os.name == "posix":  # Windows cannot flush a folder
                 flush(path)

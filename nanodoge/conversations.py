@@ -22,12 +22,12 @@ BOS, the text, and the number of its label, which alone is marked.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
+from nanodoge.answers import final_answer
 from nanodoge.tokenizer import Tokenizer
 
 # The columns of a row: the first schema that fits is used. Its first column is the question (a text or a list of
@@ -144,15 +144,6 @@ def read_label(labels: Sequence[str], row: dict, columns: list[str], where: str)
         raise ValueError(f"{where}: label {label!r} is not one of --labels={','.join(labels)}")
     made = dict(messages=[dict(role="user", content=text)], label=labels.index(label))
     return made if text else dict(left_out="empty")
-
-
-def final_answer(text: str) -> str:
-    """What an answer comes to: the text between the solution tags, else after the last ####, else all of it. "" for a
-    solution that does not end."""
-    if "<|begin_of_solution|>" in text:
-        found = re.search(r".*<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>", text, re.DOTALL)
-        text = found[1] if found else ""
-    return text.rpartition("####")[2].strip()
 
 
 # ---- From one form to ids

@@ -1,4 +1,4 @@
-"""A data folder: its meta.json, its tokenizer, and the bits per byte of its validation text.
+"""A data folder: its meta.json, its tokenizer, its sequences, and bits per byte on its validation text.
 
 A model that gives the next token the probability p needs -log2(p) bits to store it. Summed over a text and divided by
 its bytes, this does not depend on how the text was cut into tokens, so models with different vocabularies can be
@@ -9,8 +9,8 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +66,45 @@ def load_tokenizer(data: str | Path) -> Tokenizer:
     return tokenizer
 
 
+class Sequences:
+    """The sequences of a .bin file: sequence i is tokens iT .. iT + T, the last one being only a target. The file is
+    mapped, not read: the operating system loads the pages that are touched."""
+
+    def __init__(self, folder: str | Path, split: str, length: int):
+        meta = read_meta(folder)
+        self.length, self.vocab_size, self.path = length, meta["vocab_size"], Path(folder) / f"{split}.bin"
+        dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), self.path.stat().st_size
+        if size != (count := meta[split]["tokens"]) * dtype.itemsize:
+            advice = "it was not written to its end, or changed; prepare the data again"
+            raise ValueError(
+                f"{self.path} has {size:,} bytes, and meta.json says {count:,} {dtype.name} tokens: {advice}"
+            )
+        self.tokens = np.memmap(self.path, dtype, "r") if size else np.zeros(0, dtype)
+        self.count = (len(self.tokens) - 1) // length
+        if split == "train" and self.count < 1:
+            found = f"{self.path} has {len(self.tokens)} tokens, and a sequence takes one more than its length"
+            raise ValueError(f"--sequence_length={length} is longer than the data: {found}")
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens of this range. Raises ValueError for an id outside the vocabulary: the file is too large to be
+        checked beforehand."""
+        tokens = self.tokens[start:stop]
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            found = f"the id {tokens.max()} at or after token {start}, and meta.json says vocab_size {self.vocab_size}"
+            raise ValueError(f"{self.path} has {found}: it was changed; prepare the data again")
+        return tokens
+
+    def batch(self, rows: list[int] | range) -> tuple[Tensor, Tensor]:
+        """tokens, targets (B, T) int64 of these sequences. One that ends after the file is filled with token 0 and
+        target -100, which the loss ignores."""
+        span = np.full((len(rows), self.length + 1), -1, dtype=np.int64)
+        for i, row in enumerate(rows):
+            tokens = self.read(row * self.length, (row + 1) * self.length + 1)
+            span[i, : len(tokens)] = tokens
+        tokens, targets = torch.from_numpy(span[:, :-1]), torch.from_numpy(span[:, 1:])
+        return tokens.clamp(min=0), targets.masked_fill(targets < 0, -100)
+
+
 def token_bytes(tokenizer: Tokenizer) -> Tensor:
     """(V,) int64: how many bytes of text each token stands for; 0 for a special token."""
     special = set(tokenizer.special_tokens.values())
@@ -74,7 +113,7 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
 
 def bits_per_byte(
     nats_of: Callable[[Tensor, Tensor], float],
-    data: Any,
+    data: Sequences,
     bytes_of: Tensor,
     max_tokens: int,
     batch_size: int,
@@ -83,8 +122,8 @@ def bits_per_byte(
     """Mean loss in nats per token, bits per byte, and number of tokens, of the first max_tokens of a text, rounded up
     to whole sequences. The ranks share them. Bits count every token, also the end of a document; bytes are the text's.
 
-    nats_of(tokens, targets), both (B, T) -> the sum of -log p(target) over the targets that are not -100. data:
-    train.py's Sequences. bytes_of (V,): see token_bytes. batch_size: sequences at once.
+    nats_of(tokens, targets), both (B, T) -> the sum of -log p(target) over the targets that are not -100. bytes_of
+    (V,): see token_bytes. batch_size: sequences at once.
     """
     count = math.ceil(min(len(data.tokens) - 1, max_tokens) / data.length)
     mine, nats, seen, size = range(count)[machine.rank :: machine.world_size], 0.0, 0, 0

@@ -1,10 +1,11 @@
 """The device this rank computes on, the dtype of its products, the other ranks, and weights sharded over them."""
 
 import datetime
+import gc
 import os
 import re
 import sys
-import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -108,8 +109,11 @@ class Machine:
 
     def close(self) -> None:
         if self.world_size > 1:
-            # gloo's threads need the GIL to drop their last tensors, and DDP holds it while it waits for them to end.
-            time.sleep(0.1)
+            # The last owner of the process group waits for gloo's threads to end, and they need Python's lock (GIL) to
+            # drop their tensors. DDP would hold it, torch.distributed releases it: so DDP, which reference cycles and
+            # the frames of an exception keep alive, is deleted first.
+            traceback.clear_frames(sys.exc_info()[2])
+            gc.collect()
             dist.destroy_process_group()
 
     def peak_memory(self) -> int:

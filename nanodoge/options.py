@@ -16,6 +16,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -38,13 +39,9 @@ class Range(NamedTuple):
         return above and value < math.inf and (value < self.high if self.high_is_open else value <= self.high)
 
     def __str__(self) -> str:
-        if self.high < math.inf:
-            return (
-                f"from {self.low:,} up and below {self.high:,}"
-                if self.high_is_open
-                else f"from {self.low:,} to {self.high:,}"
-            )
-        return f"a number above {self.low:,}" if self.low_is_open else f"a number from {self.low:,} up"
+        if self.high == math.inf:
+            return f"a number above {self.low:,}" if self.low_is_open else f"a number from {self.low:,} up"
+        return f"from {self.low:,} " + (f"up and below {self.high:,}" if self.high_is_open else f"to {self.high:,}")
 
 
 Count = Annotated[int, Range(1)]
@@ -92,7 +89,7 @@ def read_values(
         print(help_text(cls, positional))
         sys.exit(0)
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    names = [field.name for field in fields(cls)]
     words, given = split_argv(cls, argv)
     files = [] if positional else words
     files += [given.pop("config")] if "config" in given and "config" not in names else []
@@ -148,23 +145,33 @@ def read_config(path: str | Path) -> dict[str, tuple[Any, int]]:
     return values
 
 
+SWITCH = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
+
+
+def choices_of(hint: Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
 def convert(value: Any, hint: Any, where: str) -> Any:
     """`value` (a literal of a config file, or text of the command line) as the type `hint`: int, float, bool, str,
-    list[str] or Literal[...]. A whole number is accepted for a float, never the reverse."""
+    list[str] or Literal[...]. A whole number is accepted for a float, never the reverse; on for true, and true for the
+    choice on."""
     try:
         text = value if isinstance(value, str) else repr(value)
         if b"\0" in text.encode():
             raise ValueError
     except ValueError:  # half a character; a number of thousands of digits
         raise ValueError(f"{where}: not a value that a file or a terminal could hold") from None
-    if typing.get_origin(hint) is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"{where}: {text!r} is not one of {', '.join(map(str, typing.get_args(hint)))}")
+    switch = SWITCH.get(text.lower())
+    if choices := choices_of(hint):
+        value = value if switch is None or "on" not in choices else "on" if switch else "off"
+        if value not in choices:
+            raise ValueError(f"{where}: {text!r} is not one of {', '.join(filter(None, choices))}")
         return value
     if hint is bool:
-        if text.lower() not in ("true", "false", "1", "0"):
+        if switch is None:
             raise ValueError(f"{where}: {text!r} is not true or false")
-        return text.lower() in ("true", "1")
+        return switch
     if hint in (int, float) and not isinstance(value, bool):
         try:
             number = hint(text)
@@ -199,29 +206,35 @@ def field_comments(cls: type) -> dict[str, tuple[str, str]]:
     return comments
 
 
+def defaults(cls: type) -> dict[str, Any]:
+    """{option: value} of a command without arguments: the class's defaults, and over them the file in config/ that it
+    names as its `recipe`."""
+    values = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields(cls)}
+    recipe = read_config(HERE / "config" / cls.recipe) if hasattr(cls, "recipe") else {}
+    return values | {name: value for name, (value, _) in recipe.items()}
+
+
 def help_text(cls: type, positional: str | None = None) -> str:
-    """The text of --help: usage, the options by group with default and comment, then the script's opening essay."""
+    """The text of --help: usage, the options by group, each with what it is without arguments, its comment and its
+    choices; then the script's opening essay, of a stage that says which options come first its beginning alone."""
     module = sys.modules[cls.__module__]
     usage = f"{positional.upper()} ... [--config=FILE]" if positional else "[config/FILE.py ...]"
     lines = [f"python {Path(module.__file__).name} {usage} [--name=value ...]"]
-    comments, hints = field_comments(cls), typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.name != positional}
+    comments, hints, values = field_comments(cls), typing.get_type_hints(cls), defaults(cls)
     first = getattr(cls, "first", "").split()
     groups = {"The options people need first": first} if first else {}
-    for name in fields:
-        if name not in first:
+    for name in values:
+        if name not in (*first, positional):
             groups.setdefault(comments[name][0], []).append(name)
     for group, names in groups.items():
         lines += ["", f"{group.rstrip('.')}:"]
-        for field in map(fields.get, names):
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            default = ",".join(default) if isinstance(default, list) else default
-            choices = (
-                typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
-            )
-            among = f" [{', '.join(map(str, choices))}]" if choices else ""
-            lines.append(f"  --{field.name.rstrip('_')}={default}".ljust(34) + f" {comments[field.name][1]}{among}")
-    return "\n".join([*lines, "", (module.__doc__ or "").strip()])
+        for name in names:
+            value = ",".join(values[name]) if isinstance(values[name], list) else values[name]
+            value = str(value).lower() if isinstance(value, bool) else value
+            among = f" [{', '.join(filter(None, choices_of(hints[name])))}]" if choices_of(hints[name]) else ""
+            lines.append(f"  --{name.rstrip('_')}={value}".ljust(34) + f" {comments[name][1]}{among}")
+    essay = (module.__doc__ or "").strip().split("\n\n")
+    return "\n".join([*lines, "", "\n\n".join(essay[: 2 if first else None])])
 
 
 # ---- The entry point of every script

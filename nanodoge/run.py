@@ -2,14 +2,6 @@
 
 A run can be killed at any moment and resumed as if nothing had happened. Nothing is random by accident: the order of
 the data is a pure function of (seed, step), so the state of a run is its weights, its optimizer and its step number.
-
-    with run:
-        for step in run.steps():
-            for batch in run.micro_batches(batches):             # gradients are exchanged at the last one
-                loss += run.backward(loss_sum(batch) / targets)
-            grad_norm = optimizer_step(...)
-            run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens)
-    run.finish()
 """
 
 import csv
@@ -41,7 +33,7 @@ from nanodoge.machine import Machine, full_state_dict, full_tensor, unsharded
 from nanodoge.options import one_line
 from nanodoge.tokenizer import Tokenizer
 
-COLUMNS = ("step tokens seconds loss lr grad_norm tokens_per_second mfu val_loss val_bpb memory").split()
+COLUMNS = ("step tokens seconds loss lr grad_norm tokens_per_second mfu val_loss val_bpb memory_mb").split()
 
 
 class Log:
@@ -82,27 +74,43 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
             int(row["step"]), int(row.get("tokens") or 0), [float(value or 0) for value in row.values()]
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}; move it away") from None
-    return rows
+    return [in_megabytes(row) for row in rows]
+
+
+def in_megabytes(row: dict) -> dict:
+    """A row whose memory is in MB: logs and training states of older versions have it in bytes."""
+    memory = row.pop("memory", "")
+    return row | dict(memory_mb=round(float(memory) / 1e6)) if memory else row
 
 
 def plot_loss(log_path: Path, picture_path: Path) -> None:
-    """Draws training and validation loss over the tokens seen."""
+    """Draws training and validation loss over the tokens seen. The part in which a loss is that of copies is shaded."""
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for column, style in (("loss", "-"), ("val_loss", "o-")):
+    for column, style in (("loss", "-"), ("val_loss", "o-"), ("copy_loss", ".")):
         points = [(int(row["tokens"]), float(row[column])) for row in read_log(log_path) if row.get(column)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=column, linewidth=1, markersize=3)
+        if points and column == "copy_loss":
+            axes.axvspan(0, points[-1][0], alpha=0.1, label="copy steps")
     axes.set(xlabel="tokens", ylabel="loss", title=str(Path(log_path).parent))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
     figure.savefig(picture_path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min or 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Run:
@@ -131,7 +139,8 @@ class Run:
         self.extra_state, self.evaluate_first = extra_state or {}, evaluate_first
         self.names = {p: name for name, p in model.named_parameters()}
         self.step, self.tokens, self.seconds, self.row = 0, 0, 0.0, None  # step: how many are done
-        self.log, self.fresh = None, True  # fresh: nothing saved yet
+        self.log, self.fresh, self.warned = None, True, False  # fresh: nothing saved yet
+        self.began = time.perf_counter(), 0  # when this process began, with which step
         self.signal = self.stop = 0  # the signal this rank got; the one that all ranks know of
         # Reading the loss synchronises a GPU and the ranks, so it is not read in every step there.
         self.reads_every_step = machine.device.type == "cpu" and machine.world_size == 1
@@ -142,11 +151,11 @@ class Run:
         """Continues from a training state. (The weights come from load_model.) Raises ValueError if it is damaged."""
         load_optimizer_state(self.optimizers, self.names, state["optimizer"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.row, self.fresh = state["row"], False
-        row = self.row or dict(step=self.step, loss=0.0)
-        known = {"step", "loss"} <= row.keys() <= set(self.columns) and row["step"] == self.step
+        row = in_megabytes(state["row"] or dict(step=self.step, loss=0.0))
+        self.row, self.fresh = state["row"] and row, False
+        known = row.keys() <= set(self.columns) and row.get("step") == self.step
         numbers = all(isinstance(value, int | float | str) for value in row.values())
-        if not (known and numbers and isinstance(row["loss"], float)):
+        if not (known and numbers and isinstance(row.get("loss", row.get("copy_loss")), float)):
             text = one_line(repr(row))[:100]
             raise ValueError(f"training_state.pt is damaged: the row of its step {self.step} is {text}")
 
@@ -210,7 +219,7 @@ class Run:
         hidden = None if self.machine.is_main else True  # None: only on a terminal
         bar = tqdm(total=self.options.max_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
         with bar as self.bar:
-            self.mark = time.perf_counter(), self.tokens
+            self.mark, self.began = (time.perf_counter(), self.tokens), (time.perf_counter(), self.step)
             while self.step < self.options.max_steps and not self.stop:
                 yield self.step
 
@@ -230,12 +239,14 @@ class Run:
     def is_due(self, option: str) -> bool:
         return self.step % getattr(self.options, option) == 0 or self.step == self.options.max_steps
 
-    def end_step(self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int, **columns: Tensor) -> None:
+    def end_step(
+        self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int, name: str = "loss", **columns: Tensor
+    ) -> None:
         """Counts a step and does what is due, in this order: check, save, validate, log. Saving comes first, so that
         running out of memory in a validation costs nothing.
 
-        loss and columns are this rank's shares, whose sums over all ranks are logged; tokens counts all ranks'. Raises
-        ValueError when the numbers are not finite.
+        loss and columns are this rank's shares, whose sums over all ranks are logged; tokens counts all ranks'. name:
+        the loss's column. Raises ValueError when the numbers are not finite.
         """
         self.step, self.tokens = self.step + 1, self.tokens + tokens
         self.bar.update()
@@ -248,6 +259,9 @@ class Run:
         self.stop = self.signal or (signal.SIGTERM if signals else 0)
         saves = saves or bool(self.stop)
         self.check_finite(loss, float(grad_norm), weights=bool(saves or milestone))
+        if float(grad_norm) == 0:
+            advice = "look at what is marked as a target; bfloat16 may round to 0 (--dtype=float32)"
+            self.warn(f"the gradient of step {self.step} is exactly 0, so nothing is learned. If it stays so: {advice}")
         if not (logs or saves or milestone):
             return
         (before, seen), now = self.mark, time.perf_counter()
@@ -256,15 +270,27 @@ class Run:
         mfu = f"{self.flops_per_token * speed / self.peak_flops:.4f}" if self.peak_flops else ""
         where = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 2))
         values = dict(zip(columns, values, strict=True))
-        self.row = where | dict(loss=loss, lr=lr, grad_norm=float(grad_norm), tokens_per_second=round(speed), mfu=mfu)
-        self.row |= dict(memory=self.machine.peak_memory(), **values)
-        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}")
+        self.row = where | {name: loss} | dict(lr=lr, grad_norm=float(grad_norm), tokens_per_second=round(speed))
+        self.row |= dict(mfu=mfu, memory_mb=round(self.machine.peak_memory() / 1e6), **values)
+        self.bar.set_postfix({name: f"{loss:.3f}", "tokens_per_s": f"{speed:,.0f}"})
         if saves or milestone:
             self.save([milestone] * bool(milestone) + [self.folder] * saves, self.state())  # resumed, a run needs both
         self.fresh = self.fresh and not saves
         if logs:
             self.write_row()
         self.mark = time.perf_counter(), self.tokens
+
+    def warn(self, text: str) -> None:
+        """Prints, once in a run, that a step learns nothing, and what to do."""
+        if not self.warned:
+            self.machine.print(f"warning: {text}")
+        self.warned = True
+
+    def time_left(self) -> str:
+        """How long the other steps take at the mean speed of this process, validations included; "" if unknown."""
+        (start, first), left = self.began, self.options.max_steps - self.step
+        seconds = (time.perf_counter() - start) / max(self.step - first, 1) * left
+        return f"  about {duration(seconds)} left" if left > 0 and self.step > first else ""
 
     def check_finite(self, loss: float, grad_norm: float, weights: bool) -> None:
         """weights: check them too, before they are saved, since this step's loss may not depend on all of them."""
@@ -283,8 +309,8 @@ class Run:
         if self.is_due("eval_every"):
             with unsharded(self.model):
                 row |= self.evaluate()
-            shown = "  ".join(f"{k} {row[k]:.4f}" for k in row if k == "loss" or k.startswith("val"))
-            self.machine.print(f"step {row['step']:>6}  {shown}")
+            shown = "  ".join(f"{k} {row[k]:.4f}" for k in row if k.endswith("loss") or k.startswith("val"))
+            self.machine.print(f"step {row['step']:>6}  {shown}{self.time_left()}")
         best = self.options.keep_best and self.log and row.get("val_loss", math.inf) < self.log.best
         if self.options.keep_best and self.machine.sum([bool(best)])[0]:  # rank 0 decides
             self.save([self.folder / "best"])

@@ -1,4 +1,5 @@
-"""How a training stage starts: its options, the model it tunes, one profiled step, what is printed before step 1."""
+"""How a training stage starts and ends: its options, the model it tunes, one profiled step, and what it prints before
+the first step and after the last one."""
 
 import dataclasses
 import math
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -15,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from model import Doge
 from nanodoge.checkpoint import checkpoint_file, load_model, load_training_state
 from nanodoge.data import check_tokenizer
-from nanodoge.machine import Machine
+from nanodoge.examples import Examples
+from nanodoge.machine import Machine, unsharded
 from nanodoge.options import (
     HERE,
     Count,
@@ -25,12 +28,15 @@ from nanodoge.options import (
     Range,
     Whole,
     check_ranges,
+    defaults,
     is_out_of_memory,
     one_line,
     parse_options,
     read_values,
     split_argv,
 )
+from nanodoge.policy import write_answers
+from nanodoge.run import duration
 from nanodoge.tokenizer import Tokenizer
 
 # ---- Options
@@ -57,6 +63,7 @@ class RunOptions:
     log_every: Count = 10  # steps between rows of log.csv
     eval_every: Count = 100  # steps between validations
     save_every: Count = 100  # steps between checkpoints
+    sample_tokens: Whole = 240  # longest sample printed at the end (a built-in story has about 180); 0 = none
     keep_best: bool = False  # also keep the model of the lowest val_loss, in OUT_DIR/best
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay in float32
@@ -97,7 +104,7 @@ class TuneOptions(RunOptions):
 
 # What a resumed tuning run may change: its cost, and where and how often it reports. The rest makes it another run.
 TUNE_MAY_CHANGE = set(
-    """resume out_dir overwrite keep_best log_every eval_every eval_size save_every device dtype
+    """resume out_dir overwrite keep_best log_every eval_every eval_size save_every sample_tokens device dtype
     compile patience shard micro_batch_tokens gradient_checkpointing""".split()
 )
 
@@ -113,17 +120,16 @@ def default_out_dir(data: str) -> str:
 def read_run_options(
     cls: type,
     argv: list[str],
-    default_config: str,
     may_change: set[str],
     inherited: Callable[[str], dict[str, Any]] | None = None,
 ) -> Any:
-    """The options of a run: the class's defaults, then `default_config` (in config/) if argv names no config file, then
+    """The options of a run: the class's defaults, then its recipe (in config/) if argv names no config file, then
     argv. With --resume they are those of the run in out_dir, of which argv may change `may_change`.
 
     --resume_or_start resumes if there is a run: torchrun --max-restarts and job queues repeat the same command line.
-    inherited(--init_from): options that a new run takes over from a checkpoint, in place of `default_config`.
+    inherited(--init_from): options that a new run takes over from a checkpoint, in place of the recipe.
     """
-    config = HERE / "config" / default_config
+    config = HERE / "config" / cls.recipe
     asked = read_values(cls, argv, default_config=config)
     out = Path(asked.get("out_dir") or default_out_dir(asked.get("data") or cls.data)).as_posix()
     for name in ("resume", "resume_or_start"):
@@ -268,11 +274,11 @@ def announce(
     options: RunOptions, machine: Machine, model: Doge, lines: dict[str, str], seconds: float, compile_note: str
 ) -> None:
     """Prints, before the first step, what is going to happen, on what, and at what cost: the options that differ from
-    their defaults, the model, the stage's own `lines`, the device, and how long all steps will take at most."""
-    changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    those of a bare command, the model, the stage's own `lines`, the device, and the time of all steps at most."""
+    changed = [name for name, value in defaults(type(options)).items() if getattr(options, name) != value]
     source = f", from {options.init_from}" if options.init_from else ""
     common = {
-        "options": " ".join(f"{name}={getattr(options, name)}" for name in changed),
+        "options": " ".join(f"{name}={getattr(options, name)}" for name in changed) or "as --help shows them",
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters{source}",
         "device": f"{machine.summary}; {compile_note}",
         "cost": f"{options.max_steps:,} steps, at most about {duration(seconds)}",
@@ -283,13 +289,27 @@ def announce(
         machine.print(f"{label:<9} {text}")
 
 
-def duration(seconds: float) -> str:
-    """45 s, 12 min or 3 h 20 min."""
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if minutes < 2
-        else f"{minutes} min"
-        if minutes < 120
-        else f"{minutes // 60} h {minutes % 60} min"
-    )
+# ---- End
+
+
+def print_answer(options: TuneOptions, machine: Machine, model: Doge, val: Examples) -> None:
+    """Prints how the tuned model answers the first held-out example, where it is, and the next command. Every rank must
+    call it."""
+    if not options.sample_tokens:
+        return
+    tokenizer, (ids, mask) = val.set.tokenizer, val.rows(0)[0]
+    prompt = ids[: np.flatnonzero(~mask)[-1] + 1]  # up to the last answer; of a problem, all of it
+    if model.labels:
+        with torch.no_grad(), unsharded(model), machine.autocast():
+            logits = model(*machine.to_device(torch.from_numpy(prompt)[None]))[0][0, -1]
+        text = model.labels[int(logits.argmax())]
+        more = f'AutoModelForSequenceClassification.from_pretrained("{options.out_dir}") of transformers'
+    else:
+        [answer] = write_answers(machine, model, tokenizer, [prompt.tolist()], options.sample_tokens)
+        text, more = tokenizer.decode(answer), f"python sample.py {options.out_dir} --chat"
+    print_end(options, machine, "answers a held-out example", f"{tokenizer.decode(prompt)}{{+{text}+}}", more)
+
+
+def print_end(options: RunOptions, machine: Machine, does: str, text: str, more: str) -> None:
+    """Prints where the model is, what it writes, and the next command."""
+    machine.print(f"\nThe model is in {options.out_dir}. It {does}:\n\n{text}\n\nMore: {more}")

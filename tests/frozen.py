@@ -26,9 +26,10 @@ import tempfile
 from pathlib import Path
 
 SCRIPTS = "train sft dpo grpo sample evaluate prepare_data convert".split()
-VOLATILE = {"seconds", "tokens_per_second", "memory", "mfu"}  # columns of log.csv that differ between equal runs
+VOLATILE = set("seconds tokens_per_second memory memory_mb mfu".split())  # in log.csv, of equal runs
 TUNING = dict(batch_size="batch_rows", micro_batch_tokens="micro_tokens", eval_size="eval_rows", slots="rollout_rows")
 OLD_NAMES = dict(train=dict(micro_batch_size="batch_size"), sft=TUNING, dpo=TUNING, grpo=TUNING)  # before stage.py
+OLD_NAMES |= dict(evaluate=dict(eval_tokens="tokens"))
 
 # Command lines. {out} stands for the folder that a case writes, "given" for what the old checkout made beforehand.
 EVERY = "stdin.py --out_dir={out} --log_every=1 --eval_every=3 --save_every=2 --device=cpu --learning_rate=1e-2 "
@@ -80,7 +81,7 @@ def cases():
     for model, dtype in itertools.product(MODELS, ("float32", "bfloat16", "int8")):
         source = f"given/chat_{model} --dtype={dtype} --device=cpu"
         yield f"text_{model}_{dtype}", f"sample {source} --temperature=0 --max_new_tokens=60 --prompt=the", 1
-        yield f"bits_{model}_{dtype}", f"evaluate {source} --bpb=given/text --tokens=600", 1
+        yield f"bits_{model}_{dtype}", f"evaluate {source} --bpb=given/text --eval_tokens=600", 1
     yield "text_penalty", "sample given/chat_moe_8 --temperature=0 --repetition_penalty=1.3 --num_samples=2", 1
     yield "text_chat", "sample given/chat_dense_8 --temperature=0 --chat --system=Short. --max_new_tokens=20", 1
     yield "export_moe", "convert given/chat_moe_8 {out} --for=transformers", 1

@@ -122,7 +122,7 @@ STAGES = {
     "grpo": Stage(grpo.main, grpo.GrpoOptions, ["problems", "model"], [*TUNED, *GRPO]),
     "sample": Stage(sample.main, sample.SampleOptions, ["model"], ["model", "--max_new_tokens=3"]),
     "evaluate": Stage(
-        evaluate.main, evaluate.EvaluateOptions, ["data", "model"], ["model", "--bpb=data", "--tokens=40"]
+        evaluate.main, evaluate.EvaluateOptions, ["data", "model"], ["model", "--bpb=data", "--eval_tokens=40"]
     ),
     "convert": Stage(convert.main, convert.ConvertOptions, ["model"], ["model", "converted"]),
     "prepare_data": Stage(prepare_data.main, prepare_data.PrepareOptions, ["text.txt"], PREPARE),

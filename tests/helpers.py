@@ -29,8 +29,9 @@ TINY = """--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_at
     --decay_steps=4 --learning_rate=3e-3 --log_every=1 --eval_every=4 --save_every=4
     --eval_tokens=100 --sample_tokens=0 --device=cpu --optimizer=adamw --copy_steps=0""".split()
 TUNE = """--batch_size=8 --micro_batch_tokens=256 --max_steps=12 --learning_rate=3e-3 --log_every=1 --eval_every=4
-    --save_every=4 --device=cpu --sequence_length=64 --optimizer=adamw --freeze_embeddings=false""".split()
-VOLATILE = ("seconds", "tokens_per_second", "memory")  # columns of log.csv that differ between equal runs
+    --save_every=4 --device=cpu --sequence_length=64 --optimizer=adamw --freeze_embeddings=false
+    --sample_tokens=0""".split()
+VOLATILE = ("seconds", "tokens_per_second", "memory_mb")  # columns of log.csv that differ between equal runs
 
 
 # ---- Data and checkpoints

@@ -68,8 +68,8 @@ MUTATIONS = [
     Mutation(
         "order: a resumed run reads the data in another order",
         "nanodoge/run.py",
-        'self.row, self.fresh = state["row"], False',
-        'self.row, self.fresh, self.options.seed = state["row"], False, self.options.seed + 1',
+        'self.row, self.fresh = state["row"] and row, False',
+        'self.row, self.fresh, self.options.seed = state["row"] and row, False, self.options.seed + 1',
         "test_train.py test_sft.py",
     ),
     Mutation(

@@ -452,7 +452,7 @@ def test_every_stage_takes_a_name_on_the_hub(hub, tmp_path, words, capsys):
     words.save(data)
     meta = json.loads((data / "meta.json").read_text()) | dict(tokenizer_sha256=words.digest)
     (data / "meta.json").write_text(json.dumps(meta))
-    evaluate.main([name, f"--bpb={data}", "--tokens=64", "--device=cpu"])
+    evaluate.main([name, f"--bpb={data}", "--eval_tokens=64", "--device=cpu"])
     chats = make_set(tmp_path / "chats", name, count=30)  # prepare_data.py --tokenizer=NAME
     options = [option for option in TINY if not option.startswith(("--hidden", "--inter", "--num", "--max_"))]
     data_and_model = f"--data={data} --init_from={name} --out_dir=run --max_steps=4 --warmup_steps=0 --batch_tokens=128"

@@ -34,7 +34,9 @@ def trained(tmp_path_factory):
 
 
 def test_bits_per_byte_equal_those_that_training_logged(trained, capsys):
-    evaluate.main([str(trained / "out"), f"--bpb={trained / 'data'}", "--dtype=float32,bfloat16,int8", "--tokens=100"])
+    evaluate.main(
+        [str(trained / "out"), f"--bpb={trained / 'data'}", "--dtype=float32,bfloat16,int8", "--eval_tokens=100"]
+    )
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[0] for row in rows] == ["float32", "bfloat16", "int8"]
     logged = [row for row in read_log(trained / "out" / "log.csv") if row["val_loss"]][-1]
@@ -64,7 +66,7 @@ def test_a_ragged_last_sequence_is_counted_once(trained):
 
 MISTAKES = {
     "--dtype=int4": "float32, bfloat16, int8",
-    "--tokens=0": "--tokens=0",
+    "--eval_tokens=0": "--eval_tokens=0",
     "a b": "one checkpoint",
     "--tasks=piqa --dtype=int8": "--dtype=int8.*bfloat16",
     "--tasks=piqa --dtype=float32,bfloat16": "--dtype=float32,bfloat16",
@@ -291,7 +293,8 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(folder, capsys):
         evaluate.main([*asked, "--tasks=gone,choose=50,beams,choose=2,write"])
     said = str(error.value)
     assert "\n" not in said and "--include_path=FOLDER" in said and "pip install lm_eval[ifeval,math]" in said
-    for words in ("--tasks=gone: ", "--tasks=choose=50: ", "--tasks=beams: ", "num_beams"):
+    few = "--tasks=choose=50: choose has 4 documents, too few for 50 solved examples"
+    for words in ("--tasks=gone: ", few, "--tasks=beams: ", "num_beams"):
         assert words in said
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names[:4] == ["task", "choose", "choose", "write"]  # acc and acc_norm
@@ -301,6 +304,9 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(folder, capsys):
     with pytest.raises(jinja2.UndefinedError):
         evaluate.main([*asked, "--tasks=gone,faulty,write"])
     assert json.loads(out.read_text())["results"].keys() == {"write"}
+    with pytest.raises(ValueError, match="choose has 4 documents, too few for 5"):  # named also when it is the last one
+        evaluate.main([*asked, "--tasks=write,choose=5"])
+    assert json.loads(out.read_text())["nanodoge"]["failed"].keys() == {"choose=5"}
 
 
 def test_wrong_names_of_tasks_are_one_line(folder, monkeypatch):

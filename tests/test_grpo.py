@@ -24,6 +24,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 import grpo
+import prepare_data
 import sft
 from nanodoge.checkpoint import load_model
 from nanodoge.examples import TokenSet
@@ -191,22 +192,29 @@ THINK, END_THINK, SOLVE, END_SOLVE = (
     f"<|{edge}_of_{part}|>" for part in ("thought", "solution") for edge in ("begin", "end")
 )
 RIGHT = {  # what is wanted: what is right, separated by |
-    "42": "42|42.0|42.|042|+42|$42| 42\n|so #### 42|#### 41 #### 42",
-    "1000": "1,000|1000.|$1,000.00",
+    "42": "42|42.0|42.|042|+42|$42| 42\n|so #### 42|#### 41 #### 42|42%|42 apples|42 €|€42|42 km/h|x = 42|$x=42$",
+    "7": r"$7$|**7**|\boxed{7}|so \boxed{6}, no: $\boxed{7}$.|\(7\)|`7`|7\text{ cm}|7^\circ|7cm|14/2|\frac{14}{2}",
+    "0.5": r"1/2|\frac{1}{2}|\dfrac12|50%|50\%|50 percent|5e-1|.5|5 \times 10^{-1}",
+    "2.5": "2 1/2|5/2",
+    "1000": r"1,000|1000.|$1,000.00|1e3|10^3|10^{3}|1{,}000|1\,000|1 thousand|1×10^3",
+    "36 eggs": "3 dozen|36|36 egg|3 dozen eggs",
     "1,000.00": "1000|+1000",
-    "-3": "-3|-3.0|-$3|$-3",
+    "-3": "-3|-3.0|-$3|$-3|\N{MINUS SIGN}3|\N{EN DASH}3|-6/2|-\\frac{6}{2}",
     "0.50": ".5|0.5",
     "0": "-0|0.0",
     "12345678": "12,345,678",
-    "Paris": "Paris| Paris ",
-    "3/4": "3/4",
+    "Paris": "Paris| Paris |**Paris**|\\text{Paris}.",
+    "3/4": "3/4|0.75",
     "nan": "nan",
 }
 WRONG = {
-    "42": "43|4 2|42 43|41\n42||-42|4,2|0x2a|٤٢|4_2|nan|inf|$|42%|forty-two|42 apples|#### 42 ####|42.0000000000000001",
+    "42": "43|4 2|42 43|41\n42||-42|4,2|0x2a|٤٢|4_2|nan|inf|$|forty-two|#### 42 ####|42.0000000000000001|42 million",
     "-42": "--42|-$-42|42",
     "100": "1,00",
-    "1000": "10,00|1e3",
+    "1000": "10,00|1e2|10^2",
+    "5": r"5x|5\pi|5\sqrt{2}|5 pi|5^2|5!|3:30|5 or 6|1,5|5/0|\boxed{5|5 apples and 3 pears",
+    "5 km": "5 m|5 apples",
+    "0.5%": "50%|0.005%",
     "0": ",000|.|-|",
     "Paris": "paris|Pari",
     "1": "1e999999999",
@@ -222,6 +230,12 @@ def test_what_is_right():
     for said, wanted, right in (
         ("9" * 5000, "9" * 5000 + ".0", True),
         ("9" * 5000, "9" * 4999, False),
+        ("1/" + "9" * 5000, "0", False),
+        (" ".join("*$" * 50_000), "5", False),
+        ("\\boxed{" * 50_000 + "5", "5", False),
+        (SOLVE * 50_000, "5", False),
+        (r"so \boxed{\frac{\sqrt{2}}{2}}.", r"\frac{\sqrt{2}}{2}", True),
+        (f"{SOLVE}42{END_SOLVE}{SOLVE}41", "42", True),
         (f"{SOLVE}42{END_SOLVE}", "42", True),
         (f"{SOLVE}41{END_SOLVE}{SOLVE}42{END_SOLVE}", "42", True),
         (f"42 {SOLVE}", "42", False),
@@ -230,6 +244,15 @@ def test_what_is_right():
         (f"42 {SOLVE}41{END_SOLVE}", "42", False),
     ):
         assert grpo.is_right(said, wanted) is right, (said[:20], wanted[:20])
+
+
+def test_preparation_says_how_many_answers_are_numbers(base, tmp_path, capsys):
+    rows = [dict(question=f"What is {i}?", answer=f"{i} cats" if i % 4 else "a cat") for i in range(80)]
+    folder = make_set(tmp_path / "set", base, "problems", rows=rows)
+    lines = (folder / "train.answers.jsonl").read_text().splitlines()
+    count = sum('"a cat"' not in line for line in lines)
+    prepare_data.report(folder, json.loads((folder / "meta.json").read_text()))
+    assert f"  {count} of {len(lines)} answers are numbers (see nanodoge/answers.py)" in capsys.readouterr().out
 
 
 THOUGHT, SOLUTION = f"{THINK}\n1, 2\n{END_THINK}", f"{SOLVE}\n2\n{END_SOLVE}"
@@ -318,7 +341,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
 def test_two_processes_equal_one(base, data, tmp_path):
     """They draw the same answers, though each writes only some, of 3 pieces one writes two, and each keeps only half
     of the weights."""
-    extra = ["--slots=6", "--kl=0.1", "--eval_every=4", "--save_every=4"]
+    extra = ["--slots=6", "--kl=0.1", "--eval_every=4", "--save_every=4", "--sample_tokens=5"]
     alone = run(base, data, tmp_path / "one", *extra)
     two = run(base, data, tmp_path / "two", *extra, "--shard", processes=2)
     names = ("loss", "grad_norm", "kl", *grpo.COLUMNS)
@@ -346,7 +369,7 @@ def test_what_is_drawn_depends_on_seed_and_step(base, data):
     assert draw(step=1)[0] != rows and draw(temperature=1.0)[0] != rows
 
 
-def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
+def test_a_run_without_any_signal_goes_on_and_says_so_once(base, data, tmp_path, capsys):
     """No answer is in form, so nothing is learned: no NaN. And experts are tuned like anything else."""
     model = make_checkpoint(
         tmp_path / "moe", is_moe=True, num_experts=16, num_experts_per_tok=2, router_aux_loss_coef=0.0
@@ -354,6 +377,9 @@ def test_a_run_without_any_signal_goes_on(base, data, tmp_path):
     log = run(model, data, tmp_path / "run", "--max_steps=2", "--reward_answer=0", "--divide_by_std=true")
     assert [float(row["no_signal"]) for row in log[1:]] == [1, 1]
     assert [float(row["loss"]) for row in log[1:]] == [float(row["grad_norm"]) for row in log[1:]] == [0, 0]
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == 1
+    assert "step 1 learns nothing, since all answers to a problem earn the same (" in out
 
 
 # ---- Refusals

@@ -10,10 +10,12 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 
 from nanodoge.options import (
+    HERE,
     Count,
     Positive,
     Range,
     check_ranges,
+    defaults,
     field_comments,
     help_text,
     parse_options,
@@ -30,6 +32,12 @@ class Options:
     loud: bool = False  # say so
     shape: Literal["round", "square"] = "round"  # which
     parts: list[str] = field(default_factory=lambda: ["a"])  # of what
+
+
+@dataclass
+class Switches:
+    compile: Literal["auto", "on", "off"] = "auto"
+    peer: bool = False
 
 
 @dataclass
@@ -91,6 +99,16 @@ def test_a_wrong_option_is_named_with_what_would_be_right(mistake):
 
 def test_both_ends_of_a_range_are_in_it_and_a_value_may_be_a_word_of_its_own():
     assert parse_options(Ranges, ["--count", "3", "--share=1"]) == Ranges(3, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("words", [("on", "off"), ("true", "false"), ("1", "0"), ("True", "False")])
+def test_on_and_off_have_the_same_words_in_every_option(words):
+    for word, is_on in zip(words, (True, False), strict=True):
+        options = parse_options(Switches, [f"--compile={word}", f"--peer={word}"])
+        assert options == Switches("on" if is_on else "off", is_on)
+    assert parse_options(Switches, ["--compile=auto", "--peer"]) == Switches("auto", True)
+    with pytest.raises(ValueError, match="'maybe' is not one of auto, on, off"):
+        parse_options(Switches, ["--compile=maybe"])
 
 
 BAD_FILES = {
@@ -180,3 +198,15 @@ def test_a_stage_shows_ten_options_first(stage, capsys):
         __import__(stage).main(["--help"])
     _, first, *_ = capsys.readouterr().out.split("\n\n")
     assert first.startswith("The options people need first:") and first.count("\n  --") == 10
+
+
+@pytest.mark.parametrize("stage", ["train", "sft", "dpo", "grpo"])
+def test_help_shows_what_a_bare_command_uses_and_a_run_says_what_differs(stage, capsys):
+    module = __import__(stage)
+    options = getattr(module, f"{stage.capitalize()}Options")
+    used = defaults(options)
+    bare = parse_options(options, [], default_config=HERE / "config" / options.recipe)
+    filled_in = {"out_dir", "vocab_size", "sequence_length", "beta"}  # 0 or empty in --help, which says what it means
+    assert {name for name, value in used.items() if getattr(bare, name) != value} <= filled_in
+    text = help_text(options)
+    assert f"  --max_steps={used['max_steps']} " in text and "['" not in text and "[, " not in text

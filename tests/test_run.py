@@ -1,20 +1,38 @@
 """run.py, stage.py and machine.py: a log without a torn or doubled row, training states with the old names of options,
 and what a process says that is alone or on an unknown GPU."""
 
+import contextlib
 import errno
 import os
+import re
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, TUNE, assert_same_weights, make_checkpoint, make_data, make_set, steady, stopped_after
+from helpers import (
+    TINY,
+    TUNE,
+    assert_same_weights,
+    make_checkpoint,
+    make_data,
+    make_set,
+    steady,
+    stopped_after,
+    texts,
+    tune,
+)
+from matplotlib.axes import Axes
 
+import dpo
 import grpo
 import sft
 import train
 from nanodoge.checkpoint import load_model, load_training_state, save_checkpoint
+from nanodoge.examples import TokenSet
 from nanodoge.machine import Machine
 from nanodoge.run import Log, read_log
-from nanodoge.stage import saved_options
+from nanodoge.stage import run_stage, saved_options
 
 # ---- The log
 
@@ -45,6 +63,63 @@ def test_the_log_drops_a_torn_line_and_what_the_checkpoint_does_not_know(tmp_pat
     log.write(dict(step=4, loss=9))
     rows = [(row["step"], row["loss"]) for row in read_log(path)]
     assert rows == [("1", "0.5"), ("2", "1.0"), ("3", "1.5"), ("4", "9")]
+
+
+def test_a_log_in_bytes_goes_on_in_megabytes(tmp_path):
+    (tmp_path / "log.csv").write_text("step,tokens,loss,memory\n1,8,2.5,300000000\n")
+    Log(tmp_path / "log.csv", 1).write(dict(step=2, loss=1.5, memory_mb=310))
+    assert [(row["step"], row["loss"], row["memory_mb"]) for row in read_log(tmp_path / "log.csv")] == [
+        ("1", "2.5", "300"),
+        ("2", "1.5", "310"),
+    ]
+
+
+def test_copy_steps_have_a_loss_of_their_own_and_a_shaded_part_of_the_picture(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(Axes, "axvspan", lambda self, *span, **rest: drawn.append((span, rest["label"])))
+    copies = [*TINY, "--copy_steps=3", "--eval_every=1", f"--out_dir={tmp_path / 'run'}"]
+    train.main([*copies, f"--data={make_data(tmp_path / 'data')}"])
+    rows, out = read_log(tmp_path / "run" / "log.csv"), capsys.readouterr().out
+    copying = [train.is_copy_step(step, 3, 233) for step in range(12)]
+    assert [row["loss"] == "" for row in rows] == [row["copy_loss"] != "" for row in rows] == copying
+    assert drawn == [((0, 64 * (12 - copying[::-1].index(True))), "copy steps")]
+    assert out.count("the copy steps end") == 1 and "step      1  copy_loss " in out and " left\n" in out
+
+
+def test_the_weights_are_readable_as_their_neighbours(tmp_path):
+    modes = {path.stat().st_mode for path in make_checkpoint(tmp_path / "model").iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_gradient_of_exactly_zero_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "loss_sum", lambda network, *rest: 0.0 * sum(p.sum() for p in network.parameters()))
+    train.main([*TINY, "--eval_every=100", f"--out_dir={tmp_path / 'run'}", f"--data={make_data(tmp_path / 'data')}"])
+    assert capsys.readouterr().out.count("warning: the gradient of step 1 is exactly 0, so nothing is learned") == 1
+
+
+# ---- The end of a stage
+
+
+@pytest.mark.parametrize("stage, kind", [(sft, "chat"), (dpo, "preferences"), (grpo, "problems"), (sft, "labels")])
+def test_a_stage_ends_with_an_answer_where_the_model_is_and_what_is_next(stage, kind, tmp_path, capsys):
+    base, out, options = make_checkpoint(tmp_path / "base"), tmp_path / "run", [f"--kind={kind}"] * (stage is sft)
+    rows = [dict(text=text, label="ab"[i % 2]) for i, text in enumerate(texts(40))] if kind == "labels" else None
+    data = make_set(tmp_path / "set", base, kind, 40, rows, **dict(labels=["a", "b"]) if rows else {})
+    options += ["--max_new_tokens=8", "--sequence_length=60"] if stage is grpo else []
+    tune(stage.main, base, data, out, "--max_steps=1", "--sample_tokens=5", *options)
+    end = capsys.readouterr().out.partition(f"The model is in {out}. It answers a held-out example:\n\n")[2]
+    prompt, answer = re.fullmatch(r"(.*)\{\+(.*)\+\}\n\nMore: .*\n", end, re.DOTALL).groups()
+    assert str(out) in end.splitlines()[-1]
+    model, tokenizer = load_model(out, labels=() if rows else None)
+    val = TokenSet(data, "val", kind)
+    ids = next(ids for ids, _ in map(val.conversation, range(len(val))) if tokenizer.decode(ids).startswith(prompt))
+    size = next(n for n in range(len(ids), 0, -1) if tokenizer.decode(ids[:n]) == prompt)
+    tokens = torch.tensor([ids[:size].tolist()])
+    if rows:
+        assert answer == model.labels[model(tokens)[0][0, -1].argmax()]
+        return
+    written = model.generate(tokens, 5, temperature=0.0, stop_ids=[tokenizer.eos_id])[0].tolist()
+    assert answer == tokenizer.decode(written)
 
 
 # ---- Training states of older versions
@@ -97,6 +172,24 @@ def test_processes_that_torchrun_started_again_say_what_they_need(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
         Machine("cpu")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_stage_made_is_deleted_before_the_process_group(monkeypatch, fails):
+    """DDP holds Python's lock if it is the last to own the process group: a rank hung at exit once."""
+    made, alive = [], []
+
+    def stage(options, machine):
+        network = torch.nn.Linear(1, 1)
+        network.itself, machine.world_size = [network], 2  # a reference cycle
+        made.append(weakref.ref(network))
+        if fails:
+            raise FloatingPointError
+
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: alive.append(made[0]() is not None))
+    with pytest.raises(FloatingPointError) if fails else contextlib.nullcontext():
+        run_stage(stage, SimpleNamespace(device="cpu", dtype="auto", patience=9))
+    assert alive == [False]
 
 
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12}
