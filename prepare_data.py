@@ -122,27 +122,28 @@ class PrepareOptions:
 
 def encode(tokenizer: Tokenizer, options: PrepareOptions, dtype: np.dtype, document: Document) -> Document:
     """The document with its tokens. Runs in a thread: tiktoken releases Python's lock, and a thread costs no memory."""
-    text, document = document.text, document._replace(text="")
-    if not text:
-        return document._replace(left_out=document.left_out or RowError("empty"))
+    if document.left_out:
+        return document
     try:
-        utf8 = text.encode()
+        if not document.text:
+            raise RowError("empty")
+        utf8 = document.text.encode()
         if options.kind == "text":
-            ids, answer = tokenizer.encode_to_numpy(text), b""
+            ids, answer = tokenizer.encode_to_numpy(document.text), b""
             sequences = [(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(dtype), None)]
             number = hash_of(utf8)
         else:
-            row = json.loads(text)  # as conversations.document made it
+            row = json.loads(document.text)  # as conversations.document made it
             sequences, answer = conversations.encode(tokenizer, row, dtype)
             number = hash_of(utf8 if options.whole else conversations.key_of(row))
             if "held_out" in row and not options.val:
                 number = 0 if row["held_out"] else 2**64
     except UnicodeEncodeError:  # JSON can spell half a character, which UTF-8 cannot
-        return document._replace(left_out=RowError("with half a character (a lone surrogate)"))
+        return document._replace(text="", left_out=RowError("with half a character (a lone surrogate)"))
     except RowError as error:
-        return document._replace(left_out=error)
+        return document._replace(text="", left_out=error)
     is_val, size = document.is_val or number < options.limit, len(utf8)
-    return document._replace(is_val=is_val, size=size, hash=number, sequences=sequences, answer=answer)
+    return document._replace(text="", is_val=is_val, size=size, hash=number, sequences=sequences, answer=answer)
 
 
 class Writer:

@@ -281,6 +281,13 @@ def test_thoughts_stay_between_their_tags_and_users_cannot_write_them(tmp_path, 
     assert tokenizer.decode(ids).startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\nThink.")
 
 
+def test_rows_that_all_begin_alike_are_divided(tmp_path, checkpoint):
+    """The hash of the user's first words would put all of them on one side."""
+    rows = [dict(instruction=f"And {i}?", output="yes", history=[["Hi", "Hello"]]) for i in range(9)]
+    meta = read_meta(make_set(tmp_path / "set", checkpoint, rows=rows), "chat")
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 9 and "begin alike" in meta["note"]
+
+
 def test_mixed_by_ratio_and_read_from_parquet_and_the_hub(tmp_path, checkpoint):
     chat = list(rows_of("chat", 200))
     alpaca = [dict(instruction=f"Say {i}", input="", output="yes") for i in range(400)]
