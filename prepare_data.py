@@ -221,10 +221,10 @@ def other_split(meta: dict, options: PrepareOptions) -> dict:
     size, is_text = meta["train"]["bytes"] + meta["val"]["bytes"], options.kind == "text"
     if not options.val and is_text and not meta["cut"] and train + val < 8 and size >= SMALLEST:
         cut = min(4096, size // 8)
-        return split | dict(cut=cut, note=f"cut into pieces of at most {cut:,} characters, or none could be held out")
+        return split | dict(cut=cut, note=f"cut into pieces of at most {cut:,} characters; ")
     if not options.val and low < high and meta["limit"] == options.limit:
         which = "the smallest hash is for validation" if train else "the largest hash is for training"
-        return split | dict(limit=high if val else low + 1, note=f"too few to hold out a share: {which}")
+        return split | dict(limit=high if val else low + 1, note=f"{meta['note']}too few to hold out a share: {which}")
     if not options.val and low == high and not is_text and not meta["whole"] and train + val > 1:
         return split | dict(whole=True, note="all rows begin alike: the same words may be on both sides")
     problem = f"of {train + val} documents none is in {'val' if train else 'train'}.bin{left_out(meta)}"
@@ -343,7 +343,7 @@ def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options:
             for source in sources:
                 source.cut = split["cut"]
             if not meta:
-                if not tokenizer and not quiet:
+                if not tokenizer and not quiet and not split["note"]:
                     print(f"learning a vocabulary of {options.vocab_size} tokens")
                 meta = begin(folder, request, tokenizer or train_bpe(sample(sources, options), options.vocab_size))
             meta |= split

@@ -47,9 +47,12 @@ SCHEMAS = {
     "problems": ["question, answer", "problem, answer", "messages, answer", "prompt, answer", "problem, solution"],
     "labels": ["text, label"],
 }
-SCHEMAS_HELP = "\n\nColumns. The first that fit are used:\n\n" + "\n".join(
-    f"    {kind:<12} {schema}" for kind, schemas in SCHEMAS.items() for schema in schemas
-)
+SCHEMAS_HELP = """
+Columns of rows, by --kind; the first that fit are used. A cell is a text, a message, a list of messages, their JSON, or
+"Human: ... Assistant: ...". Used with them: system or system_prompt, an instruction's input or context and its history,
+a message's reasoning_content, and tools and tool_calls, if the chat template writes them.
+
+""" + "\n".join(f"    {kind:<12} {schema}" for kind, schemas in SCHEMAS.items() for schema in schemas)
 # What data sets call the speakers, in lower case -> the template's roles.
 ROLES = dict(system="system", developer="system", user="user", human="user", assistant="assistant", gpt="assistant")
 ROLES |= dict(model="assistant", tool="tool", function="tool", observation="tool")
