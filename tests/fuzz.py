@@ -303,6 +303,7 @@ def some_rows(draw: Random, kind: str) -> list:
         made = [{name: some_cell(draw, name, i) for name in columns} for i in range(12)]
     for _ in range(draw.choice([0, 1, 1, 3])):
         damage.twist(draw, made)
+        made = json.loads(json.dumps(made))  # no part of it twice, or the next twist could put it into itself
     if draw.random() < 0.1:
         made[draw.randrange(len(made)) if made else 0 :] = [damage.nasty(draw)]
     return made
