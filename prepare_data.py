@@ -9,21 +9,22 @@ EOS token after it, and appends it to train.bin or val.bin: two bytes per token 
     python prepare_data.py web.jsonl@0.7 code/@0.3 --tokens=1_000_000   two sources, mixed 70 to 30 by tokens
     python prepare_data.py --config=config/smollm_corpus.py             what Doge was trained on
 
-The tuning stages read rows, tokenised for the model to be tuned; conversations.py lists their columns:
+The tuning stages read rows, tokenised for the model to be tuned; their columns are listed at the end:
 
     python prepare_data.py --kind=chat stories sums --tokenizer=out/stories                  built-in conversations
     python prepare_data.py --kind=chat hf:HuggingFaceTB/smoltalk:all --tokenizer=out/doge20m --out=data/smoltalk
-    python prepare_data.py --kind=preferences pairs.jsonl --tokenizer=out/chat               prompt, chosen, rejected
-    python prepare_data.py --kind=problems hf:openai/gsm8k:main --tokenizer=out/chat         question, answer
-    python prepare_data.py --kind=labels reviews.jsonl --labels=bad,good --tokenizer=out/chat     text, label
+    python prepare_data.py --kind=preferences pairs.jsonl --tokenizer=out/chat
+    python prepare_data.py --kind=problems hf:openai/gsm8k:main --tokenizer=out/chat
+    python prepare_data.py --kind=labels reviews.csv --labels=bad,good --tokenizer=out/chat
 
 A SOURCE is one of these; an existing file or folder comes before the other meanings of a name:
 
     stories                      the built-in world of stories.py, the same on every machine
     sums                         problems of adding and counting from that world (--kind=chat or problems)
     stdlib                       the language reference and the sources of this Python's standard library
-    FILE                         .txt .md .py .jsonl .parquet, the text ones also as .gz or .zst
-    FOLDER                       every such file below it in sorted order, except names that start with a dot
+    FILE                         .txt .md .py .json .jsonl .csv .tsv, also as .gz or .zst; .parquet
+    FOLDER                       every such file below it in sorted order, except names that start with a dot; other
+                                 files are counted, links to folders followed
     http(s)://...[#sha256=HEX]   one such file, downloaded once; an interrupted download continues where it stopped
     hf:NAME[:SUBSET[:SPLIT]]     a dataset of the Hugging Face hub, or a local folder of one, streamed; split "train"
     swh:NAME[:SUBSET[:SPLIT]]    the same for a dataset whose rows name files of the Software Heritage archive (blob_id)
@@ -33,7 +34,11 @@ Without a separator, .txt and .md files are cut into pieces of at most --piece_c
 line in the second half of the piece, else a line, else a space. No text is lost. Empty documents are counted only.
 
 Train or validation? The hash of a document decides (of a row: the hash of the user's first words). So a document stays
-on its side when data is added, and two copies of it are never on both sides.
+on its side when data is added, and two copies of it are never on both sides. Where that leaves a side empty, the one of
+the smallest hash is held out, and few texts are cut for it. --val=SOURCE gives a validation set of your own instead.
+
+Bad rows. A row that cannot be used is left out and counted, with the reason and the place of the first. The run stops
+when there are more than --max_left_out. So it does at once if the first row of a file has not the columns it needs.
 
 Mixing. SOURCE@RATIO gives each source a share of the --tokens training tokens. A source that is used up starts again,
 and its number of epochs is reported. Without ratios the shares follow the sizes (equal if one is unknown); without
@@ -44,18 +49,17 @@ killed run continues from there and ends with the same bytes. OUT appears at the
 """
 
 import json
-import math
 import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 from filelock import FileLock  # torch and datasets bring it
@@ -63,14 +67,18 @@ from tqdm import tqdm
 
 from nanodoge import answers, conversations
 from nanodoge.checkpoint import flush, locate, read_json
-from nanodoge.options import Count, Range, Whole, check_ranges, parse_options, run_command
-from nanodoge.sources import Source, check_space, in_validation, open_source, parse_source, shares_of, text_of
+from nanodoge.conversations import RowError
+from nanodoge.download import check_space
+from nanodoge.mixer import Document, Mixer, check_left_out, left_out
+from nanodoge.options import Count, Range, Share, Whole, check_ranges, parse_options, run_command
+from nanodoge.sources import Source, hash_of, open_source, parse_sources, sample
 from nanodoge.tokenizer import Tokenizer, train_bpe
 
-SAMPLE = 20_000_000  # characters a vocabulary is learned from; our trainer takes about ten seconds for 32,768 tokens
+__doc__ += conversations.SCHEMAS_HELP  # for --help
 BATCH = 1 << 19  # characters a thread tokenises at a time: about 50 ms
 AHEAD = 64  # batches read ahead of the one being written: work for as many cores, at most 32 MB of text
 SHARD = 1 << 27  # characters between two commits: a killed run loses a few seconds of work at most
+SMALLEST = 2000  # bytes of text that can be divided into training and validation
 
 
 @dataclass
@@ -86,18 +94,21 @@ class PrepareOptions:
     val_fraction: Annotated[float, Range(0, 1, True, True)] = 0.05  # share of the documents kept for validation
     text_column: str = "text"  # the column of .jsonl, .parquet and datasets
     stories: Count = 20000  # of the built-in world: stories and lessons (12 MB of text), or rows
+    val: list[str] = field(default_factory=list)  # sources to hold out, instead of a share of SOURCE
     overwrite: bool = False  # replace what an earlier, different call wrote to OUT
     # ---- Details
     labels: list[str] = field(default_factory=list)  # what the label of a row may be, in the order of their numbers
     system: str = ""  # a system message for the conversations that have none
     piece_chars: Annotated[int, Range(0, 10_000_000)] = 4096  # longest piece of a .txt or .md file; 0: never cut
     document_separator: str = ""  # cut .txt and .md files here instead, as at <|endoftext|>
+    max_left_out: Share = 0.01  # the run stops when more of the rows cannot be used (one always may be so)
     workers: Whole = 0  # threads; 0: one per core; the output does not depend on it
     cache: str = ""  # folder for downloads; empty: downloads/ beside OUT
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        names = self.labels
+        names, self.limit = self.labels, 0 if self.val else self.val_fraction * 2**64  # validation is what hashes below
+        self.whole = False  # the hash is of whole rows
         if self.kind != "text" and not self.tokenizer:
             raise ValueError(f"--kind={self.kind} needs the --tokenizer of the model to be tuned")
         if self.kind in ("text", "labels") and self.system:
@@ -109,102 +120,30 @@ class PrepareOptions:
 # ---- From documents to files
 
 
-class Document(NamedTuple):
-    """A document on its way to the files. A thread takes the text away and adds the last five fields."""
-
-    source: int  # the number of its source
-    epoch: int  # how often that source was read before
-    text: str
-    characters: int  # of the text, and one
-    size: int = 0  # bytes of text
-    is_val: bool = False
-    left_out: str = ""  # why it is not to be written
-    sequences: Sequence = ()  # (ids, mask): one pair, or a preference's two; the mask of plain text is None
-    answer: bytes = b""  # a problem's line of answers.jsonl
-
-
-class Mixer:
-    """Chooses whose document comes next: that of the source which is furthest behind its share of the tokens.
-
-    Until a document returns from its thread its tokens are estimated, from its characters and the tokens per character
-    of its source so far. Batches return in a fixed order, so the choice depends on the data alone.
-    """
-
-    def __init__(self, sources: list[Source], meta: dict, tokens: int):
-        """meta: of the folder, updated in place. tokens: the aim; 0: every document once."""
-        self.mix, self.left_out, self.repeat = meta["mix"], meta["left_out"], tokens > 0
-        self.shares = shares_of(sources)
-        self.quotas = [share * tokens or math.inf for share in self.shares]
-        self.waiting = [0] * len(sources)  # characters handed out whose tokens are not counted yet
-        self.readers = {i: self.read(i, source) for i, source in enumerate(sources)}  # of sources that have not ended
-
-    def read(self, i: int, source: Source) -> Iterator[Document]:
-        """Yields the documents of source i from the position where the last run stopped."""
-        mix = self.mix[i]
-        epoch, first, document = mix["position"]
-        while True:
-            for part in range(first, len(source.parts)):
-                for text in source.read(source.parts[part], document):
-                    document += 1
-                    mix["position"] = [epoch, part, document]
-                    yield Document(i, epoch, text, len(text) + 1)
-                document = 0
-            if not self.repeat:
-                return
-            if mix["position"] == [epoch, 0, 0] or (epoch > 1 and mix["characters"] and not mix["tokens"]):
-                raise ValueError(f"source {source.spec!r}: no document to train on, so --tokens cannot be reached")
-            epoch, first = epoch + 1, 0
-            mix["position"] = [epoch, 0, 0]
-
-    def batch(self) -> list[Document]:
-        """The next documents, BATCH characters together; fewer when all sources have ended or should be full."""
-        documents, size = [], 0
-
-        def expected(i: int) -> float:  # tokens of source i when all its documents have returned
-            tokens, characters = self.mix[i]["tokens"], self.mix[i]["characters"]
-            return tokens + self.waiting[i] * (tokens / characters if characters else 0.25)  # typical for English
-
-        while size < BATCH and (behind := [i for i in self.readers if expected(i) < self.quotas[i]]):
-            i = min(behind, key=lambda i: expected(i) / self.shares[i])
-            if document := next(self.readers[i], None):
-                documents.append(document)
-                size += document.characters
-                self.waiting[i] += document.characters
-            else:
-                del self.readers[i]
-        return documents
-
-    def count(self, document: Document) -> bool:
-        """Counts a document that has returned from its thread. True if it is to be written."""
-        i, is_first = document.source, document.epoch == 0
-        self.waiting[i] -= document.characters
-        self.mix[i]["characters"] += document.characters
-        if document.left_out:
-            self.left_out[document.left_out] = self.left_out.get(document.left_out, 0) + is_first
-            return False
-        if document.is_val or self.mix[i]["tokens"] >= self.quotas[i]:
-            return document.is_val and is_first  # validation documents are never repeated
-        self.mix[i]["tokens"] += sum(len(ids) for ids, _ in document.sequences)
-        self.mix[i]["epochs"] = document.epoch + 1
-        return True
-
-
 def encode(tokenizer: Tokenizer, options: PrepareOptions, dtype: np.dtype, document: Document) -> Document:
     """The document with its tokens. Runs in a thread: tiktoken releases Python's lock, and a thread costs no memory."""
-    text, utf8 = document.text, document.text.encode()
-    document = document._replace(text="", size=len(utf8))
-    if not text:
-        return document._replace(left_out="empty")
-    if options.kind == "text":
-        ids = tokenizer.encode_to_numpy(text)
-        ids = np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(dtype)
-        return document._replace(is_val=in_validation(utf8, options.val_fraction), sequences=[(ids, None)])
-    row = json.loads(text)  # as conversations.document made it
-    if "left_out" in row:
-        return document._replace(left_out=row["left_out"])
-    is_val = row.get("held_out", in_validation(conversations.key_of(row), options.val_fraction))
-    sequences, answer = conversations.encode(tokenizer, row, dtype)
-    return document._replace(is_val=is_val, sequences=sequences, answer=answer)
+    if document.left_out:
+        return document
+    try:
+        if not document.text:
+            raise RowError("empty")
+        utf8 = document.text.encode()
+        if options.kind == "text":
+            ids, answer = tokenizer.encode_to_numpy(document.text), b""
+            sequences = [(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(dtype), None)]
+            number = hash_of(utf8)
+        else:
+            row = json.loads(document.text)  # as conversations.document made it
+            sequences, answer = conversations.encode(tokenizer, row, dtype)
+            number = hash_of(utf8 if options.whole else conversations.key_of(row))
+            if "held_out" in row and not options.val:
+                number = 0 if row["held_out"] else 2**64
+    except UnicodeEncodeError:  # JSON can spell half a character, which UTF-8 cannot
+        return document._replace(text="", left_out=RowError("with half a character (a lone surrogate)"))
+    except RowError as error:
+        return document._replace(text="", left_out=error)
+    is_val, size = document.is_val or number < options.limit, len(utf8)
+    return document._replace(text="", is_val=is_val, size=size, hash=number, sequences=sequences, answer=answer)
 
 
 class Writer:
@@ -231,6 +170,8 @@ class Writer:
                 self.files[f"{split}.{name}.bin"].write(array)
         if document.answer:
             self.files[f"{split}.answers.jsonl"].write(document.answer)
+        low, high = self.meta["hashes"]
+        self.meta["hashes"] = [min(low, document.hash), max(high, document.hash)]
         counts["bytes"] += document.size
         counts["documents"] += 1
 
@@ -246,7 +187,7 @@ class Writer:
 
 def write_documents(sources: list[Source], options: PrepareOptions, folder: Path, meta: dict, quiet: bool) -> None:
     """The main loop: this thread reads and writes, the pool tokenises in between; batches return in order."""
-    mixer, pending, since_commit = Mixer(sources, meta, options.tokens), deque(), 0
+    mixer, pending, since_commit = Mixer(sources, meta, options), deque(), 0
     work = partial(encode, Tokenizer.load(folder), options, np.dtype(meta["dtype"]).newbyteorder("<"))
     unit, total = ("tokens", options.tokens) if options.tokens else ("bytes", sum(source.size for source in sources))
     with ExitStack() as stack:
@@ -254,7 +195,7 @@ def write_documents(sources: list[Source], options: PrepareOptions, folder: Path
         stack.callback(pool.shutdown, cancel_futures=True)
         bar = tqdm(desc=folder.stem, total=total or None, unit=unit, unit_scale=True, disable=quiet or None)
         stack.enter_context(bar)
-        while (batch := mixer.batch()) or pending:
+        while (batch := mixer.batch(BATCH)) or pending:
             if batch:
                 pending.append(pool.submit(list, map(work, batch)))
                 since_commit += sum(document.characters for document in batch)
@@ -266,41 +207,31 @@ def write_documents(sources: list[Source], options: PrepareOptions, folder: Path
             if since_commit >= SHARD:
                 writer.commit()
                 since_commit = 0
-        for split in ("train", "val"):
-            if not meta[split]["documents"]:
-                problem = f"of {meta['train']['documents'] + meta['val']['documents']} documents none is in {split}.bin"
-                advice = "give more text, another --val_fraction or smaller --piece_chars"
-                raise ValueError(f"--val_fraction={options.val_fraction}: {problem}; {advice}")
-        writer.commit(finished=True)
+        check_left_out(meta, options)
+        if meta["train"]["documents"] and meta["val"]["documents"]:
+            writer.commit(finished=True)
+
+
+def other_split(meta: dict, options: PrepareOptions) -> dict:
+    """How to divide a folder of which one side is empty. Few texts are cut into pieces, and rows whose users all begin
+    alike are hashed as a whole; else the smallest hash is for validation, or the largest for training. Raises
+    ValueError if there is nothing to divide."""
+    train, val = (meta[split]["documents"] for split in ("train", "val"))
+    split, (low, high) = {name: meta[name] for name in ("limit", "cut", "whole", "note")}, meta["hashes"]
+    size, is_text = meta["train"]["bytes"] + meta["val"]["bytes"], options.kind == "text"
+    if not options.val and is_text and not meta["cut"] and train + val < 8 and size >= SMALLEST:
+        cut = min(4096, size // 8)
+        return split | dict(cut=cut, note=f"cut into pieces of at most {cut:,} characters; ")
+    if not options.val and low < high and meta["limit"] == options.limit:
+        which = "the smallest hash is for validation" if train else "the largest hash is for training"
+        return split | dict(limit=high if val else low + 1, note=f"{meta['note']}too few to hold out a share: {which}")
+    if not options.val and low == high and not is_text and not meta["whole"] and train + val > 1:
+        return split | dict(whole=True, note="all rows begin alike: the same words may be on both sides")
+    problem = f"of {train + val} documents none is in {'val' if train else 'train'}.bin{left_out(meta)}"
+    raise ValueError(f"--val_fraction={options.val_fraction}: {problem}; give more text or more rows")
 
 
 # ---- The folder
-
-
-def sample(sources: list[Source], options: PrepareOptions) -> Iterator[str]:
-    """Yields training documents to learn a vocabulary from: SAMPLE characters, shared by the sources as they are mixed
-    and by up to 64 evenly spaced parts of each."""
-    for source, share in zip(sources, shares_of(sources), strict=True):
-        for part in (parts := source.parts[:: -(-len(source.parts) // 64) or 1]):
-            left = SAMPLE * share / len(parts)
-            for text in source.read(part):
-                if not in_validation(text.encode(), options.val_fraction):
-                    yield text
-                if (left := left - len(text)) <= 0:
-                    break
-
-
-def parse_sources(options: PrepareOptions) -> list[Source]:
-    """The sources of the command line. Raises ValueError for a combination that has no meaning."""
-    sources = [parse_source(spec) for spec in options.sources]
-    if len({source.place for source in sources}) < len(sources) or not sources:
-        raise ValueError(f"sources {options.sources}: at least one is needed, and each only once")
-    bare = [source.spec for source in sources if not source.ratio]
-    if 0 < len(bare) < len(sources):
-        raise ValueError(f"source {bare[0]!r} has no @RATIO: give one to every source or to none")
-    if not bare and not options.tokens:
-        raise ValueError("ratios need --tokens=N: the training tokens they are shares of")
-    return sources
 
 
 def describe(options: PrepareOptions, sources: list[Source], tokenizer: Tokenizer | None) -> dict:
@@ -308,6 +239,7 @@ def describe(options: PrepareOptions, sources: list[Source], tokenizer: Tokenize
     names = "sources tokens val_fraction text_column piece_chars document_separator stories"
     names += {"text": "", "labels": " kind system labels"}.get(options.kind, " kind system")
     request = {name: getattr(options, name) for name in names.split()}
+    request |= {"val": options.val} if options.val else {}
     request["inputs"] = [source.inputs for source in sources]
     request["tokenizer"] = tokenizer.digest if tokenizer else f"trained, vocab_size={options.vocab_size}"
     return request
@@ -353,8 +285,9 @@ def begin(folder: Path, request: dict, tokenizer: Tokenizer) -> dict:
     meta |= {"train": counts, "val": dict(counts)}
     meta["sizes"] = {f"{split}.{name}": size for split in ("train", "val") for name, size in files.items()}
     start = {"tokens": 0, "characters": 0, "epochs": 1, "position": [0, 0, 0]}
-    meta["mix"] = [{"source": spec, **start} for spec in request["sources"]]
-    meta |= {"left_out": {}, "finished": False, "request": request}
+    meta["mix"] = [{"source": spec, **start} for spec in request["sources"] + request.get("val", [])]
+    meta |= {"rows": 0, "left_out": {}, "first_left_out": {}, "hashes": [2**64, 0]}
+    meta |= {"finished": False, "request": request}
     write_meta(folder, meta)
     return meta
 
@@ -383,6 +316,10 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> Path:
     finally:
         lock.unlink(missing_ok=True)
     if not quiet:
+        for source in [source for source in sources if source.note]:
+            print(f"{source.spec}: {source.note}")
+        if options.val:
+            print(f"--val={','.join(options.val)} is held out, and --val_fraction is not used")
         print(f"{out} is there already, made by the same call" if is_there else f"{out} is complete")
         report(out, meta)
     return out
@@ -392,23 +329,31 @@ def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options:
     """Reads the sources into OUT.partial, from where an earlier call was stopped, then makes that `out` -> its meta."""
     folder, request = out.with_name(out.name + ".partial"), describe(options, sources, tokenizer)
     meta = read_meta(folder) if holds(folder, request, options.overwrite) else {}
-    document = partial(text_of, column=options.text_column)
-    if options.kind != "text":
-        document = partial(conversations.document, kind=options.kind, system=options.system, labels=options.labels)
+    if options.kind not in ("text", "labels") and not tokenizer.chat_template:
+        raise ValueError(f"--tokenizer={options.tokenizer} has no chat template, which --kind={options.kind} needs")
     for source in sources:
-        open_source(source, options, document, options.cache or out.parent / "downloads", quiet)
+        open_source(source, options, options.cache or out.parent / "downloads", quiet)
     size = sum(source.size for source in sources)
     check_space(out.parent, 2 * (options.tokens or size / 4), f"writing {out}")  # 2 bytes per token of 4 bytes of text
-    if not meta:
-        if not tokenizer and not quiet:
-            print(f"learning a vocabulary of {options.vocab_size} tokens")
-        meta = begin(folder, request, tokenizer or train_bpe(sample(sources, options), options.vocab_size))
+    limit, split = options.limit, dict(limit=options.limit, cut=0, whole=False, note="")
     try:
-        if not meta["finished"]:
+        while not meta.get("finished"):
+            split = {name: meta.get(name, value) for name, value in split.items()}
+            options.limit, options.whole = split["limit"], split["whole"]
+            for source in sources:
+                source.cut = split["cut"]
+            if not meta:
+                if not tokenizer and not quiet and not split["note"]:
+                    print(f"learning a vocabulary of {options.vocab_size} tokens")
+                meta = begin(folder, request, tokenizer or train_bpe(sample(sources, options), options.vocab_size))
+            meta |= split
             write_documents(sources, options, folder, meta, quiet)
+            options.limit, options.whole = limit, False
+            if not meta["finished"]:
+                split, meta = other_split(meta, options), {}
     except ValueError:
-        if not read_meta(folder)["train"]["documents"]:  # nothing worth continuing
-            shutil.rmtree(folder)
+        if not read_meta(folder).get("train", {}).get("documents"):  # nothing worth continuing
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     replaced = out.with_name(out.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -427,10 +372,14 @@ def report(out: Path, meta: dict) -> None:
         learn = f", {count['targets']:,} of them to learn" if count.get("targets") else ""
         print(f"{out / split}: {what}{learn}, {count['bytes'] / count['tokens']:.2f} bytes per token")
     answers.report(out / "train.answers.jsonl")
-    for mix in meta["mix"]:
+    for mix in meta["mix"][: len(meta["source"])]:
         print(f"  {mix['tokens'] / meta['train']['tokens']:6.1%} {mix['source']}, epochs: {mix['epochs']}")
     for reason, count in meta["left_out"].items():
-        print(f"  left out: {count:,} {reason}")
+        print(f"  left out: {count:,} {reason} ({meta.get('first_left_out', {}).get(reason, 'unknown where')})")
+    if meta.get("note"):
+        print(f"  {meta['note']}")
+    if meta["train"]["bytes"] < 100_000:
+        print("warning: so little text is learned by heart; give more if there is more")
 
 
 def prepare_built_in(folder: str, kind: str = "text", tokenizer: str = "", say: Callable = print) -> None:

@@ -19,148 +19,250 @@ for `Larkhill` and for the <|end_of_text|> after it, and 0 elsewhere. A data fol
 A preference is two conversations, 2i with the chosen answer and 2i + 1 with the rejected one: the same prompt, and only
 the last answer is marked. A problem is a prompt up to the assistant's header, with nothing marked. A labelled text is
 BOS, the text, and the number of its label, which alone is marked.
+
+Of many rows some are bad. One that cannot be used raises RowError: it is counted under its reason, and the run goes on.
 """
 
 import json
-from collections.abc import Sequence
-from functools import partial
+import re
+from typing import Any
 
 import numpy as np
 
 from nanodoge.answers import final_answer
+from nanodoge.options import one_line
 from nanodoge.tokenizer import Tokenizer
 
 # The columns of a row: the first schema that fits is used. Its first column is the question (a text or a list of
-# messages), the others are answers to it; a schema of one column is a whole conversation.
+# messages), the others are answers to it; a schema of one column is a whole conversation, and `chosen, rejected` are
+# two of them that begin alike. prepare_data.py --help prints this table.
 SCHEMAS = {
-    "chat": ["messages", "conversations", "instruction, output", "question, answer", "problem, solution"],
-    "preferences": ["prompt, chosen, rejected"],
-    "problems": ["question, answer", "problem, answer", "messages, answer"],
+    "chat": [
+        *("messages", "conversations", "instruction, output", "question, answer", "problem, solution"),
+        *("prompt, completion", "prompt, response", "instruction, response", "question, response", "input, output"),
+    ],
+    "preferences": [
+        *("prompt, chosen, rejected", "question, chosen, rejected", "instruction, chosen, rejected"),
+        *("conversations, chosen, rejected", "messages, chosen, rejected", "chosen, rejected"),
+    ],
+    "problems": ["question, answer", "problem, answer", "messages, answer", "prompt, answer", "problem, solution"],
     "labels": ["text, label"],
 }
-# What data sets call the speakers: the template's roles, and the names of ShareGPT and OpenThoughts.
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+SCHEMAS_HELP = """
+Columns of rows, by --kind; the first that fit are used. A cell is a text, a message, a list of messages, their JSON, or
+"Human: ... Assistant: ...". Used with them: system or system_prompt, an instruction's input or context and its history,
+a message's reasoning_content, and tools and tool_calls, if the chat template writes them.
+
+""" + "\n".join(f"    {kind:<12} {schema}" for kind, schemas in SCHEMAS.items() for schema in schemas)
+# What data sets call the speakers, in lower case -> the template's roles.
+ROLES = dict(system="system", developer="system", user="user", human="user", assistant="assistant", gpt="assistant")
+ROLES |= dict(model="assistant", tool="tool", function="tool", observation="tool")
+THOUGHT = "<|begin_of_thought|>\n{}\n<|end_of_thought|>\n\n<|begin_of_solution|>\n{}\n<|end_of_solution|>"
+
+
+class RowError(Exception):
+    """Why a row cannot be used.
+
+    reason: under which it is counted, so it is the same for many rows. detail: what is wrong with this one. is_schema:
+    it lacks the columns; if the first row of a file does, they are named wrongly, and the run ends.
+    """
+
+    def __init__(self, reason: str, detail: str = "", is_schema: bool = False):
+        super().__init__(reason)
+        self.reason, self.detail, self.is_schema = reason, detail, is_schema
 
 
 # ---- From rows to one form
 
 
-def document(row: dict, kind: str, system: str, where: str, labels: Sequence[str] = ()) -> str:
-    """A row as one line of JSON: {"messages": [{"role", "content"}, ...]} and, depending on the kind, nothing more
-    (chat), "chosen" and "rejected" (preferences), "answer" (problems), or "label", a number (labels).
+def document(row: Any, options: Any) -> str:
+    """A row as a document: for --kind=text its --text_column, else one line of JSON. options: PrepareOptions.
 
-    A row that cannot be used is {"left_out": reason}. `system` is put before conversations that have no system message.
-    A row may say that it is "held_out". Raises ValueError, naming `where`, for a row that no schema fits.
+    {"messages": [{"role", "content"}, ...]}, "tools" if the row has any, and depending on the kind, nothing more
+    (chat), "chosen" and "rejected" (preferences), "answer" (problems), or "label", a number (labels). --system is put
+    before conversations that have no system message. A row may say that it is "held_out". Raises RowError.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a row of columns but {type(row).__name__}")
-    schema = next((schema for schema in SCHEMAS[kind] if row.keys() >= set(schema.split(", "))), None)
+        raise RowError("not a row of columns", f"it is {type(row).__name__}", is_schema=True)
+    if options.kind == "text":
+        if options.text_column not in row:
+            advice = f"set --text_column to one of: {', '.join(map(str, row))}"
+            raise RowError(f"no column {options.text_column!r}", advice, is_schema=True)
+        return text_of(row[options.text_column])
+    schema = next((schema for schema in SCHEMAS[options.kind] if row.keys() >= set(schema.split(", "))), None)
     if schema is None:
-        columns, known = ", ".join(map(str, row)), " | ".join(SCHEMAS[kind])
-        raise ValueError(f"{where}: no --kind={kind} in the columns {columns}; needed is one of {known}")
-    readers = dict(
-        chat=read_chat, preferences=read_preference, problems=read_problem, labels=partial(read_label, labels)
-    )
-    made = readers[kind](row, schema.split(", "), where)
-    if "left_out" not in made:
-        system = row.get("system") or system
-        if system and isinstance(system, str) and made["messages"][0]["role"] != "system":
-            made["messages"].insert(0, dict(role="system", content=system))
-        if "held_out" in row:
-            made["held_out"] = bool(row["held_out"])
-    return json.dumps(made, ensure_ascii=False)
+        known = f"{', '.join(map(str, row))}; needed is one of {' | '.join(SCHEMAS[options.kind])}"
+        raise RowError(f"no --kind={options.kind} in the columns", known, is_schema=True)
+    made = READERS[options.kind](row, schema.split(", "), options)
+    system = text_of(row.get("system") or row.get("system_prompt")) or options.system
+    if system and made["messages"][0]["role"] != "system":
+        made["messages"].insert(0, dict(role="system", content=system))
+    if tools := row.get("tools"):
+        made["tools"] = parse_json(tools) if isinstance(tools, str) else tools
+    if "held_out" in row:
+        made["held_out"] = bool(row["held_out"])
+    return json.dumps(made, ensure_ascii=False, default=str)
 
 
-def cell(row: dict, column: str, where: str, kinds: tuple[type, ...] = (str,)) -> str | list:
-    """What this column holds: a text, stripped ("" for null), or a list where one may be."""
-    value = "" if row[column] is None else row[column]
-    if not isinstance(value, kinds):
-        wanted = "text or messages" if list in kinds else "text"
-        raise ValueError(f"{where}: column {column!r} holds {type(value).__name__}, not {wanted}")
-    return value.strip() if isinstance(value, str) else value
+def text_of(value: Any) -> str:
+    """The text in a cell, without a byte order mark: "" for null and for NaN, which is a table's null; numbers as JSON
+    spells them; a list of text parts joined."""
+    if isinstance(value, str):
+        return value.removeprefix("\ufeff")
+    if value is None or value != value:
+        return ""
+    if isinstance(value, int | float):
+        return json.dumps(value)
+    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
+        return "".join(part["text"] for part in value)
+    raise RowError(f"with {type(value).__name__} in place of a text")
 
 
-def read_messages(row: dict, column: str, where: str, role: str = "user") -> list[dict]:
-    """A column of messages, with role and content or with from and value -> the same with role and content. A text is
-    one message, of this role."""
-    value, messages = cell(row, column, where, (str, list)), []
-    for message in [dict(role=role, content=value)] if isinstance(value, str) else value:
-        keys = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
-        if not isinstance(message, dict) or not isinstance(message.get(keys[1]), str):
-            raise ValueError(f"{where}: message {len(messages)} has no text as its {keys[1]!r}")
-        if message.get(keys[0]) not in [*ROLES]:  # a list: what is looked up may not be hashable
-            known = " ".join(ROLES)
-            raise ValueError(f"{where}: message {len(messages)} is from {message.get(keys[0])!r}, not one of {known}")
-        messages.append(dict(role=ROLES[message[keys[0]]], content=message[keys[1]]))
-    return messages
+def parse_json(text: str) -> Any:
+    """The value that `text` spells. Raises RowError if there is none."""
+    if not text.strip():
+        raise RowError("empty")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise RowError("not JSON", "nested too deeply") from None
+    except ValueError as error:  # also of a number with thousands of digits
+        raise RowError("not JSON", str(error)) from None
 
 
-def read_chat(row: dict, columns: list[str], where: str) -> dict:
+def read_messages(value: Any, role: str = "user") -> list[dict]:
+    """A cell -> messages with the template's roles. A text is one message, of this role, unless it spells several: as
+    JSON, or as "Human: ... Assistant: ..."."""
+    if isinstance(value, list) and value and isinstance(value[0], dict) and not {"role", "from"} & value[0].keys():
+        value = text_of(value)  # the parts of one message
+    if not isinstance(value, list | dict):
+        text = text_of(value).strip()
+        parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text) if text.startswith("Human:") else ()
+        if len(parts) > 3:
+            value = [{"role": who, "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+        elif text.startswith("[") and re.match(r'\[\s*\{\s*"(role|content|from|value)"', text):
+            value = parse_json(text)
+        else:
+            value = dict(role=role, content=text)
+    return [read_message(message) for message in ([value] if isinstance(value, dict) else value)]
+
+
+def read_message(message: Any) -> dict:
+    """A message, with role and content or with from and value -> the same with role and content, and tool_calls if it
+    has any. What the assistant thought (reasoning_content) goes before its answer, between their tags."""
+    if not isinstance(message, dict):
+        raise RowError("with a message that is none", f"it is {type(message).__name__}")
+    who, said = ("from", "value") if "from" in message else ("role", "content")
+    role = ROLES.get(str(message.get(who)).lower())
+    if role is None:
+        raise RowError("with an unknown speaker", f"{message.get(who)!r:.50} is not one of {' '.join(ROLES)}")
+    made = dict(role=role, content=text_of(message.get(said)))
+    thought = message.get("reasoning_content") or message.get("thinking")
+    if thought and role == "assistant":
+        made["content"] = THOUGHT.format(text_of(thought).strip(), made["content"].strip())
+    if calls := message.get("tool_calls") or message.get("function_call"):
+        made["tool_calls"] = calls if isinstance(calls, list) else [dict(type="function", function=calls)]
+    return made
+
+
+def read_question(row: dict, column: str) -> list[dict]:
+    """The messages that an answer follows. An instruction has up to two parts, and may follow earlier turns: Alpaca's
+    history, [[question, answer], ...]."""
+    if column != "instruction":
+        return read_messages(row[column])
+    history = row.get("history") or []
+    history = parse_json(history) if isinstance(history, str) else history
+    if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        raise RowError("with a history that is not pairs of a question and an answer")
+    turns = [read_messages(question) + read_messages(answer, "assistant") for question, answer in history]
+    parts = [text_of(row.get(name)).strip() for name in ("instruction", "input", "context")]
+    return sum(turns, []) + read_messages("\n\n".join(filter(None, parts)))
+
+
+def read_chat(row: dict, columns: list[str], options: Any) -> dict:
     """A conversation up to its last answer: after it there is nothing to learn."""
-    if columns[0] == "instruction" and "input" in row:  # Alpaca: what the instruction is about
-        row = row | dict(instruction="\n\n".join(cell(row, column, where) for column in ("instruction", "input")))
-    speakers = zip(columns, ("user", "assistant"), strict=False)
-    messages = [message for column, role in speakers for message in read_messages(row, column, where, role)]
+    messages = read_question(row, columns[0])
+    for column in columns[1:]:
+        messages += read_messages(row[column], "assistant")
     if not any(message["content"].strip() for message in messages):
-        return dict(left_out="empty")
+        raise RowError("empty")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
-    return dict(messages=messages) if answers and all(answers) else dict(left_out="without an answer")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers or not all(answer["content"].strip() or "tool_calls" in answer for answer in answers):
+        raise RowError("without an answer")
+    return dict(messages=messages)
 
 
-def read_preference(row: dict, columns: list[str], where: str) -> dict:
+def read_preference(row: dict, columns: list[str], options: Any) -> dict:
     """Two answers to one prompt. Each is a text, or messages: the answer alone, or the conversation that it ends."""
-    question, prompts, answers = read_messages(row, columns[0], where), [], []
-    for column in columns[1:]:
-        messages = read_messages(row, column, where, "assistant")
+    question, prompts, answers = read_question(row, columns[0]) if len(columns) > 2 else [], [], []
+    for column in columns[-2:]:
+        messages = read_messages(row[column], "assistant")
         if not messages or messages[-1]["role"] != "assistant":
-            return dict(left_out="without an answer")
+            raise RowError("without an answer")
+        if "tool_calls" in messages[-1]:
+            raise RowError("with tool calls as answers")
         answers.append(messages.pop()["content"].strip())
         prompts.append(messages or question)
     if prompts[0] != prompts[1]:
-        raise ValueError(f"{where}: chosen and rejected do not answer the same: their earlier messages differ")
+        raise RowError("with two answers that do not answer the same: their earlier messages differ")
     if not all(answers) or not prompts[0]:
-        return dict(left_out="without an answer")
+        raise RowError("without an answer")
     if answers[0] == answers[1]:
-        return dict(left_out="with two equal answers")
+        raise RowError("with two equal answers")
     return dict(messages=prompts[0], chosen=answers[0], rejected=answers[1])
 
 
-def read_problem(row: dict, columns: list[str], where: str) -> dict:
+def read_problem(row: dict, columns: list[str], options: Any) -> dict:
     """A conversation without the answer at its end, and what the answer comes to."""
-    messages, answer = read_messages(row, columns[0], where), final_answer(cell(row, columns[1], where))
+    messages, answer = read_question(row, columns[0]), final_answer(text_of(row[columns[1]]))
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not answer or not messages or not messages[-1]["content"].strip():
-        return dict(left_out="without an answer")
+        raise RowError("without an answer")
     return dict(messages=messages, answer=answer)
 
 
-def read_label(labels: Sequence[str], row: dict, columns: list[str], where: str) -> dict:
+def read_label(row: dict, columns: list[str], options: Any) -> dict:
     """A text and the number of its label."""
-    text, label = cell(row, columns[0], where), str(row[columns[1]])
-    if label not in labels:
-        raise ValueError(f"{where}: label {label!r} is not one of --labels={','.join(labels)}")
-    made = dict(messages=[dict(role="user", content=text)], label=labels.index(label))
-    return made if text else dict(left_out="empty")
+    text, label = text_of(row[columns[0]]).strip(), str(row[columns[1]])
+    if not text:
+        raise RowError("empty")
+    if label not in options.labels:
+        raise RowError("with another label", f"{label!r:.50} is not one of --labels={','.join(options.labels)}")
+    return dict(messages=[dict(role="user", content=text)], label=options.labels.index(label))
+
+
+READERS = dict(chat=read_chat, preferences=read_preference, problems=read_problem, labels=read_label)
 
 
 # ---- From one form to ids
 
 
 def encode(tokenizer: Tokenizer, row: dict, dtype: np.dtype) -> tuple[list[tuple[np.ndarray, np.ndarray]], bytes]:
-    """What `document` made -> [(ids, mask)], two for a preference and one for the others; the line of answers.jsonl."""
-    messages, line = row["messages"], b""
+    """What `document` made -> [(ids, mask)], two for a preference and one for the others; the line of answers.jsonl.
+    Raises RowError for what the chat template does not write."""
+    messages, line, tools = row["messages"], b"", row.get("tools")
+    if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        if "tool" not in tokenizer.chat_template:
+            raise RowError("with tools, which the chat template does not write")
+
+    def render(messages: list[dict], **options: Any) -> tuple[list[int], list[int]]:
+        try:
+            return tokenizer.render(messages, **options, **(dict(tools=tools) if tools else {}))
+        except ValueError as error:  # a template is a program, and may refuse a row: two turns of one speaker
+            raise RowError("that the chat template does not write", one_line(error)) from None
+
     if "label" in row:
         ids = [tokenizer.bos_id, *tokenizer.encode(messages[-1]["content"]), row["label"]]
         pairs = [(ids, [0] * (len(ids) - 1) + [1])]
     elif "answer" in row:
-        ids, mask = tokenizer.render(messages, add_generation_prompt=True)
+        ids, mask = render(messages, add_generation_prompt=True)
         pairs, line = [(ids, [0] * len(mask))], (json.dumps({"answer": row["answer"]}) + "\n").encode()
     else:
         ends = [[dict(role="assistant", content=row[key])] for key in ("chosen", "rejected") if key in row] or [[]]
-        pairs = [tokenizer.render([*messages, *end]) for end in ends]
+        pairs = [render([*messages, *end]) for end in ends]
     # A first token is never a target: no position comes before it.
     arrays = [(np.array(ids, dtype), np.array([0, *mask[1:]], np.uint8)) for ids, mask in pairs]
     for _, mask in arrays if "chosen" in row else ():  # of several answers only the last is compared

@@ -58,7 +58,7 @@ import damage  # noqa: E402
 import pyarrow  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 import torch  # noqa: E402
-from helpers import TINY, TUNE, make_data, make_set, rows_of, stopped_after  # noqa: E402
+from helpers import TINY, TUNE, make_data, make_set, stopped_after  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import convert  # noqa: E402
@@ -70,6 +70,7 @@ import sample  # noqa: E402
 import sft  # noqa: E402
 import train  # noqa: E402
 from nanodoge import run  # noqa: E402
+from nanodoge.conversations import SCHEMAS  # noqa: E402
 from nanodoge.options import Count, check_ranges, is_out_of_memory, parse_options, run_command  # noqa: E402
 from nanodoge.sources import split_pieces  # noqa: E402
 from nanodoge.tokenizer import Tokenizer, train_bpe  # noqa: E402
@@ -359,42 +360,77 @@ def tuning_data(draw: Random) -> Case:
 
 
 def some_rows(draw: Random, kind: str) -> list:
-    """Good rows with a few bad ones among them."""
-    if kind in ("text", "labels"):
-        made = [dict(text=f"number {i} and so on", label="ab"[i % 2]) for i in range(12)]
-    else:
-        made = list(rows_of(kind, 12, seed=draw.randrange(99)))
+    """Good rows of a schema with a few bad ones among them."""
+    made = [dict(text=f"number {i} and so on", label="ab"[i % 2]) for i in range(12)]
+    if kind not in ("text", "labels"):
+        columns = draw.choice(SCHEMAS[kind]).split(", ")
+        made = [{name: some_cell(draw, name, i) for name in columns} for i in range(12)]
     for _ in range(draw.choice([0, 1, 1, 3])):
         damage.twist(draw, made)
+        made = json.loads(json.dumps(made))  # no part of it twice, or the next twist could put it into itself
     if draw.random() < 0.1:
         made[draw.randrange(len(made)) if made else 0 :] = [damage.nasty(draw)]
     return made
 
 
-def rows(draw: Random) -> Case:
-    kind = draw.choice(["text", "chat", "preferences", "problems", "labels"])
-    suffix = draw.choice(["jsonl", "jsonl", "jsonl.gz", "parquet", "parquet"])
-    made, path = some_rows(draw, kind), Path("in", f"a.{suffix}")
-    path.parent.mkdir()
-    if suffix == "parquet":
+def some_cell(draw: Random, column: str, i: int) -> Any:
+    """What may be in this column of row i: a text, a number, messages in all their spellings."""
+    question, answer = f"what comes after {i}", str(i + 1) + " not" * (column == "rejected")
+    if column not in ("messages", "conversations", "prompt", "completion", "chosen", "rejected"):
+        return draw.choice([answer, i]) if column in ("answer", "output", "response", "solution") else question
+    who, said = draw.choice([("role", "content"), ("from", "value")])
+    turns = [{who: "user", said: question}, {who: draw.choice(["assistant", "Assistant"]), said: answer}]
+    if column not in ("messages", "conversations"):
+        turns = turns[:1] if column == "prompt" else turns[draw.choice([0, 1]) :]
+    spelled = "".join(f"\n\n{name}: {turn[said]}" for name, turn in zip(("Human", "Assistant"), turns, strict=False))
+    return draw.choice([turns, json.dumps(turns), turns[-1][said] if len(turns) == 1 else spelled])
+
+
+def prepare_and_count(argv: list[str]) -> None:
+    """prepare_data.py; then every row has been written or counted as left out."""
+    prepare_data.main(argv)
+    meta = json.loads(Path("made/meta.json").read_text())
+    done = meta["train"]["documents"] + meta["val"]["documents"] + sum(meta["left_out"].values())
+    assert meta["request"]["tokens"] or done == meta["rows"], "rows are lost in silence"
+
+
+def write_rows(draw: Random, made: list, path: Path) -> None:
+    """A file of rows in the form that its suffix says."""
+    if path.suffix == ".parquet":
         for some in (made, [dict(text="the cat")] * 9):  # the first may be rows that no parquet file can hold
             with contextlib.suppress(pyarrow.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), path)
-                break
+                return pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), path)
+    if ".csv" in path.name:
+        columns = list(made[0]) if made and isinstance(made[0], dict) else ["text"]
+        cells = [[str(row.get(c)) if isinstance(row, dict) else str(row) for c in columns] for row in made]
+        text = io.StringIO()
+        csv.writer(text).writerows([columns, *cells])
+        text = text.getvalue()
+    elif draw.random() < 0.3:
+        text = json.dumps(made, indent=draw.choice([None, 1]))
     else:
-        lines = [json.dumps(row, ensure_ascii=draw.random() < 0.9) for row in made]
-        data = "\n".join(lines).replace(json.dumps(damage.DEEP), "[" * 20_000).encode(errors="surrogatepass")
-        with pyarrow.output_stream(str(path), compression="detect") as file:
-            file.write(data)
-    if draw.random() < (0.3 if suffix == "jsonl" else 0.5):
+        text = "\n".join(json.dumps(row, ensure_ascii=draw.random() < 0.9) for row in made)
+    data = text.replace(json.dumps(damage.DEEP), "[" * 20_000).encode(errors="surrogatepass")
+    with pyarrow.output_stream(str(path), compression="detect") as file:
+        file.write(b"\xef\xbb\xbf" * (draw.random() < 0.2) + data)
+
+
+def rows(draw: Random) -> Case:
+    kind = draw.choice(["text", "chat", "preferences", "problems", "labels"])
+    suffix = draw.choice(["jsonl", "jsonl", "json", "jsonl.gz", "parquet", "parquet", "csv"])
+    path = Path("in", f"a.{suffix}")
+    path.parent.mkdir()
+    write_rows(draw, some_rows(draw, kind), path)
+    if draw.random() < (0.3 if suffix == "jsonl" else 0.4):
         path.write_bytes(damage.corrupt(draw, path.read_bytes()))
     if draw.random() < 0.03:
         damage.place(draw, path)
     argv = [draw.choice(["in", str(path)]), "--out=made", "--val_fraction=0.4", "--workers=1", f"--kind={kind}"]
     argv += ["--tokens=200"] * (draw.random() < 0.2) + ["--labels=a,b"] * (kind == "labels")
+    argv += ["--max_left_out=1"] * (draw.random() < 0.5)
     argv += ["--tokenizer=model"] if kind != "text" else ["--vocab_size=270"]
     bring("model/tokenizer.json", "model/tokenizer_config.json")
-    return prepare_data.main, argv, ""
+    return prepare_and_count, argv, ""
 
 
 def checkpoint(draw: Random) -> Case:

@@ -12,7 +12,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ import pytest
 from helpers import command
 
 import prepare_data
+from nanodoge import download, readers
 from nanodoge import sources as reading
 from nanodoge.data import read_meta
 from nanodoge.tokenizer import Tokenizer, train_bpe
@@ -120,9 +120,9 @@ def test_round_trip(run, kind):
 @pytest.mark.parametrize("separator", [None, "", " ", "\r\n\r\n"])
 def test_text_files_are_cut_and_lose_nothing(run, separator):
     text = "".join(documents(400)) if separator is None else separator.join(map(str, range(10_000)))
-    pieces = list(reading.split_pieces([text[i : i + 777] for i in range(0, len(text), 777)], 1000))
+    pieces = list(readers.split_pieces([text[i : i + 777] for i in range(0, len(text), 777)], 1000))
     assert "".join(pieces) == text and max(map(len, pieces)) <= 1000 and min(map(len, pieces[:-1])) >= 500
-    assert pieces == list(reading.split_pieces([text], 1000))  # whatever blocks the file was read in
+    assert pieces == list(readers.split_pieces([text], 1000))  # whatever blocks the file was read in
     Path("x.txt").write_bytes(text.encode())
     assert read_all(run("x.txt", val_fraction=0.3, piece_chars=1000)) == sorted(pieces)
 
@@ -182,7 +182,7 @@ def test_hub_dataset_from_local_parquet(run):
     name = f"hf:{Path('hub').resolve()}"
     assert read_all(run(name, val_fraction=0.3)) == sorted(texts)
     source = reading.parse_source(name)
-    reading.open_source(source, PrepareOptions(), partial(reading.text_of, column="text"), "cache", True)
+    reading.open_source(source, PrepareOptions(), "cache", True)
     assert [list(source.read(part, 25)) for part in source.parts] == [texts[25:30], texts[55:60], texts[85:90]]
     wrong = {f"{name}:nosubset": "nosubset", f"{name}::nosplit": "nosplit", name: "no column 'body'.*text, id"}
     for bad, hint in wrong.items():
@@ -287,7 +287,7 @@ def test_same_call_does_nothing_and_another_is_refused(run, monkeypatch):
     Path("mine/thesis.doc").write_text("precious")
     with pytest.raises(ValueError, match="not made by prepare_data.py"):
         run("x.jsonl", out="mine", overwrite=True)
-    monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
     with pytest.raises(ValueError, match="needs over .* of disk"):
         run("x.jsonl", out="full")
 
@@ -307,6 +307,81 @@ def test_nothing_to_train_on_is_no_endless_loop(run, small_steps, texts, val_fra
         run(write_jsonl("x.jsonl", texts), tokens=1000, val_fraction=val_fraction)
 
 
+# ---- What people have
+
+
+def csv_of(rows, delimiter=","):
+    quoted = ['"' + row["text"].replace('"', '""') + '"' for row in rows]
+    return f"n{delimiter}text\n" + "".join(f"{i}{delimiter}{text}\r\n" for i, text in enumerate(quoted))
+
+
+FILES = {
+    "lines.json": lambda rows: "\n".join(map(json.dumps, rows)),
+    "array.jsonl": json.dumps,
+    "array.json": lambda rows: json.dumps(rows, indent=1),
+    "pretty.jsonl": lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows),
+    "mark.JSONL": lambda rows: "\ufeff" + "\n".join(map(json.dumps, rows)),
+    "table.csv": csv_of,
+    "table.tsv": lambda rows: csv_of(rows, "\t"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_in_every_form(run, name):
+    texts = [*documents(200), 'a "quoted", one', "two\nlines", "\ufeffmark"]
+    Path(name).write_bytes(FILES[name]([{"text": text} for text in texts]).encode())
+    out = run(name, val_fraction=0.2)
+    assert read_all(out) == sorted([*texts[:-1], "mark"]) and not meta_of(out)["left_out"]
+
+
+def test_bad_rows_are_counted_and_too_many_of_them_stop_the_run(run):
+    good = [json.dumps({"text": text}) for text in documents(120)]
+    bad = ["{", '{"body": 1}', '{"text": {}}', "5", '{"text": "\\udc00"}', json.dumps({"text": "x" * 18_000_000})]
+    Path("x.jsonl").write_text("\n".join([*good[:60], *bad, *good[60:], '{"text": null}', '{"text": 42}']))
+    with pytest.raises(ValueError, match="max_left_out=0.01: 6 of 128 rows .*1 not JSON .x.jsonl:61: Expecting"):
+        run("x.jsonl")
+    out = run("x.jsonl", max_left_out=0.1)  # goes on with what the other run began
+    assert read_all(out) == sorted([*documents(120), "42"]) and sum(meta_of(out)["left_out"].values()) == 7
+    pq.write_table(pa.table({"text": [*documents(20), "x" * 18_000_000]}), "x.parquet")
+    assert meta_of(run("x.parquet", out="same"))["first_left_out"] == {readers.TOO_LONG.reason: "x.parquet, row 21"}
+
+
+def test_files_passed_over_and_links(run, capsys):
+    for place, name, text in [("f", "A.TXT", "one"), ("other", "b.txt", "two"), ("f", "c.PDF", "-"), ("f", "d", "-")]:
+        Path(place).mkdir(exist_ok=True)
+        Path(place, name).write_text(text)
+    Path("f/settings.json").write_text('{"colour": "red"}')
+    Path("f/link").symlink_to(Path("other").resolve())
+    Path("f/circle").symlink_to(Path("f").resolve())
+    out = prepare(PrepareOptions(["f"], "out", vocab_size=270))
+    assert read_all(out) == ["one", "two"]
+    said = capsys.readouterr().out
+    assert "passed over: 2 files (.pdf 1, without a suffix 1)" in said and "1 files in a folder, without" in said
+
+
+def test_a_validation_set_of_ones_own(run, capsys):
+    write_jsonl("x.jsonl", documents(100))
+    write_jsonl("val.jsonl", documents(30, 5))
+    out = run("x.jsonl", val=["val.jsonl"])
+    assert sorted(read_back(out, "val")) == sorted(documents(30, 5))
+    assert sorted(read_back(out, "train")) == sorted(documents(100)) and len(meta_of(out)["mix"]) == 2
+    out = run("x.jsonl", val=["val.jsonl"], tokens=20_000, out="many")  # x.jsonl is repeated, what is held out is not
+    assert sorted(read_back(out, "val")) == sorted(documents(30, 5)) and meta_of(out)["mix"][0]["epochs"] > 1
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.py", "one.jsonl", "two.jsonl"])
+@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
+def test_both_sides_have_something(run, name, val_fraction):
+    text = "".join(documents(20))[:2500]
+    Path(name).write_bytes(text.encode())
+    if name.endswith("jsonl"):
+        write_jsonl(name, [text] if name == "one.jsonl" else documents(12))
+    out, again = (run(name, val_fraction=val_fraction, out=out, tokenizer="", vocab_size=300) for out in "ab")
+    assert read_back(out, "train") and read_back(out, "val") and same_bins(out, again)
+    whole = sorted(documents(12)) if name == "two.jsonl" else None
+    assert read_all(out) == whole if whole else sum(map(len, read_all(out))) == len(text)
+
+
 # ---- Mistakes: one line, and what was there stays
 
 
@@ -322,21 +397,22 @@ BAD = {
     "owner/name": (None, "hf:owner/name"),
     "empty.txt": (b"", "the file is empty"),
     "one_word.txt": (b"word", "documents none is in (train|val).bin"),
+    "packed.jsonl": (gzip.compress(b'{"text": "a"}'), "gzip inside; add .gz"),
     "binary.txt": (b"GIF89a\0\1\2" * 99, "a binary file"),
     "latin1.txt": ("café".encode("latin-1") * 9, "not UTF-8"),
     "cut.txt": ("café".encode()[:-1], "not UTF-8"),
     "cut.txt.gz": (gzip.compress(os.urandom(99_999))[:5000], "cut.txt.gz"),
-    "no.jsonl.gz": (b"plain text", "no.jsonl.gz"),
-    "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b', r"broken.jsonl:3: "),
-    "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: "),
-    "column.jsonl": (b'{"text": "a"}\n{"body": "b", "n": 1}', "column.jsonl:2: no column 'text'.*body, n"),
-    "list.jsonl": (b'["text"]', "list.jsonl:1: no column"),
-    "number.jsonl": (b'{"text": 5}', "number.jsonl:1: column 'text' holds int"),
-    "surrogate.jsonl": (rb'{"text": "\ud800"}', "surrogate.jsonl:1: "),
-    "long.jsonl": (
-        b'{"text": "' + b"x" * 18_000_000 + b'"}',
-        "long.jsonl: a document of more than 16,777,216 characters",
-    ),
+    "no.jsonl.gz": (b"plain text", "no.jsonl.gz: not gzip"),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b', r"none is in .*1 not JSON \(broken.jsonl:3: Unterminated"),
+    "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not JSON"),
+    "column.jsonl": (b'{"body": "b", "n": 1}\n{"text": "a"}', "column.jsonl:1: no column 'text'.*body, n"),
+    "list.jsonl": (b'["text"]', "list.jsonl:1: not a row of columns"),
+    "kind.jsonl": (b'{"text": ["a"]}\n' * 9, r"0.01: 9 of 9 rows cannot be used; left out: 9 with list in .*jsonl:1\)"),
+    "table.csv": (b'text,n\n"a,1\nb,2', "table.csv:2: a quoted field does not end"),
+    "column.csv": (b"a;b\n1;2\n", "column.csv, row 1: no column 'text'; set --text_column to one of: a;b"),
+    "array.json": (b'[{"text": "a"}, {"te', "array.json, row 2: Unterminated"),
+    "surrogate.jsonl": (rb'{"text": "\ud800"}', r"1 with half a character .*surrogate.jsonl:1"),
+    "long.jsonl": (b'{"text": "' + b"x" * 18_000_000 + b'"}', r"longer than 16,777,216 characters \(long.jsonl:1"),
     "picture.png": (b"abc", "cannot read this kind of file"),
     "not.parquet": (b"PAR1 but not really", "not.parquet"),
     "x.parquet": (broken_parquet, "x.parquet"),
@@ -437,8 +513,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(reading, "WAIT", 0.001)
-    monkeypatch.setattr(reading, "TRIES", 3)
+    monkeypatch.setattr(download, "WAIT", 0.001)
+    monkeypatch.setattr(download, "TRIES", 3)
     monkeypatch.setattr(Server, "files", {"x.txt": "".join(documents(3000)).encode()})
     monkeypatch.setattr(Server, "log", [])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
@@ -453,10 +529,10 @@ REQUESTS = dict(plain=[0], cut=[0, 19], norange=[0, 19], changes=[0, 19], shifts
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_download(server, kind):
     data = Server.files["x.txt"]
-    path = reading.download(f"{server}/{kind}/x.txt", "cache", True)
+    path = download.download(f"{server}/{kind}/x.txt", "cache", True)
     assert path.read_bytes() == (data[::-1] if kind == "changes" else data)
     assert [start // 10_000 for _, start in Server.log] == REQUESTS[kind]  # up to 64 kB that had arrived may be lost
-    assert reading.download(f"{server}/{kind}/x.txt", "cache", True) == path
+    assert download.download(f"{server}/{kind}/x.txt", "cache", True) == path
     assert len(Server.log) == len(REQUESTS[kind]) and os.listdir("cache") == [path.name]
 
 
@@ -488,8 +564,8 @@ def test_software_heritage_rows(run, server, monkeypatch):
 
 def test_smollm_recipe_is_readable():
     config = f"--config={ROOT / 'config' / 'smollm_corpus.py'}"
-    sources = prepare_data.parse_sources(prepare_data.parse_options(PrepareOptions, [config], positional="sources"))
-    assert prepare_data.shares_of(sources) == pytest.approx([0.70, 0.20, 0.05, 0.05])
+    sources = reading.parse_sources(prepare_data.parse_options(PrepareOptions, [config], positional="sources"))
+    assert reading.shares_of(sources) == pytest.approx([0.70, 0.20, 0.05, 0.05])
     assert [source.kind for source in sources] == ["hf", "hf", "swh", "hf"]
 
 

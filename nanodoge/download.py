@@ -1,0 +1,97 @@
+"""Downloads that continue where they were interrupted."""
+
+import hashlib
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import requests
+from tqdm import tqdm
+
+from nanodoge.options import one_line
+
+TRIES, WAIT, TIMEOUT = 6, 1.0, (10, 60)  # attempts; seconds before the second; to connect, and between two bytes
+
+
+def retry(attempt: Callable, address: str, size: Callable[[], int] = lambda: 0) -> Any:
+    """What attempt() returns; it is called again after a network error, WAIT, 2 WAIT, 4 WAIT, ... seconds later. Raises
+    ValueError after TRIES errors in a row without growth of size(), and for an error that stays (404)."""
+    failures, before = 0, size()
+    while True:
+        try:
+            return attempt()
+        except (requests.RequestException, zlib.error) as error:
+            failures, before = 0 if size() > before else failures + 1, size()
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if failures == TRIES or (400 <= status < 500 and status not in (408, 416, 429)):
+                raise ValueError(f"{address}: {one_line(error)} (run again to continue)") from None
+            time.sleep(WAIT * 2 ** max(failures - 1, 0))
+
+
+def download(url: str, cache: str | Path, quiet: bool = False) -> Path:
+    """The path of the downloaded file. It has that name only once it is complete and its hash is right."""
+    address, _, digest = url.partition("#sha256=")
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(unquote(urlsplit(address).path)).name}"
+    path, part = Path(cache, name), Path(cache, name + ".part")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        retry(partial(download_rest, address, part, quiet), address, lambda: part.exists() and part.stat().st_size)
+        if digest and sha256_of(part) != digest:
+            part.unlink()
+            raise ValueError(f"{address}: the file's sha256 is not the {digest} that was asked for")
+        os.replace(part, path)
+    return path
+
+
+def download_rest(url: str, part: Path, quiet: bool) -> None:
+    """Appends to `part` what it still lacks. Raises RequestException for what another attempt may cure.
+
+    `Range` asks for the bytes from here on (status 206); `If-Range` for all of them (status 200) if the file has
+    changed since. A server that knows neither also sends everything with 200. So 200 means: start again.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    version = part.with_name(part.name + ".version")  # what the server calls the version that `part` begins
+    headers = {"Accept-Encoding": "identity"}  # or the length would be that of a compressed stream
+    if have:
+        known = version.read_text(encoding="utf-8") if version.exists() else ""
+        headers |= {"Range": f"bytes={have}-", "If-Range": known or None}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        is_rest = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if response.status_code == 416 or (response.status_code == 206 and not is_rest):
+            part.unlink()  # it is not the beginning of this file
+            raise requests.ConnectionError(f"the server cannot continue after {have:,} bytes")
+        response.raise_for_status()
+        have = have if is_rest else 0
+        total = have + int(response.headers.get("Content-Length", 0))
+        check_space(part.parent, total - have, f"downloading {url}")
+        tag = response.headers.get("ETag", "W/")  # a weak tag, W/..., does not promise the same bytes
+        version.write_text(response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag, encoding="utf-8")
+        bar = tqdm(desc=part.stem, total=total or None, initial=have, unit="B", unit_scale=True, disable=quiet or None)
+        with bar, open(part, "ab" if have else "wb") as file:
+            for block in response.iter_content(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+    if part.stat().st_size < total:
+        raise requests.ConnectionError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
+    version.unlink()
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(partial(file.read, 1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_space(folder: Path, need: float, purpose: str) -> None:
+    """Raises ValueError if the disk of `folder` has fewer than `need` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ValueError(f"{folder}: {purpose} needs over {need / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free")
