@@ -18,6 +18,7 @@ from nanodoge.checkpoint import load_model, save_checkpoint
 from nanodoge.data import load_tokenizer
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
+from nanodoge.experts import routed_experts
 from nanodoge.machine import Machine
 from nanodoge.run import Run, read_log
 
@@ -87,6 +88,27 @@ def test_what_it_writes_equals_the_cpus(experts, dtype):
             ids = model.generate(torch.tensor(prompts[:1], device=engine.device), 8, temperature=0)
             written.append([ids.tolist(), engine.generate([Request(prompt, 8, temperature=0) for prompt in prompts])])
     assert written[0] == written[1]
+
+
+class Older(Toy):
+    """torch 2.11 on CUDA, which has no kernel for the products of slots in bfloat16."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "per_sample_weights_backward" not in str(function) or args[0].dtype != torch.bfloat16
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def test_experts_in_bfloat16_need_no_missing_kernel():
+    scores, experts = torch.rand(1, 5, 16).topk(3)
+    inputs = [torch.randn(*shape).bfloat16().requires_grad_() for shape in ((1, 5, 8), (16, 8), (16, 8))]
+    results = []
+    for move in (lambda x: x, lambda x: x.to(NAME)):
+        with Older():
+            away = [move(x.detach()).requires_grad_() for x in inputs]
+            out = routed_experts(*away, move(scores), move(experts))
+            results.append([inside(x) for x in (out, *torch.autograd.grad(out, away, out.detach()))])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
 
 
 class Away(Machine):
