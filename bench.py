@@ -3,7 +3,6 @@
     python bench.py decode --peer                                         tokens per second, beside transformers' Doge
     python bench.py decode --model=20m,320m --dtype=float32,int8 --length=2048,32768         with a long text behind it
     python bench.py train prefill --length=2048,8192 --dtype=bfloat16 --peer --csv=results/bench.csv
-    python bench.py gpu --minutes=9 --out=results            one GPU: is it right, how fast, and why (bench_gpu.py)
 
 WHAT is one or more of:
 
@@ -14,6 +13,7 @@ WHAT is one or more of:
     moe        one CDMoE layer, forward and backward: whole, and its experts with an MLP of one unit
     tokenizer  the built-in stories to tokens, on one core
     data       prepare_data.py on --megabytes of text
+    gpu        all that matters on one GPU, in --minutes of them: the experiments of bench_gpu.py
 
 MB is what a step takes beside the weights; of `data`, the memory of the whole process.
 
@@ -44,17 +44,7 @@ from nanodoge.attention import dynamic_mask_attention
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
-from nanodoge.options import (
-    HERE,
-    Count,
-    NonNegative,
-    Positive,
-    Whole,
-    check_ranges,
-    parse_options,
-    read_config,
-    run_command,
-)
+from nanodoge.options import HERE, Count, NonNegative, Whole, check_ranges, parse_options, read_config, run_command
 from nanodoge.tokenizer import train_bpe
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # per weight
@@ -83,14 +73,14 @@ class BenchOptions:
     megabytes: Count = 100  # data: how much text
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     csv: str = ""  # file to append the rows to, with machine, versions and date
-    minutes: Positive = 9.0  # gpu: how long it may take
+    minutes: Count = 9  # gpu: how long it may take
     out: str = "out/gpu"  # gpu: folder for its rows
 
     def __post_init__(self):
         check_ranges(self)
-        if "gpu" in self.what[1:] or self.what[:-1] == ["gpu"]:
-            raise ValueError("what: gpu is measured alone")
-        for name, valid in (("what", ["gpu", *TASKS]), ("dtype", BYTES)):
+        if "gpu" in self.what and len(self.what) > 1:
+            raise ValueError(f"what {' '.join(self.what)}: gpu is measured alone")
+        for name, valid in (("what", [*TASKS, "gpu"]), ("dtype", BYTES)):
             for value in getattr(self, name) or [""]:
                 if value not in valid:
                     raise ValueError(f"{name} {value!r}: must be one or more of {', '.join(valid)}")
@@ -150,7 +140,8 @@ def make_model(case: Case, dtype: str = "float32") -> tuple[Doge, Tensor]:
     torch.manual_seed(0)
     model = Doge(case.config)
     for block in model.layers:
-        block.self_attn.A.data.normal_()
+        for weight in (block.self_attn.A, block.self_attn.dt_proj.weight):
+            weight.data.normal_()
     tokens = torch.randint(case.config.vocab_size, (case.options.batch_size, case.length or PROMPT))
     return model.to(case.device, getattr(torch, dtype)).eval(), tokens.to(case.device)
 
@@ -376,7 +367,7 @@ def measure_case(case: Case) -> dict[str, Any]:
         ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[best], strict=True)]
         row |= dict(speedup=median(ratios), speedup_min=min(ratios), speedup_max=max(ratios))
     memory = {}
-    if device.type == "cuda":  # its allocator counts; elsewhere it takes a fresh process
+    if case.config and device.type == "cuda":  # its allocator counts; elsewhere it takes a fresh process
         memory = {name: measure.memory_of(lambda step=task.steps[name]: step, device) for name in names}
     del task  # its weights: the next process makes its own
     for prefix, who in [("", "ours"), ("peer_", row.get("peer"))][: len(names)]:

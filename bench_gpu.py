@@ -66,6 +66,7 @@ def plan() -> list[tuple[float, list[Trial]]]:
     texts = [("20m", "float32", "transformers"), *itertools.product(("20m", "20m_moe"), gpu.RIGHT, [""])]
     for model, dtype, how in texts:
         right.append(Trial(f"right: text {model} {dtype} {how}", gpu.text, (model, dtype, how)))
+    right.sort(key=lambda trial: ("flex" in trial.name) + 2 * ("compiled" in trial.name))  # the slow ones last
     resumed = [Trial(f"right: resume, deterministic={sure}", gpu.resume, (sure,)) for sure in (True, False)]
 
     for T, W in ((2048, 2048), (32768, 2048), (8192, 2048), (8192, 8192), (32768, 32768)):
@@ -79,7 +80,8 @@ def plan() -> list[tuple[float, list[Trial]]]:
 
     steps += [step("20m", 16, "compiled"), step("20m", 16, "eager, peer"), Trial("kernels", gpu.train_kernels)]
     steps += [step(model, 8, "compiled by block", gpu.BY_BLOCK) for model in ("160m", "320m", "60m")]
-    steps += [step("20m", 64, "compiled"), step("20m_moe", 16, "compiled"), step("20m", 32, "compiled")]
+    more = ("20m", 64), ("20m_moe", 16), ("20m", 32), ("20m", 128)
+    steps += [step(model, batch, "compiled") for model, batch in more]
     steps += [step("20m", 16, f"compiled, {name}", changes) for name, changes in gpu.VARIANTS.items()]
     start = [Trial("recipe", gpu.recipe, seconds=150), Trial("first losses", gpu.first_losses, seconds=90)]
 
@@ -158,11 +160,12 @@ def run_trials(
             if len(trials) == len(names):
                 yield trials.pop(0), row  # the process did not start
         finally:
+            process.join(2)  # one that has sent its last row ends by itself
             process.kill()
             process.join()
 
 
-def run(device: str, minutes: float, out: str, plan: Callable = plan) -> None:
+def run(device: str, minutes: int, out: str, plan: Callable = plan) -> None:
     """Prints the rows, and writes them to a new file in the folder `out`: .jsonl as they come, .csv in the end."""
     tiny, end = Machine(device).device.type != "cuda", time.monotonic() + 60 * minutes
     kind = "cpu" if tiny else "cuda"
@@ -191,7 +194,7 @@ def run(device: str, minutes: float, out: str, plan: Callable = plan) -> None:
             del waiting[found[0].name]
         results.close()
     for trial in waiting.values():
-        emit(trial, dict(failed=f"not started: --minutes={minutes:g} were over"))
+        emit(trial, dict(failed=f"not started: --minutes={minutes} were over"))
     columns = list(dict.fromkeys(key for row in rows for key in row))
     measure.append_csv(str(path.with_suffix(".csv")), [*columns, *conditions], *(row | conditions for row in rows))
     print_forecast([] if tiny else rows)

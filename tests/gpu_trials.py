@@ -127,7 +127,7 @@ def run_recipe(device, tiny, folder, name, *options):
     argv = [f"{HERE}/config/doge20m.py", f"--data={folder}/data", f"--out_dir={folder}/{name}", f"--device={device}"]
     argv += ["--warmup_steps=2", "--decay_steps=0", "--sample_tokens=0", "--eval_tokens=100000"]
     if tiny:
-        argv += "--max_position_embeddings=32 --batch_tokens=64 --micro_batch_size=2 --vocab_size=0".split()
+        argv += "--max_position_embeddings=32 --batch_tokens=64 --micro_batch_size=2 --vocab_size=4096".split()
         argv += ["--eval_tokens=100", *(f"--{name}={value}" for name, value in TINY.items())]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main([*argv, *options])
@@ -194,7 +194,8 @@ def longest_kernels(step, device):
     kind, name = ("CUDA", "self_device_time_total") if device == "cuda" else ("CPU", "self_cpu_time_total")
     with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profiler:
         measure.timed(step, torch.device(device))
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))
+    events = [event for event in profiler.key_averages() if getattr(event, name) > 0]
+    events.sort(key=lambda event: -getattr(event, name))
     waits = max(0.0, 1 - sum(getattr(event, name) for event in events) / 1e6 / seconds)
     top = [f"{getattr(event, name) / 1e3:.3f} ms {event.count}x {event.key[:80]}" for event in events[:10]]
     return dict(seconds=seconds, waits=waits, launches=sum(event.count for event in events), kernels="; ".join(top))
@@ -276,7 +277,8 @@ def attention_speed(device, tiny, attend, length, window):
     q, k, v = (torch.randn(B, n, T, D, device=device).bfloat16().requires_grad_() for n in (2, 1, 1))
     s = torch.randn(B, 1, T, device=device, requires_grad=True)
     flop = 4 * q.numel() * sum(min(i + 1, W) for i in range(T)) / T
-    row = longest_kernels(torch.no_grad()(lambda: attend(q, k, v, s, W)), device)
+    constant = [x.detach() for x in (q, k, v, s)]
+    row = longest_kernels(lambda: attend(*constant, W), device)
     row |= dict(length=T, batch=B, window=W, forward_seconds=row["seconds"])
     row["forward_tflops"] = flop / row["seconds"] / 1e12
     inputs = [q, k, v] if attend is dense else [q, k, v, s]
@@ -354,6 +356,8 @@ def recipe(device, tiny, steps=300, seconds=100):
         with contextlib.suppress(SystemExit):
             run_recipe(device, tiny, folder, "run", f"--max_steps={20 if tiny else steps}", "--eval_every=100")
         stop.cancel()
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
         log = read_log(f"{folder}/run/log.csv")
     waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
     rates, last = (
@@ -379,6 +383,6 @@ def hidden_matrices(parameters):
     return [p for p in parameters if 1 < p.ndim and len(p) < 32768]
 
 
-def trace(function, **options):
+def trace(function, original=torch.compile, fullgraph=False, **options):
     """torch.compile without its compiler: finds what cannot be traced, in a rehearsal."""
-    return COMPILE(function, backend="aot_eager")
+    return original(function, backend="aot_eager", fullgraph=fullgraph)

@@ -100,15 +100,17 @@ class Older(Toy):
 
 def test_experts_in_bfloat16_need_no_missing_kernel():
     scores, experts = torch.rand(1, 5, 16).topk(3)
-    inputs = [torch.randn(*shape).bfloat16().requires_grad_() for shape in ((1, 5, 8), (16, 8), (16, 8))]
-    results = []
-    for move in (lambda x: x, lambda x: x.to(NAME)):
-        with Older():
-            away = [move(x.detach()).requires_grad_() for x in inputs]
-            out = routed_experts(*away, move(scores), move(experts))
-            results.append([inside(x) for x in (out, *torch.autograd.grad(out, away, out.detach()))])
-    for x, y in zip(*results, strict=True):
-        torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)
+    inputs = [torch.randn(*shape).bfloat16() for shape in ((1, 5, 8), (16, 8), (16, 8))]
+
+    def results(move):
+        moved = [move(x).requires_grad_() for x in inputs]
+        out = routed_experts(*moved, move(scores), move(experts))
+        return [inside(x).float() for x in (out, *torch.autograd.grad(out, moved, out.detach()))]
+
+    expected = results(lambda x: x.float() if x.is_floating_point() else x)
+    with Older():
+        found = results(lambda x: x.to(NAME))
+    assert all((x - y).norm() < 0.02 * y.norm() for x, y in zip(found, expected, strict=True))
 
 
 class Away(Machine):
