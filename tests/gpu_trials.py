@@ -36,7 +36,9 @@ from nanodoge.options import HERE
 from nanodoge.run import read_log
 from prepare_data import PrepareOptions, prepare
 
-RIGHT = {"float32": 1e-3, "bfloat16": 5e-2}  # the largest relative error that counts as right
+# The largest relative error that counts as right; a wrong kernel is off by about 1. In bfloat16 keys and experts that
+# nearly tie are chosen otherwise than in float32: 0.08 on a CPU with experts beyond the window, else at most 0.02.
+RIGHT = {"float32": 1e-3, "bfloat16": 0.15}
 TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 SMALL = TINY | dict(vocab_size=512, keep_window_size=32, num_experts=64, num_experts_per_tok=4)
 SHRINK = 64  # tiny: lengths are divided by it
