@@ -202,9 +202,9 @@ def run(device: str, minutes: int, out: str, plan: Callable = plan) -> None:
 
 
 def print_forecast(rows: list[Row]) -> None:
-    """How long each recipe takes by the best rate gpu.measured."""
+    """How long each recipe takes by the best rate that was measured."""
     for model in dict.fromkeys(row["model"] for row in rows if row.get("what") == "train"):
-        recipe = read_config(f"{HERE}/config/doge{model}.py")
+        recipe = read_config(f"{HERE}/config/doge{model.removesuffix('_moe')}.py")  # an MoE twin follows its dense one
         tokens = recipe["max_steps"][0] * recipe["batch_tokens"][0]
         rate = max(row["tokens_per_second"] for row in rows if row.get("what") == "train" and row["model"] == model)
         hours = tokens / rate / 3600

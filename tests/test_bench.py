@@ -267,9 +267,12 @@ def test_a_failing_a_hanging_and_a_full_trial_cost_one_row_each(tmp_path, capsys
 
 
 def test_hours_are_forecast_from_the_best_rate(capsys):
-    rates = dict(eager=5e5, compiled=1e6)
-    bench_gpu.print_forecast([dict(what="train", model="20m", tokens_per_second=rate) for rate in rates.values()])
-    assert "config/doge20m.py, an estimate: 1.17 h; 0.15 h on eight" in capsys.readouterr().out  # 8,000 x 0.5M tokens
+    rates = [("20m", 5e5), ("20m", 1e6), ("20m_moe", 5e5), ("60m", 1e6), ("160m", 1e6), ("320m", 1e6)]
+    rows = [dict(what="train", model=model, tokens_per_second=rate) for model, rate in rates]
+    bench_gpu.print_forecast([dict(failed="no memory"), dict(what="decode", model="20m"), *rows])
+    printed = capsys.readouterr().out
+    assert "config/doge20m.py, an estimate: 1.17 h; 0.15 h on eight" in printed  # 8,000 x 0.5M tokens
+    assert "config/doge20m_moe.py, an estimate: 2.33 h" in printed and printed.count("an estimate") == 5
 
 
 def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch):
