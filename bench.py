@@ -13,6 +13,7 @@ WHAT is one or more of:
     moe        one CDMoE layer, forward and backward: whole, and its experts with an MLP of one unit
     tokenizer  the built-in stories to tokens, on one core
     data       prepare_data.py on --megabytes of text
+    gpu        all that matters on one GPU, in --minutes of them: the experiments of bench_gpu.py
 
 MB is what a step takes beside the weights; of `data`, the memory of the whole process.
 
@@ -72,10 +73,14 @@ class BenchOptions:
     megabytes: Count = 100  # data: how much text
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     csv: str = ""  # file to append the rows to, with machine, versions and date
+    minutes: Count = 9  # gpu: how long it may take
+    out: str = "out/gpu"  # gpu: folder for its rows
 
     def __post_init__(self):
         check_ranges(self)
-        for name, valid in (("what", TASKS), ("dtype", BYTES)):
+        if "gpu" in self.what and len(self.what) > 1:
+            raise ValueError(f"what {' '.join(self.what)}: gpu is measured alone")
+        for name, valid in (("what", [*TASKS, "gpu"]), ("dtype", BYTES)):
             for value in getattr(self, name) or [""]:
                 if value not in valid:
                     raise ValueError(f"{name} {value!r}: must be one or more of {', '.join(valid)}")
@@ -135,7 +140,8 @@ def make_model(case: Case, dtype: str = "float32") -> tuple[Doge, Tensor]:
     torch.manual_seed(0)
     model = Doge(case.config)
     for block in model.layers:
-        block.self_attn.A.data.normal_()
+        for weight in (block.self_attn.A, block.self_attn.dt_proj.weight):
+            weight.data.normal_()
     tokens = torch.randint(case.config.vocab_size, (case.options.batch_size, case.length or PROMPT))
     return model.to(case.device, getattr(torch, dtype)).eval(), tokens.to(case.device)
 
@@ -146,22 +152,28 @@ def peer_config(config: DogeConfig) -> Any:
     return importlib.import_module("transformers").DogeConfig(**fields)
 
 
+def peer_model(case: Case, dtype: str) -> nn.Module:
+    """transformers' Doge with the weights of ours."""
+    model, _ = make_model(case, dtype)
+    reference = importlib.import_module("transformers").DogeForCausalLM(peer_config(case.config))
+    reference.to(model.embed_tokens.weight).model.load_state_dict(model.state_dict())
+    return reference.eval()
+
+
 def peer_steps(case: Case, make_step: Callable[[nn.Module], Callable]) -> dict[str, Callable]:
     """{"sdpa float32": a step of transformers' Doge with the weights of ours, ...}, or {} if the case has no peer."""
     if not case.peer:
         return {}
-    transformers, steps = importlib.import_module("transformers"), {}
-    transformers.logging.set_verbosity_error()
+    importlib.import_module("transformers").logging.set_verbosity_error()
+    steps = {}
 
     def run(reference: nn.Module, attention: str, step: Callable):
         reference.set_attn_implementation(attention)  # can be changed between calls
         step()
 
     for dtype in ["float32", "bfloat16"] if case.dtype == "int8" else [case.dtype]:
-        model, _ = make_model(case, dtype)
-        reference = transformers.DogeForCausalLM(peer_config(case.config)).to(model.embed_tokens.weight)
-        reference.model.load_state_dict(model.state_dict())
-        step = make_step(reference.eval())
+        reference = peer_model(case, dtype)
+        step = make_step(reference)
         for attention in ["eager", "sdpa"] if case.length <= 4096 else ["sdpa"]:
             steps[f"{attention} {dtype}"] = functools.partial(run, reference, attention, step)
     return steps
@@ -354,13 +366,17 @@ def measure_case(case: Case) -> dict[str, Any]:
         row["peer"] = best = min(names[1:], key=lambda name: median(seconds[name]))
         ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[best], strict=True)]
         row |= dict(speedup=median(ratios), speedup_min=min(ratios), speedup_max=max(ratios))
+    memory = {}
+    if case.config and device.type == "cuda":  # its allocator counts; elsewhere it takes a fresh process
+        memory = {name: measure.memory_of(lambda step=task.steps[name]: step, device) for name in names}
     del task  # its weights: the next process makes its own
     for prefix, who in [("", "ours"), ("peer_", row.get("peer"))][: len(names)]:
         row[prefix + "seconds"] = median(seconds[who])
         row[prefix + "tokens_per_second"] = row["tokens"] / median(seconds[who])
         if case.what != "tokenizer":
-            memory = measure.in_fresh_process(measure.memory_of, functools.partial(make_step, case, who), device)
-            row[prefix + "extra_mb"] = memory[case.what == "data"] / 1e6
+            again = functools.partial(make_step, case, who)
+            held = memory.get(who) or measure.in_fresh_process(measure.memory_of, again, device)
+            row[prefix + "extra_mb"] = held[case.what == "data"] / 1e6
     return row
 
 
@@ -381,6 +397,10 @@ def show(row: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> None:
     options = parse_options(BenchOptions, argv, positional="what")
+    if options.what == ["gpu"]:
+        import bench_gpu
+
+        return bench_gpu.run(options.device, options.minutes, options.out)
     if options.peer and not importlib.util.find_spec("transformers"):
         raise ValueError("--peer needs transformers, which is not installed here")
     cases, machine = list(make_cases(options)), measure.conditions()

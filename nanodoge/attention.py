@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanodoge.memory import outside_graphs
+from nanodoge.memory import one_node
 
 CHUNK = 256  # queries in a chunk on a CPU: of W + CHUNK keys that are gathered, the last 2 CHUNK are masked
 GPU_CHUNK = 1024  # on a GPU: its kernels divide queries, 64 each, among more than a hundred cores (not measured)
@@ -316,6 +316,42 @@ def chunk_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
     return dq.mul_(scale), dk.mul_(scale), dv
 
 
+def lifetimes_like(s: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    B, K, S = s.shape
+    return tuple(s.new_empty(shape, dtype=torch.long) for shape in ((B * K, S), (B, K, min(window, S))))
+
+
+@one_node(lifetimes_like)
+def key_lifetimes(s: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Of scores s (B, K, S): eviction_steps (B K, S), and the keys kept at the end (B, K, at most W) by position."""
+    order = rank_by_score(s)
+    return eviction_steps(order.flatten(0, 1), window), order[..., :window].sort(dim=-1).values
+
+
+@one_node(lambda q, k, v, end, window, size: q.new_empty(*q.shape[:3], v.shape[1]))
+def attend_chunks(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int, size: int) -> Tensor:
+    """The forward pass of ChunkedAttention."""
+    out = q.new_empty(*q.shape[:3], v.shape[1])
+    for queries, _, inputs in iter_chunks(q, k, v, end, window, size):
+        out[:, :, queries] = attend_chunk(*inputs).view(out[:, :, queries].shape)
+    return out
+
+
+@one_node(lambda dout, q, k, v, end, window, size: tuple(torch.empty_like(x) for x in (q, k, v)))
+def chunks_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v of attend_chunks from dout, that of its output."""
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+    for queries, rows, inputs in iter_chunks(q, k, v, end, window, size):
+        dx, *parts = chunk_gradients(dout[:, :, queries].flatten(1, 2), *inputs)
+        dq[:, :, queries] = dx.view(dq[:, :, queries].shape)
+        for total, part in zip((dk, dv), parts, strict=True):
+            total.index_add_(0, rows.flatten(), part.flatten(0, 1).to(total.dtype))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
 class ChunkedAttention(torch.autograd.Function):
     """q (R, G, T, D + 8), the last T queries of R rows of S keys; k (R S, D + 8), v (R S, D); end (R, S) -> (R, G, T,
     D). q and k are folded.
@@ -329,35 +365,21 @@ class ChunkedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, end, window, size):
         ctx.save_for_backward(q, k, v, end)
         ctx.window, ctx.size = window, size
-        out = q.new_empty(*q.shape[:3], v.shape[1])
-        for queries, _, inputs in iter_chunks(q, k, v, end, window, size):
-            out[:, :, queries] = attend_chunk(*inputs).view(out[:, :, queries].shape)
-        return out
+        return attend_chunks(q, k, v, end, window, size)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        q, k, v, end = ctx.saved_tensors
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for queries, rows, inputs in iter_chunks(q, k, v, end, ctx.window, ctx.size):
-            dx, *parts = chunk_gradients(dout[:, :, queries].flatten(1, 2), *inputs)
-            dq[:, :, queries] = dx.view(dq[:, :, queries].shape)
-            for total, part in zip((dk, dv), parts, strict=True):
-                total.index_add_(0, rows.flatten(), part.flatten(0, 1).to(total.dtype))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return *chunks_gradients(dout, *ctx.saved_tensors, ctx.window, ctx.size), None, None, None
 
 
-@outside_graphs  # the number of chunks is no constant of a graph
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, s: Tensor, window: int, chunk: int | None):
     """dynamic_mask_attention, all of it in chunks. A CPU computes it in fp32 at least: many have no faster product, and
     rounded to bf16 the logits would be as coarse as 1/16."""
-    K, S = s.shape[1:]
-    on_cpu = q.device.type == "cpu"
-    order = rank_by_score(s.detach())  # which keys are kept has no gradient
-    end = eviction_steps(order.flatten(0, 1), window)
+    K, on_cpu = s.shape[1], q.device.type == "cpu"
+    end, kept = key_lifetimes(s.detach(), window)  # which keys are kept has no gradient
     dtype = torch.promote_types(q.dtype, torch.float32) if on_cpu else q.dtype
     queries = fold_queries(q.unflatten(1, (K, -1)).flatten(0, 1).to(dtype))  # (B K, G, T, D + 8)
     keys, values = fold(k.to(dtype), s).flatten(0, 2), v.to(dtype).flatten(0, 2)
     out = ChunkedAttention.apply(queries, keys, values, end, window, chunk or (CHUNK if on_cpu else GPU_CHUNK))
-    return out.view(q.shape).to(q.dtype), order[..., :window].sort(dim=-1).values
+    return out.view(q.shape).to(q.dtype), kept

@@ -60,5 +60,8 @@ class RoutedExperts(torch.autograd.Function):
 
 def slot_products(a, i, b, j):
     """a (M, C), b (E, C), indices i and j (n,) -> (n,): the products a[i] . b[j]. It is what embedding_bag calls the
-    gradient of its weights; torch has no public name for it that works in every dtype and under torch.compile."""
+    gradient of its weights; torch has no public name for it that works in every dtype and under torch.compile. (CUDA
+    has no bf16 kernel for it in torch 2.11: there bf16 is computed in fp32.)"""
+    if a.device.type != "cpu" and a.dtype == torch.bfloat16:
+        return slot_products(a.float(), i, b.float(), j).to(a.dtype)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, j, j, i, 0)

@@ -18,6 +18,7 @@ from nanodoge.checkpoint import load_model, save_checkpoint
 from nanodoge.data import load_tokenizer
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
+from nanodoge.experts import routed_experts
 from nanodoge.machine import Machine
 from nanodoge.run import Run, read_log
 
@@ -87,6 +88,29 @@ def test_what_it_writes_equals_the_cpus(experts, dtype):
             ids = model.generate(torch.tensor(prompts[:1], device=engine.device), 8, temperature=0)
             written.append([ids.tolist(), engine.generate([Request(prompt, 8, temperature=0) for prompt in prompts])])
     assert written[0] == written[1]
+
+
+class Older(Toy):
+    """torch 2.11 on CUDA, which has no kernel for the products of slots in bfloat16."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "per_sample_weights_backward" not in str(function) or args[0].dtype != torch.bfloat16
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def test_experts_in_bfloat16_need_no_missing_kernel():
+    scores, experts = torch.rand(1, 5, 16).topk(3)
+    inputs = [torch.randn(*shape).bfloat16() for shape in ((1, 5, 8), (16, 8), (16, 8))]
+
+    def results(move):
+        moved = [move(x).requires_grad_() for x in inputs]
+        out = routed_experts(*moved, move(scores), move(experts))
+        return [inside(x).float() for x in (out, *torch.autograd.grad(out, moved, out.detach()))]
+
+    expected = results(lambda x: x.float() if x.is_floating_point() else x)
+    with Older():
+        found = results(lambda x: x.to(NAME))
+    assert all((x - y).norm() < 0.02 * y.norm() for x, y in zip(found, expected, strict=True))
 
 
 class Away(Machine):

@@ -2,17 +2,24 @@
 agrees with counting by hand; its peer computes what ours does. No time is ever asserted."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
+import time
 
+import gpu_trials
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import STARTED
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import bench_gpu
 from model import Doge, DogeConfig
-from nanodoge import engine, measure
+from nanodoge import engine, losses, measure, memory
+from nanodoge.experts import routed_experts
 from nanodoge.options import HERE, parse_options
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -181,6 +188,8 @@ MISTAKES = {
     "decode --rounds=-1": "--rounds=-1 must be a number from 0 up",
     "decode --temperature=-1": "--temperature=-1.0 must be a number from 0 up",
     "decode --pear": "did you mean 'peer'",
+    "gpu train": "gpu is measured alone",
+    "gpu --minutes=0": "--minutes=0 must be a number from 1 up",
 }
 
 
@@ -205,3 +214,116 @@ def test_as_a_program_with_its_memory(shape, tmp_path):
     with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
         [row] = csv.DictReader(file)
     assert 0 < float(row["extra_mb"]) < 500
+
+
+# ---- bench.py gpu
+
+
+def fine(device, tiny):
+    return dict(right=True, seconds=0.5)
+
+
+def wrong(device, tiny):
+    raise KeyError("what")
+
+
+def full(device, tiny):
+    return dict(seconds=torch.empty(10**15))
+
+
+def hanging(device, tiny):
+    time.sleep(600)
+
+
+def killed(device, tiny):
+    os._exit(9)
+
+
+FAULTS = {"wrong": "KeyError: 'what'", "full": "can't allocate memory", "hanging": "no result after 1 s"}
+FAULTS["killed"] = "its process ended with status 9"
+
+
+def faulty():
+    trials = [bench_gpu.Trial("first", fine)]
+    for function in (wrong, full, hanging, killed):
+        trials += [bench_gpu.Trial(function.__name__, function, seconds=1)]
+        trials += [bench_gpu.Trial(f"after {function.__name__}", fine)]
+    return [(0.5, trials), (0.5, [bench_gpu.Trial("last", fine)])]
+
+
+def test_a_failing_a_hanging_and_a_full_trial_cost_one_row_each(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_gpu.multiprocessing, "get_context", lambda kind: STARTED)
+    bench_gpu.run("cpu", 5, str(tmp_path), faulty)
+    [lines], [table] = tmp_path.glob("*.jsonl"), tmp_path.glob("*.csv")
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["trial"] for row in rows] == [trial.name for _, trials in faulty() for trial in trials]
+    for row in rows:
+        assert FAULTS.get(row["trial"], "") in row.get("failed", "") and ("failed" in row) == (row["trial"] in FAULTS)
+    with open(table, newline="", encoding="utf-8") as file:
+        assert [row["failed"] for row in csv.DictReader(file)] == [row.get("failed", "") for row in rows]
+    assert "a rehearsal" in (printed := capsys.readouterr().out) and all(
+        reason in printed for reason in FAULTS.values()
+    )
+
+
+def test_hours_are_forecast_from_the_best_rate(capsys):
+    rates = [("20m", 5e5), ("20m", 1e6), ("20m_moe", 5e5), ("60m", 1e6), ("160m", 1e6), ("320m", 1e6)]
+    rows = [dict(what="train", model=model, tokens_per_second=rate) for model, rate in rates]
+    bench_gpu.print_forecast([dict(failed="no memory"), dict(what="decode", model="20m"), *rows])
+    printed = capsys.readouterr().out
+    assert "config/doge20m.py, an estimate: 1.17 h; 0.15 h on eight" in printed  # 8,000 x 0.5M tokens
+    assert "config/doge20m_moe.py, an estimate: 2.33 h" in printed and printed.count("an estimate") == 5
+
+
+def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_gpu.multiprocessing, "get_context", lambda kind: STARTED)
+    bench_gpu.run("cpu", 0, str(tmp_path), faulty)
+    rows = [json.loads(line) for line in next(tmp_path.glob("*.jsonl")).read_text().splitlines()]
+    assert len(rows) == 10 and all("not started: --minutes=0" in row["failed"] for row in rows)
+
+
+def test_the_plan_names_each_trial_once_and_changes_what_exists():
+    trials = [trial for _, trials in bench_gpu.plan() for trial in trials]
+    assert len({trial.name for trial in trials}) == len(trials)
+    for name in {name for trial in trials for name in trial.changes | bench_gpu.REHEARSAL}:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(sys.modules[module], attribute)
+
+
+@pytest.mark.parametrize("window", [1024, 256])
+def test_flex_attention_is_dynamic_mask_attention(window, monkeypatch):
+    monkeypatch.setattr(torch, "compile", gpu_trials.trace)
+    assert gpu_trials.attention("cpu", True, gpu_trials.flex, "float32", window)["error"] < 1e-5
+
+
+def test_the_blocks_of_flex_attention_skip_most_of_a_long_text(monkeypatch):
+    seen, causal = {}, 128 * 129 / 2
+    monkeypatch.setattr(gpu_trials, "compiled_flex", lambda: lambda q, k, v, **rest: seen.update(rest) or q)
+    for window, low, high in ((16384, causal, causal), (1024, 0, 0.4 * causal)):
+        q, s = torch.randn(1, 1, 16384, 16), torch.rand(1, 1, 16384)
+        gpu_trials.flex(q, q, q, s, window)
+        mask = seen["block_mask"]
+        assert low <= (mask.kv_num_blocks + mask.full_kv_num_blocks).sum() <= high
+
+
+def test_candidates_compute_the_same():
+    x, down, up = torch.randn(1, 6, 8), torch.randn(16, 8), torch.randn(16, 8)
+    scores, experts = torch.rand(1, 6, 16).topk(3)
+    expected = routed_experts(x, down, up, scores, experts)
+    torch.testing.assert_close(gpu_trials.dense_experts(x, down, up, scores, experts), expected)
+    weight, targets = torch.rand(8), torch.tensor([1, -100, 3, 4, 5, 6])
+    torch.testing.assert_close(gpu_trials.automatic_norm(x, weight, 1e-6), memory.rms_norm(x, weight, 1e-6))
+    torch.testing.assert_close(gpu_trials.whole_loss(x[0], up, targets), losses.linear_cross_entropy(x[0], up, targets))
+
+
+def test_flop_of_a_step_agree_with_those_torch_counts():
+    """The definition computes all T x T pairs, of which flops_per_token counts the visible ones."""
+    model, tokens, T = (
+        Doge(DogeConfig(**SHAPE | dict(keep_window_size=64), attention="definition")),
+        torch.zeros(2, 64).long(),
+        64,
+    )
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(tokens)[0].flatten(0, 1), tokens.flatten()).backward()
+    pairs = 12 * 32 * 2 * (T - (T + 1) / 2)  # 12 C per pair and layer
+    assert counter.get_total_flops() == pytest.approx((model.flops_per_token(T) + pairs) * 2 * T, rel=0.02)

@@ -494,6 +494,13 @@ def test_recomputed_or_sliced_or_compiled_changes_no_gradient(how, kind, monkeyp
     assert_all_close(gradients(torch.compile(model, backend="eager") if how == "compile" else model, tokens), expected)
 
 
+@pytest.mark.parametrize("kind", ["dense", "beyond the window", "moe beyond"])
+def test_a_training_step_is_one_graph_for_the_compiler(kind):
+    model, tokens = make(KINDS[kind], num_hidden_layers=1), torch.randint(0, 97, (2, 20))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # a break would be an error
+    assert_all_close(gradients(compiled, tokens), gradients(model, tokens))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_in_slices_is_the_row_and_its_last_position_that_of_all(kind):
     model, last = make(KINDS[kind]), torch.tensor([19, 12])
