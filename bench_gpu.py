@@ -59,7 +59,8 @@ def plan() -> list[tuple[float, list[Trial]]]:
     for way, dtype, W in itertools.product((gpu.chunks, gpu.flex), gpu.RIGHT, windows):
         right.append(Trial(f"right: {way.__name__} {dtype} window {W}", gpu.attention, (way, dtype, W)))
     for how, model, W in itertools.product(("", "transformers", "compiled"), ("20m", "20m_moe"), windows):
-        for dtype in dict(transformers=["float32"], compiled=["bfloat16"]).get(how, gpu.RIGHT):
+        compiled = "float32" if "moe" in model else "bfloat16"  # bfloat16 is not judged with experts
+        for dtype in dict(transformers=["float32"], compiled=[compiled]).get(how, gpu.RIGHT):
             if (how, model) != ("transformers", "20m_moe"):  # whose router mixes tokens
                 inputs = model, dtype, W, how
                 right.append(Trial(f"right: {model} {dtype} window {W} {how}", gpu.model, inputs, seconds=90))
