@@ -34,7 +34,7 @@ try:
     from fastapi import FastAPI, Response
     from fastapi import Request as Connection
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import FileResponse
+    from fastapi.responses import FileResponse, PlainTextResponse
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -161,6 +161,7 @@ def make_app(service: Service, options: ServeOptions) -> FastAPI:
         message = f"{'.'.join(where) or 'body'}: {first['msg']}"
         return error_reply(APIError(400, message, "invalid", where[0] if where else None))
 
+    streams = {200: {"content": {"text/event-stream": {}}}}
     card = dict(id=service.name, object="model", created=int(time.time()), owned_by="nanodoge")
 
     @app.get("/", include_in_schema=False)
@@ -174,7 +175,7 @@ def make_app(service: Service, options: ServeOptions) -> FastAPI:
     async def health():
         return dict(status="ok")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics():
         return Response(service.metrics(), media_type="text/plain; version=0.0.4")
 
@@ -192,11 +193,11 @@ def make_app(service: Service, options: ServeOptions) -> FastAPI:
     async def info():
         return service.info()
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=streams)
     async def chat(body: api.Chat, connection: Connection):
         return await service.reply(connection, body)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=streams)
     async def completions(body: api.Completion, connection: Connection):
         return await service.reply(connection, body)
 

@@ -235,7 +235,7 @@ BAD = {
     "many digits": (dict(content=b'{"max_tokens": ' + b"1" * 5000 + b"}"), 400),
     "too large": (dict(content=b" " * 100_000_000), 413),
     "too large, in pieces": (dict(content=iter([b" " * 900_000] * 5)), 413),
-    "half a character": (dict(content=b'{"prompt": "\\ud800", "max_tokens": 1}'), 400),
+    "half a character": (dict(content=b'{"prompt": "\\ud800", "max_tokens": 1}'), 200),  # is read as U+FFFD
     "nan": (dict(content=b'{"prompt": "a", "temperature": NaN}'), 400),
 }
 
@@ -244,7 +244,7 @@ BAD = {
 def test_bad_bodies(post, name):
     options, status = BAD[name]
     reply = post("/v1/completions", **options, headers={"Content-Type": "application/json"})
-    assert reply.status_code == status and reply.json()["error"]["message"]
+    assert reply.status_code == status and ("error" in reply.json()) == (status != 200)
 
 
 @pytest.mark.parametrize(
