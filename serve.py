@@ -164,6 +164,11 @@ def make_app(service: Service, options: ServeOptions) -> FastAPI:
         message = f"{'.'.join(where) or 'body'}: {first['msg']}"
         return error_reply(APIError(400, message, "invalid", where[0] if where else None))
 
+    add_routes(app, service)
+    return app
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
     streams = {200: {"content": {"text/event-stream": {}}}}
     card = dict(id=service.name, object="model", created=int(time.time()), owned_by="nanodoge")
 
@@ -223,8 +228,6 @@ def make_app(service: Service, options: ServeOptions) -> FastAPI:
     @app.get("/tokenizer_info")
     async def tokenizer_info():  # with this lm_eval needs no tokenizer of its own
         return service.coder.names | dict(chat_template=service.coder.chat_template)
-
-    return app
 
 
 class Patient(H11Protocol):

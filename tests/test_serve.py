@@ -33,12 +33,13 @@ def served(checkpoint, *argv):
     service = serve.load_service(options)
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
         service.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server = serve.Server(service, options)
+        server = service.server = serve.Server(service, options)
         thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
         thread.start()
         wait_for(lambda: server.started)
         yield service
-        server.handle_exit(signal.SIGTERM, None)
+        if not service.is_stopping:
+            server.handle_exit(signal.SIGTERM, None)
         thread.join(20)
     service.thread.stop()
     assert not thread.is_alive()
@@ -211,6 +212,8 @@ def test_the_line_that_is_printed_works_in_a_shell_and_sigterm_lets_a_reply_end(
 
 def test_new_requests_get_503_while_running_ones_end(checkpoint):
     with served(checkpoint, "--slots=2") as service:
+        step = service.thread.engine.step
+        service.thread.engine.step = lambda: time.sleep(0.02) or step()
         body = dict(prompt="the cat", max_tokens=100, stream=True)
         with (
             httpx.Client(timeout=30) as client,
@@ -218,7 +221,7 @@ def test_new_requests_get_503_while_running_ones_end(checkpoint):
         ):
             chunks = reply.iter_lines()
             next(chunks)
-            service.is_stopping = True
+            service.server.handle_exit(signal.SIGTERM, None)
             assert httpx.get(f"{service.url}/health").status_code == 503
             assert [line for line in chunks if line][-1] == "data: [DONE]"
 
