@@ -22,7 +22,7 @@ def test_files_that_are_no_python_are_installed_too():
 
 
 def test_modules_are_imported_from_another_folder(tmp_path):
-    """As a notebook does, here by sys.path in place of an installation; config/ and stories.txt are found all the same."""
+    """As a notebook does; here a path stands in for the installation. config/ and stories.txt are found."""
     code = "import train, nanodoge.stories as s; print(train.read_options([]).hidden_size, len(s.Story(1).text) > 99)"
     environment = {"PYTHONPATH": str(HERE), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
