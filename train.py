@@ -41,6 +41,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Doge, DogeConfig
+from nanodoge import stage
 from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
 from nanodoge.data import bits_per_byte, check_tokenizer, load_tokenizer, read_meta, token_bytes
 from nanodoge.engine import Engine, Request
@@ -48,7 +49,7 @@ from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon
 from nanodoge.options import Count, NonNegative, Range, Whole, run_command
 from nanodoge.run import Run
-from nanodoge.stage import RunOptions, announce, count_phases, profile_step, read_run_options, run_stage, saved_options
+from nanodoge.stage import RunOptions, announce, profile_step, read_run_options, run_stage, saved_options
 from nanodoge.tokenizer import Tokenizer
 
 
@@ -78,7 +79,7 @@ class TrainOptions(DogeConfig, RunOptions):
         RunOptions.__post_init__(self)
         self.sequence_length = self.sequence_length or self.max_position_embeddings
         if self.max_steps:
-            count_phases(self)
+            stage.count_phases(self)
 
 
 # ---- Data
@@ -175,15 +176,9 @@ def open_data(options: TrainOptions, machine: Machine) -> tuple[Sequences, Seque
         raise ValueError(f"{options.data}/val.bin has {len(val.tokens)} tokens: too few to validate on")
     if options.copy_steps < 0:
         options.copy_steps = 0.5 if read_meta(options.data).get("source") == ["stories"] else 0
-    options.max_steps = options.max_steps or good_steps(len(train.tokens), options.batch_tokens)
-    count_phases(options)
+    options.max_steps = options.max_steps or stage.good_steps(len(train.tokens), options.batch_tokens)
+    stage.count_phases(options)
     return train, val, tokenizer
-
-
-def good_steps(tokens: int, batch_tokens: int) -> int:
-    """The steps of a run on a text of so many tokens: six epochs, then the tiny model begins to know it by heart
-    (NOTES.md), between 20 steps and what takes minutes on a CPU."""
-    return max(20, math.ceil(min(6 * tokens, 2_457_600) / batch_tokens))
 
 
 # ---- Copy curriculum

@@ -212,6 +212,12 @@ def count_steps(options: TuneOptions, count: int, machine: Machine) -> None:
     options.max_steps = options.max_steps or math.ceil(options.epochs * count / options.batch_size)
 
 
+def good_steps(tokens: int, batch_tokens: int) -> int:
+    """The steps of a run on a text of so many tokens: six epochs, then the tiny model begins to know it by heart
+    (NOTES.md), between 20 steps and what takes minutes on a CPU."""
+    return max(20, math.ceil(min(6 * tokens, 2_457_600) / batch_tokens))
+
+
 def count_phases(options: Any) -> None:
     """Resolves the phases of train.py's options, those below 1 being shares of max_steps. Raises ValueError for phases
     that do not fit."""

@@ -476,7 +476,7 @@ def test_a_text_of_ones_own_has_its_own_recipe(data, tmp_path):
         train.open_data(options, machine)
         found[name] = [options.max_steps, options.copy_steps, options.decay_steps]
     assert found == dict(stories=[20, 10, 7], mine=[20, 0, 7], asked=[31, 16, 7])
-    assert [train.good_steps(tokens, 4096) for tokens in (10**3, 300_000, 3 * 10**6)] == [20, 440, 600]
+    assert [train.stage.good_steps(tokens, 4096) for tokens in (10**3, 300_000, 3 * 10**6)] == [20, 440, 600]
 
 
 def test_a_rising_validation_loss_is_said(data, tmp_path, monkeypatch, capsys):
