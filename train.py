@@ -34,7 +34,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,12 +42,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Doge, DogeConfig
+from nanodoge import stage
 from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
 from nanodoge.data import Sequences, bits_per_byte, check_tokenizer, load_tokenizer, token_bytes
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon
-from nanodoge.options import Count, Whole, run_command
+from nanodoge.options import Count, NonNegative, Range, Whole, run_command
 from nanodoge.run import Run
 from nanodoge.stage import RunOptions, announce, print_end, profile_step, read_run_options, run_stage, saved_options
 from nanodoge.tokenizer import Tokenizer
@@ -55,18 +56,20 @@ from nanodoge.tokenizer import Tokenizer
 
 @dataclass
 class TrainOptions(DogeConfig, RunOptions):
-    """Pretraining. DogeConfig's fields are the shape of a model trained from scratch; with --init_from it is given."""
+    """Pretraining. DogeConfig's fields are the shape of a model trained from scratch; with --init_from it is given.
+    A phase is a number of steps or, below 1, a share of max_steps."""
 
     data: str = "data/stories"  # folder made by prepare_data.py
     vocab_size: Whole = 0  # number of token ids; 0 = as many as the data's tokenizer has
     sequence_length: Whole = 0  # tokens per sequence (T); 0 = max_position_embeddings
     batch_tokens: Count = 524_288  # tokens per step, over all ranks and micro-batches
     micro_batch_size: Count = 8  # sequences that a rank computes at once: as many as its memory holds
-    warmup_steps: Whole = 800  # steps of rising learning rate; none after --init_from unless given
-    decay_steps: Whole = 800  # steps of falling learning rate at the end
+    max_steps: Whole = 8000  # optimizer steps in all; 0 = from the size of the data
+    warmup_steps: NonNegative = 0.1  # phase of rising learning rate; none after --init_from unless given
+    decay_steps: NonNegative = 0.1  # phase of falling learning rate at the end
     decay: Literal["linear", "cosine", "1-sqrt"] = "linear"  # shape of the fall
-    copy_steps: Whole = 0  # first steps, most of which learn only copies; none after --init_from unless given
-    moe_warmup_steps: Whole = 0  # first steps that train the router and the experts only
+    copy_steps: Annotated[float, Range(-1)] = -1  # first phase, mostly of copies; -1 = 0.5 on built-in stories, else 0
+    moe_warmup_steps: NonNegative = 0  # first phase, which trains the router and the experts only
     eval_tokens: Count = 1_000_000  # validation tokens, always the first ones of val.bin
     recipe: ClassVar[str] = "tiny.py"
     first: ClassVar[str] = """data init_from out_dir resume max_steps learning_rate batch_tokens micro_batch_size
@@ -76,9 +79,8 @@ class TrainOptions(DogeConfig, RunOptions):
         """The checks that need no data; DogeConfig's own wait until the vocabulary is known."""
         RunOptions.__post_init__(self)
         self.sequence_length = self.sequence_length or self.max_position_embeddings
-        if self.warmup_steps + self.decay_steps > self.max_steps:
-            phases = f"--warmup_steps={self.warmup_steps} and --decay_steps={self.decay_steps}"
-            raise ValueError(f"{phases} do not fit into --max_steps={self.max_steps}")
+        if self.max_steps:
+            stage.count_phases(self)
 
 
 # ---- Data order
@@ -127,12 +129,17 @@ def prepare_if_built_in(options: RunOptions, machine: Machine, kind: str = "text
 
 
 def open_data(options: TrainOptions, machine: Machine) -> tuple[Sequences, Sequences, Tokenizer]:
-    """Training sequences, validation sequences, tokenizer. Built-in data is prepared if it is not there."""
+    """Training sequences, validation sequences, tokenizer. Built-in data is prepared if it is not there. Resolves
+    max_steps and the phases."""
     prepare_if_built_in(options, machine)
     train, val = (Sequences(options.data, split, options.sequence_length) for split in ("train", "val"))
     tokenizer = load_tokenizer(options.data)
     if len(val.tokens) < 2:
         raise ValueError(f"{options.data}/val.bin has {len(val.tokens)} tokens: too few to validate on")
+    if options.copy_steps < 0:
+        options.copy_steps = 0.5 if read_meta(options.data).get("source") == ["stories"] else 0
+    options.max_steps = options.max_steps or stage.good_steps(len(train.tokens), options.batch_tokens)
+    stage.count_phases(options)
     return train, val, tokenizer
 
 
@@ -419,6 +426,8 @@ def inherited(source: str) -> dict[str, Any]:
         recipe = {}  # it was tuned
     own = ("out_dir", "data", "init_from", "overwrite", "resume", "resume_or_start")
     recipe = {name: value for name, value in recipe.items() if name not in own}
+    if 0 < recipe.get("decay_steps", 0) < recipe.get("max_steps", 0):
+        recipe["decay_steps"] /= recipe["max_steps"]  # a share, which fits any --max_steps
     return recipe | dataclasses.asdict(load_config(source)) | dict(warmup_steps=0, copy_steps=0)
 
 

@@ -18,8 +18,6 @@ batch_tokens = 1572864  # 768 sequences of 2,048
 micro_batch_size = 8
 max_steps = 24000
 learning_rate = 4e-3
-warmup_steps = 2400
-decay_steps = 2400
 
 eval_every = 500
 save_every = 500

@@ -10,6 +10,6 @@ data = "data/smollm_corpus"
 is_moe = True
 num_experts = 9216  # 96 x 96 product keys
 num_experts_per_tok = 48
-moe_warmup_steps = 2400
+moe_warmup_steps = 0.1
 warmup_steps = 0
 micro_batch_size = 4

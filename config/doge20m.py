@@ -24,8 +24,8 @@ micro_batch_size = 16  # sequences a GPU computes at once; must divide 256 / num
 # schedule: 10 % up, 80 % flat, 10 % down
 max_steps = 8000
 learning_rate = 8e-3  # smaller for wider models
-warmup_steps = 800
-decay_steps = 800
+warmup_steps = 0.1  # a number below 1 is a share of max_steps: --max_steps=80 shortens every phase
+decay_steps = 0.1
 decay = "linear"
 
 # AdamW, as published; optimizer = "muon" is the alternative

@@ -15,6 +15,6 @@ is_moe = True
 num_experts = 1024  # 32 x 32 product keys
 num_experts_per_tok = 16
 router_aux_loss_coef = 0.0  # as published; 0.001 is the usual weight where experts must be balanced
-moe_warmup_steps = 800  # the new parameters first; then all
+moe_warmup_steps = 0.1  # the new parameters first; then all
 warmup_steps = 0
 micro_batch_size = 8  # half the dense model's: the experts' activations take memory too

@@ -18,8 +18,6 @@ batch_tokens = 2097152  # 1,024 sequences of 2,048
 micro_batch_size = 8
 max_steps = 32000
 learning_rate = 2e-3
-warmup_steps = 3200
-decay_steps = 3200
 
 eval_every = 500
 save_every = 500

@@ -11,6 +11,6 @@ data = "data/smollm_corpus"
 is_moe = True
 num_experts = 16384  # 128 x 128 product keys
 num_experts_per_tok = 64
-moe_warmup_steps = 3200
+moe_warmup_steps = 0.1
 warmup_steps = 0
 micro_batch_size = 4

@@ -18,8 +18,6 @@ batch_tokens = 1048576  # 512 sequences of 2,048
 micro_batch_size = 16
 max_steps = 16000
 learning_rate = 6e-3
-warmup_steps = 1600
-decay_steps = 1600
 
 eval_every = 500
 save_every = 500

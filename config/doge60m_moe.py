@@ -10,6 +10,6 @@ data = "data/smollm_corpus"
 is_moe = True
 num_experts = 4096  # 64 x 64 product keys
 num_experts_per_tok = 32
-moe_warmup_steps = 1600
+moe_warmup_steps = 0.1
 warmup_steps = 0
 micro_batch_size = 8

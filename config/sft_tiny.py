@@ -3,7 +3,7 @@
 init_from = "out/stories"  # what `python train.py` leaves
 data = "data/stories-chat"  # made on the spot: python prepare_data.py --kind=chat stories --tokenizer=out/stories
 
-batch_size = 32  # conversations
+batch_size = 36  # conversations
 micro_batch_tokens = 2048  # fits a CPU's cache
 max_steps = 750
 learning_rate = 2e-3

@@ -311,9 +311,12 @@ class Run:
                 row |= self.evaluate()
             shown = "  ".join(f"{k} {row[k]:.4f}" for k in row if k.endswith("loss") or k.startswith("val"))
             self.machine.print(f"step {row['step']:>6}  {shown}{self.time_left()}")
-        best = self.options.keep_best and self.log and row.get("val_loss", math.inf) < self.log.best
+        best = self.log and row.get("val_loss", math.inf) < self.log.best
         if self.options.keep_best and self.machine.sum([bool(best)])[0]:  # rank 0 decides
             self.save([self.folder / "best"])
         if self.log:
+            if row.get("val_loss", 0) > 1.005 * self.log.best:
+                advice = "the model learns its text by heart: more text or fewer --max_steps help, --keep_best"
+                self.machine.print(f"val_loss has risen from {self.log.best:.4f}; {advice} keeps the best")
             self.log.best = row["val_loss"] if best else self.log.best
             self.log.write(row)

@@ -218,6 +218,27 @@ def count_steps(options: TuneOptions, count: int, machine: Machine) -> None:
     options.max_steps = options.max_steps or math.ceil(options.epochs * count / options.batch_size)
 
 
+def good_steps(tokens: int, batch_tokens: int) -> int:
+    """The steps of a run on a text of so many tokens: six epochs, then the tiny model begins to know it by heart
+    (NOTES.md), between 20 steps and what takes minutes on a CPU."""
+    return max(20, math.ceil(min(6 * tokens, 2_457_600) / batch_tokens))
+
+
+def count_phases(options: Any) -> None:
+    """Resolves the phases of train.py's options, those below 1 being shares of max_steps. Raises ValueError for phases
+    that do not fit."""
+    for name in ("warmup_steps", "decay_steps", "copy_steps", "moe_warmup_steps"):
+        value = getattr(options, name)
+        steps = round(value * options.max_steps) if 0 < value < 1 else int(value)
+        if value > 1 and value != steps:
+            raise ValueError(f"--{name}={value} is neither a share below 1 nor a whole number of steps")
+        setattr(options, name, steps)
+    if options.warmup_steps + options.decay_steps > options.max_steps:
+        phases = f"--warmup_steps={options.warmup_steps} and --decay_steps={options.decay_steps}"
+        advice = "shares, such as --decay_steps=0.2, fit any number"
+        raise ValueError(f"{phases} do not fit into --max_steps={options.max_steps}: {advice}")
+
+
 def profile_step(
     machine: Machine,
     model: nn.Module,

@@ -24,9 +24,10 @@ from pathlib import Path
 from random import Random
 
 WORLD = Path(__file__).with_name("stories.txt")
-HELD_OUT = ["girls", "boys", "surnames", "pet_names", "towns", "foods", "items", "things", "sums"]
+HELD_OUT = "girls boys surnames pet_names towns foods items things sums greetings elsewhere".split()
 SMALL_WORDS = "a an and at by for in of on the to with".split()  # without a capital in a title
 CHAT_SEED, PREFERENCE_SEED = 1 << 32, 2 << 32  # rows about stories that pretraining never reads
+OUTSIDE = 0.12  # share of the conversations with a turn of somebody who does not know what can be asked
 HASTY = 0.6  # share of the worked sums without any working
 ARTICLE = re.compile(r"\b([Aa])n? (?=([aeio]|u(?!s[eiu]|ni)|hour|honest)|\w)", re.IGNORECASE)  # 2: "an" is right
 
@@ -186,14 +187,35 @@ def lesson(number: int) -> str:
 
 def conversation(number: int, split: str) -> dict:
     """Row `number` for SFT, in the form that conversations.py reads, as are the rows of the next two functions:
-    one to three questions about the beginning of a story, each with its one right answer."""
+    one to three questions about the beginning of a story, each with its one right answer. A share OUTSIDE of the rows
+    has another turn before them, after them, or instead."""
     random, passage = Random(f"conversation {number}"), Story(CHAT_SEED + number, split, paragraphs=1)
     facts, messages = list(passage.facts), []
     for _ in range(min(len(facts), 1 + int(random.random() * 3))):
         fact = facts.pop(int(random.random() * len(facts)))
         asked = fact.question if messages else f"{passage.body}\n\n{fact.question}"
         messages += [dict(role="user", content=asked), dict(role="assistant", content=fact.say())]
+    if random.random() < OUTSIDE:
+        kind = choose(random, ["greetings", "elsewhere", "child", "line"])
+        told = choose(random, [messages, []]) if kind in ("greetings", "elsewhere") else []
+        turn = outside(random, passage, split, kind)
+        messages = choose(random, [turn + told, told + turn])
     return dict(messages=messages)
+
+
+def outside(random: Random, passage: Story, split: str, kind: str) -> list[dict]:
+    """A turn without the passage. kind "line": some of its facts and a question, on one line. Otherwise what the model
+    cannot answer, and a reply that says so: a greeting, a question about the world outside ("elsewhere"), or one about
+    the story that was not told ("child"). One user in four writes small letters and no mark at the end."""
+    fact, [reply] = choose(random, passage.facts), world()["replies"]["greeting" if kind == "greetings" else "unknown"]
+    if kind == "line":
+        told = [fact, *(choose(random, passage.facts) for _ in range(2))]
+        told = [other.say() for other in sorted(dict.fromkeys(told), key=lambda _: random.random())]
+        asked, reply = " ".join([*told, fact.question]), fact.say()
+    else:
+        asked = fact.question if kind == "child" else passage.fill(choose(random, lexicon(split)[kind]))
+        asked = asked.lower().rstrip(".?!") if random.random() < 0.25 else asked
+    return [dict(role="user", content=asked), dict(role="assistant", content=reply)]
 
 
 def preference(number: int, split: str) -> dict:

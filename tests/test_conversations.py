@@ -414,13 +414,30 @@ def test_built_in_rows_have_the_words_of_their_side(split):
         assert ((2 * n + m) % 5 == 4) == (split == "test")
 
 
+UNKNOWN = {stories.world()["replies"][kind][0] for kind in ("greeting", "unknown")}
+
+
+def test_what_no_story_answers_is_asked_too_with_held_out_words():
+    """Greetings, the world outside, a child of whom nothing was told: alone, before and after a story."""
+    for split, other in (("train", "test"), ("test", "train")):
+        chats = [stories.conversation(i, split)["messages"] for i in range(1500)]
+        places = [[m["content"] in UNKNOWN for m in chat[1::2]] for chat in chats]
+        assert 0.06 < sum(map(any, places)) / len(places) < 0.12  # OUTSIDE, less what is told on one line
+        assert all(any(len(row) > 1 and row[end] for row in places) for end in (0, -1)) and [True] in places
+        asked = [c[2 * row.index(True)]["content"] for c, row in zip(chats, places, strict=True) if any(row)]
+        unseen = {text.lower().rstrip(".?!") for text in stories.lexicon(other)["greetings"]}
+        assert not unseen & {text.lower().rstrip(".?!") for text in asked}
+
+
 def test_built_in_answers_are_right():
     for i in range(400):
         chat = stories.conversation(i, "train")["messages"]
-        assert [m["role"] for m in chat] == ["user", "assistant"] * (len(chat) // 2) and 2 <= len(chat) <= 6
-        facts = stories.Story(stories.CHAT_SEED + i, "train", paragraphs=1).facts
-        right = {fact.say() for fact in facts if fact.answer in chat[0]["content"]}  # the passage says so
-        assert all(m["content"] in right for m in chat[1::2])
+        assert [m["role"] for m in chat] == ["user", "assistant"] * (len(chat) // 2) and 2 <= len(chat) <= 8
+        facts, told = stories.Story(stories.CHAT_SEED + i, "train", paragraphs=1).facts, ""
+        for asked, answer in zip(chat[::2], chat[1::2], strict=True):
+            told += asked["content"]  # who says that he does not know has not been told
+            known = {fact.say() for fact in facts if fact.answer in told and fact.question in asked["content"]}
+            assert answer["content"] in (known or UNKNOWN), (told, answer)
         pair = stories.preference(i, "test")
         assert pair["chosen"] != pair["rejected"] and len(read(pair, "preferences")) == 3
         problem = stories.worked_sum(i, "test")

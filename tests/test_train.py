@@ -469,6 +469,39 @@ def test_the_best_model_is_kept_if_asked(data, tmp_path, monkeypatch):
     assert not torch.equal(*(weights(folder)["model.norm.weight"] for folder in (out, out / "best")))
 
 
+@pytest.mark.parametrize("config", sorted(path.name for path in (HERE / "config").glob("doge*.py")))
+@pytest.mark.parametrize("steps", [8, 80, 12_345])
+def test_every_recipe_takes_any_number_of_steps(config, steps):
+    """The phases are shares of it; given as numbers they stay what they are."""
+    config = str(HERE / "config" / config)
+    options = train.read_options([config, f"--max_steps={steps}", "--out_dir=nowhere"])
+    assert options.warmup_steps in (0, round(steps / 10)) and options.decay_steps == round(steps / 10)
+    options = train.read_options([config, "--max_steps=9", "--warmup_steps=4", "--decay_steps=1"])
+    assert (options.warmup_steps, options.decay_steps) == (4, 1)
+
+
+def test_a_text_of_ones_own_has_its_own_recipe(data, tmp_path):
+    """Steps from its size, no steps of copies, unless they are asked for; the built-in stories have 600 and 300."""
+    machine, found = train.Machine("cpu", "auto", 600), {}
+    asked = ["--max_steps=31", "--copy_steps=0.5", "--decay_steps=7"]
+    for name, source, extra in (("stories", "stories", []), ("mine", "x.txt", []), ("asked", "x.txt", asked)):
+        folder = shutil.copytree(data, tmp_path / name)
+        meta = json.loads((folder / "meta.json").read_text()) | dict(source=[source])
+        (folder / "meta.json").write_text(json.dumps(meta))
+        options = train.read_options([f"--data={folder}", f"--out_dir={tmp_path / 'run'}", *extra])
+        train.open_data(options, machine)
+        found[name] = [options.max_steps, options.copy_steps, options.decay_steps]
+    assert found == dict(stories=[20, 10, 7], mine=[20, 0, 7], asked=[31, 16, 7])
+    assert [train.stage.good_steps(tokens, 4096) for tokens in (10**3, 300_000, 3 * 10**6)] == [20, 440, 600]
+
+
+def test_a_rising_validation_loss_is_said(data, tmp_path, monkeypatch, capsys):
+    losses = iter((3.0, 2.0, 2.1))
+    monkeypatch.setattr(train, "evaluate", lambda *rest: dict(val_loss=next(losses), val_bpb=0.0))
+    run(data, tmp_path / "run")
+    assert capsys.readouterr().out.count("val_loss has risen from 2.0000; the model learns its text by heart") == 1
+
+
 # ---- Refusals: one line, and nothing that was there is touched
 
 REFUSED = """
@@ -476,8 +509,9 @@ REFUSED = """
 --batch_tokens=100 | batch_tokens=100 is not a multiple
 --micro_batch_size=3 | not a multiple
 --micro_batch_size=0 | micro_batch_size=0
---max_steps=0 | max_steps=0
+--max_steps=-1 | max_steps=-1
 --warmup_steps=50 | do not fit into --max_steps
+--warmup_steps=2.5 | neither a share below 1 nor a whole number
 --learning_rate=nan | learning_rate=nan
 --learning_rate=fast | 'fast' is not a number
 --max_steps=1.5 | '1.5' is not a whole number
