@@ -17,6 +17,12 @@ computed without a request, and memory is allocated once: W keys per row are eno
 A request's output does not depend on the others: its row sees only its own keys, and it has its own random numbers, one
 per token. (The shape of a batch may change the last bits of its logits, and so the order of two tokens that are equally
 likely up to these bits.)
+
+With reuse=True the row of a request that has ended is kept while no other needs it. A later prompt that begins with all
+tokens the row has read continues from there: what a row holds is a function of these tokens only, also where keys were
+evicted. (The next turn of a conversation is such a prompt.) A prompt that shares only the first of them continues from
+a copy in which the keys of the others are deleted, but only if the row has evicted nothing: an evicted key is lost, and
+a shorter text might have kept it.
 """
 
 import copy
@@ -31,9 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanodoge.attention import NEVER, Cache, Slots
+from nanodoge.losses import rows_at_once
 
 LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
 BLOCK = 256  # probabilities that are summed at once when a token is drawn
+WORTH = 32  # tokens of a kept row that are worth using: fewer are read sooner, with other prompts, than copied
 
 
 def sample(logits: Tensor, points: Tensor, temperature: Tensor, top_k=None, top_p=None, min_p=None) -> Tensor:
@@ -85,6 +93,15 @@ def draw(p: Tensor, points: Tensor) -> Tensor:
     return block * blocks.shape[2] + torch.searchsorted(inner, point)
 
 
+def log_probabilities(logits: Tensor, ids: Tensor, count: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Of each row of logits (N, V) fp32 the log-probability of its token of ids (N,), and the `count` likeliest tokens
+    with theirs."""
+    total = logits.logsumexp(-1, keepdim=True)
+    own, top = logits.gather(1, ids[:, None]) - total, logits.topk(count)
+    likeliest = zip(top.indices.tolist(), (top.values - total).tolist(), strict=True)
+    return [(x, list(zip(*pair, strict=True))) for (x,), pair in zip(own.tolist(), likeliest, strict=True)]
+
+
 class TextStream:
     """The text of ids that come one at a time. Held back until it is certain: the bytes of half a character, and an end
     that could be the beginning of a stop string. `text`: what is certain; `stopped`: a stop string was found."""
@@ -115,12 +132,18 @@ class Request:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0  # above 1: tokens of the prompt and of the text so far become less likely
+    frequency_penalty: float = 0.0  # taken from a token's logit for each time that it is among the new tokens
+    presence_penalty: float = 0.0  # taken once, if it is among them
+    logprobs: int | None = None  # record the log-probability of every new token, and those of so many of the likeliest
+    echo: bool = False  # and before them those of the prompt's tokens
     seed: int = 0  # of its random numbers
     stop_ids: Collection[int] = ()  # the request ends with one of these ids
     stop: Collection[str] = ()  # or with one of these strings, which takes an engine with a tokenizer
     tokens: list[int] = field(default_factory=list, init=False)  # the new ids, with the stop id if it came
     text: TextStream | None = field(default=None, init=False)  # of the new ids, if the engine has a tokenizer
-    finish_reason: str = field(default="", init=False)  # in the end "stop", "length" or "cancelled"
+    scores: list = field(default_factory=list, init=False)  # see log_probabilities; None for a prompt's first token
+    reused: int = field(default=0, init=False)  # prompt tokens that a kept row had read
+    finish_reason: str = field(default="", init=False)  # in the end "stop", "length", "cancelled" or "error"
 
     def __post_init__(self):
         self.prompt, self.random = list(map(int, self.prompt)), random.Random(self.seed)
@@ -140,9 +163,9 @@ class Request:
             self.finish("stop" if stopped else "length")
 
     def finish(self, reason: str) -> None:
-        self.finish_reason = self.finish_reason or reason
         if self.text:
             self.text.feed(None)
+        self.finish_reason = self.finish_reason or reason  # last: another thread that sees it finds the text complete
 
 
 class Sampler:
@@ -161,10 +184,20 @@ class Sampler:
             for row, request in enumerate(requests):
                 seen[row, [id for id in request.prompt + request.tokens if id < vocab_size]] = True
             self.seen = seen.to(device)
+        self.counts = None  # of the new tokens
+        if any(request.frequency_penalty or request.presence_penalty for request in requests):
+            counts = [
+                torch.tensor(request.tokens, dtype=torch.long).bincount(minlength=vocab_size) for request in requests
+            ]
+            self.counts = torch.stack(counts).float().to(device)
+            self.frequency, self.presence = column("frequency_penalty", None), column("presence_penalty", None)
+        self.scored = [row for row, request in enumerate(requests) if request.logprobs is not None]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Tokens (B,) for logits (B, V), below vocab_size. Unless all are greedy, takes a random number per request."""
-        logits = logits[:, : self.vocab_size].float()
+        bare = logits = logits[:, : self.vocab_size].float()
+        if self.counts is not None:
+            logits = logits - self.frequency * self.counts - self.presence * (self.counts > 0)
         if self.penalty is not None:
             less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)  # Keskar et al. 2019
             logits = torch.where(self.seen, less, logits)
@@ -177,6 +210,14 @@ class Sampler:
             tokens = sample(logits, points, self.temperature, *self.cuts)
         if self.penalty is not None:
             self.seen.scatter_(1, tokens[:, None], True)
+        if self.counts is not None:
+            self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
+        if self.scored:  # of the bare model: before penalties and temperature
+            requests = [self.requests[row] for row in self.scored]
+            count = max(request.logprobs for request in requests)
+            found = log_probabilities(bare[self.scored], tokens[self.scored], count)
+            for request, (own, top) in zip(requests, found, strict=True):
+                request.scores.append((own, top[: request.logprobs]))
         return tokens
 
 
@@ -185,10 +226,11 @@ class Engine:
 
     decoder: a Decoder of the model, faster than the model itself (a compiled one is compiled for every number of rows).
     vocab_size: ids from there on are never produced (a vocabulary rounded up has ids without a token); the default is
-    the tokenizer's. piece: prompt tokens read in a step, and as many again of a long prompt.
+    the tokenizer's. piece: prompt tokens read in a step, and as many again of a long prompt. reuse: keep the rows of
+    requests that have ended (see above). (Not with dynamic NTK, where the same key differs with the length of its text.)
     """
 
-    def __init__(self, model, decoder=None, slots=16, vocab_size=None, tokenizer=None, piece=1024):
+    def __init__(self, model, decoder=None, slots=16, vocab_size=None, tokenizer=None, piece=1024, reuse=False):
         self.model, self.decoder, self.tokenizer, self.slots, self.piece = model, decoder, tokenizer, slots, piece
         self.vocab_size = vocab_size or (tokenizer or model.config).vocab_size
         self.cache, self.max_length, self.device = None, 0, model.embed_tokens.weight.device
@@ -197,6 +239,8 @@ class Engine:
         self.live: list[Request] = []  # request i is decoded in row i of the cache
         self.reader, self.done = None, 0  # a request with a long prompt, in the last row; how much of it has been read
         self.batch = None  # the live rows of the cache; None when they have changed
+        self.reuse = reuse and not model.config.rope_factor
+        self.kept: dict[int, list[int]] = {}  # {row behind the live ones: the tokens it has read}, the oldest first
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         """The new ids of every request, in order."""
@@ -251,6 +295,9 @@ class Engine:
         """One token for every live row, and a piece of the waiting prompts -> the requests that have a new token.
         Raises ValueError if the weights are damaged."""
         new = self.decode() if self.live else []
+        if self.waiting and not self.reader and len(self.live) < self.slots:
+            if held := self.recall(self.waiting[0]):
+                self.reader, self.done = self.waiting.popleft(), held
         joining, longest, free = [], 0, self.slots - len(self.live) - (self.reader is not None)
         while self.waiting and len(joining) < free:
             longest = max(longest, len(self.waiting[0].prompt))
@@ -258,11 +305,13 @@ class Engine:
                 break
             joining.append(self.waiting.popleft())
         if joining:
+            self.make_room(len(joining))
             new += self.begin(joining, self.read(joining, len(self.live), 0))
         elif self.waiting and free and not self.reader:
             self.reader, self.done = self.waiting.popleft(), 0
         if self.reader:
             request, row = self.reader, len(self.cache.length) - 1
+            self.make_room(1)
             logits = self.read([request], row, self.done)
             self.done += self.piece
             if self.done >= len(request.prompt):
@@ -303,12 +352,32 @@ class Engine:
         cache = self.rows(row, len(requests))
         for slots in cache.layers if start == 0 else ():
             slots.s.fill_(NEVER), slots.position.fill_(-1)
-        x, _ = self.model.hidden(tokens, lengths, cache, lengths - 1)
+        echo = any(request.echo for request in requests)
+        x, _ = self.model.hidden(tokens, lengths, cache, None if echo else lengths - 1)
+        if echo:
+            for request, states in zip(requests, x, strict=True):
+                self.score_prompt(request, states, start)
+            x = x[torch.arange(len(x)), lengths - 1][:, None]
         return F.linear(x[:, 0], self.model.output_weight)
+
+    def score_prompt(self, request: Request, states: Tensor, start: int) -> None:
+        """Records the log-probabilities of the prompt's tokens that the final states (T, C) from token `start` on
+        predict, by a few rows of logits at a time."""
+        if not request.echo:
+            return
+        if start == 0:
+            request.scores.append(None)
+        ids = torch.tensor(request.prompt[start + 1 : start + 1 + len(states)], device=self.device)
+        size = rows_at_once(states, self.model.output_weight)
+        for x, some in zip(states[: len(ids)].split(size), ids.split(size), strict=True) if len(ids) else ():
+            logits = F.linear(x, self.model.output_weight)[:, : self.vocab_size].float()
+            request.scores += log_probabilities(logits, some, request.logprobs or 0)
 
     def begin(self, requests: list[Request], logits: Tensor) -> list[Request]:
         """Makes requests live whose prompts are in the rows behind the live ones, and gives them their first token."""
         if not bool(logits.isfinite().all()):
+            for request in requests:
+                request.finish("error")
             raise ValueError("the model answers this prompt with nan or inf: its weights are damaged")
         self.live, self.batch = self.live + requests, None
         return self.give(requests, Sampler(requests, self.vocab_size, self.device)(logits).tolist())
@@ -323,10 +392,59 @@ class Engine:
         """Frees the rows of requests that have ended: the last rows fill the gaps."""
         for row in reversed(range(len(self.live))):
             if self.live[row].finish_reason:
+                request = self.live[row]
                 last, self.batch = self.live.pop(), None
+                if self.reuse and not self.waiting:
+                    self.keep(request, row)
                 if row < len(self.live):
                     self.live[row] = last
                     self.copy(len(self.live), row)
+
+    def keep(self, request: Request, row: int) -> None:
+        """Keeps what a request that has ended left in `row`: where it is, if no live row has to move there, or else in
+        a row that is free."""
+        first = len(self.live)
+        if row != first:
+            free = [other for other in range(first + 1, self.slots) if other not in self.kept] or list(self.kept)
+            if not free:
+                return
+            self.kept.pop(free[0], None)
+            self.copy(row, free[0])
+            row = free[0]
+        self.kept[row] = (request.prompt + request.tokens)[: int(self.cache.length[row])]
+
+    def recall(self, request: Request) -> int:
+        """How many of a prompt's tokens a kept row has read; with these it is copied to the last row."""
+        best, source, prompt = WORTH - 1, None, request.prompt[:-1]  # one token is read again, for its logits
+        for row, read in self.kept.items() if not request.echo else ():
+            same = next((i for i, (a, b) in enumerate(zip(read, prompt, strict=False)) if a != b), len(read))
+            same = min(same, len(prompt))
+            if same > best and (same == len(read) or len(read) <= self.cache.window):
+                best, source = same, row
+        if source is None:
+            return 0
+        target = len(self.cache.length) - 1
+        self.copy(source, target, best)
+        if best == len(self.kept[source]) or source == target:  # its text goes on
+            del self.kept[source]
+        request.reused = best
+        return best
+
+    def make_room(self, count: int) -> None:
+        """Makes the next `count` rows free: kept ones move behind them as long as there are rows, the oldest go."""
+        end = len(self.live) + count
+        while len(self.kept) > max(self.slots - end, 0):
+            del self.kept[next(iter(self.kept))]
+        for row in [row for row in self.kept if row < end]:
+            target = next(other for other in range(end, self.slots) if other not in self.kept)
+            self.copy(row, target)
+            self.kept = {target if other == row else other: read for other, read in self.kept.items()}
+
+    def held(self, request: Request) -> list[tuple[Tensor, Tensor]]:
+        """For each layer the positions (K, W) and scores (K, W) of the keys in the slots of a live request; the position
+        of an empty slot is -1."""
+        row = self.live.index(request)
+        return [(slots.position[row, :, :-1].clone(), slots.s[row, :, :-1].clone()) for slots in self.cache.layers]
 
     def allocate(self, length: int) -> None:
         """Memory for texts of `length` tokens, if there is less. Where keys leave, W + 1 suffice for any text."""
@@ -336,6 +454,7 @@ class Engine:
             room = self.decoder.room(length) if self.decoder else length
             self.cache = self.model.new_cache(self.slots + (self.slots > 1), length, room=room)
             self.frequencies = self.cache.frequencies.repeat(len(self.cache.length), 1)
+            self.kept.clear()
             self.max_length = math.inf if length == self.enough else length
 
     def rows(self, first: int, count: int, decoder=None) -> Cache:
@@ -347,7 +466,14 @@ class Engine:
             cache.frequencies = self.frequencies[some].view((count, 1, -1) if decoder else (count, 1, 1, -1))
         return cache
 
-    def copy(self, source: int, target: int) -> None:
-        if source != target:
-            for x in (self.cache.length, self.frequencies, *(x for slots in self.cache.layers for x in slots)):
-                x[target] = x[source]
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Copies a row, or what it was after `length` tokens, which takes a row that has evicted nothing."""
+        held = int(self.cache.length[source])
+        n = held if length is None else length
+        if source == target and n == held:
+            return
+        self.cache.length[target], self.frequencies[target] = n, self.frequencies[source]
+        for slots in self.cache.layers:
+            for x in slots:
+                x[target, :, :n] = x[source, :, :n]  # until keys leave, a key is in the slot of its position
+            slots.s[target, :, n:], slots.position[target, :, n:] = NEVER, -1
