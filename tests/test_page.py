@@ -28,7 +28,9 @@ HOSTILE = """<script>document.title = 'owned'</script> <img src=x onerror="docum
 <script>document.title = 'owned'</script>
 ```
 - <svg onload="document.title='owned'">"""
-MARKDOWN = "# Head\n\nOne *two* **three** `four` [five](https://a.test/b)\n\n- six\n  - seven\n- eight\n\n```python\nx = 1\n"
+MARKDOWN = (
+    "# Head\n\nOne *two* **three** `four` [five](https://a.test/b)\n\n- six\n  - seven\n- eight\n\n```python\nx = 1\n"
+)
 INFO = dict(model="tiny", context=256, window=8, layers=2, kv_heads=1, chat=True, reasoning=False)
 INFO |= dict(defaults=dict(temperature=0.7, top_p=0.95, max_tokens=100))
 REPLIES = {"html": HOSTILE, "markdown": MARKDOWN, "slow": "word " * 2000}
@@ -189,7 +191,9 @@ def test_conversations_are_kept_deleted_exported_and_imported(page, tmp_path):
         page.click("#export")
     download.value.save_as(tmp_path / "chats.jsonl")
     rows = [json.loads(line)["messages"] for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
-    assert sorted(len(row) for row in rows) == [2, 3] and max(rows, key=len)[0] == dict(role="system", content="Be kind.")
+    assert sorted(len(row) for row in rows) == [2, 3] and max(rows, key=len)[0] == dict(
+        role="system", content="Be kind."
+    )
     for _ in range(2):
         page.get_by_role("button", name="Delete").first.click()
     expect(page.locator("#list li")).to_have_count(0)
@@ -235,7 +239,10 @@ def test_what_the_model_kept(page, server):
     expect(tokens).to_have_count(20)
     shades = tokens.evaluate_all("spans => spans.map(span => getComputedStyle(span).backgroundColor)")
     assert len(set(shades)) == 3 and shades[0] != shades[10] != shades[19]
-    assert "7 of 20 tokens are kept by all 2 caches of all layers, 8 by some, 5 by none" in page.locator("#summary").inner_text()
+    assert (
+        "7 of 20 tokens are kept by all 2 caches of all layers, 8 by some, 5 by none"
+        in page.locator("#summary").inner_text()
+    )
     expect(page.locator("#evicted li")).to_have_text('"six "from 1')
     assert tokens.nth(5).get_attribute("class") == "heat next"
     assert tokens.nth(5).get_attribute("title") == "token 6: kept by 1 of 2"
