@@ -10,13 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from helpers import make_checkpoint
+from screenshots import ARGS, CHROMIUM, ask, serving
 
-CHROMIUM = Path("/usr/bin/chromium")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 if not CHROMIUM.exists():
     pytest.skip(f"there is no {CHROMIUM}", allow_module_level=True)
-ARGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync""".split()
 PAGE = Path(__file__).parent.parent / "nanodoge" / "web" / "chat.html"
 expect = sync_api.expect
 
@@ -325,3 +324,27 @@ def test_light_and_dark(page, scheme):
     page.click("#theme")
     page.reload()
     assert page.evaluate(ground) != before
+
+
+def test_with_the_real_server(page, tmp_path):
+    """Streaming, the kept view and a second turn, with serve.py and a small model of random weights."""
+    pytest.importorskip("uvicorn", reason="serve.py needs fastapi and uvicorn")
+    checkpoint = make_checkpoint(tmp_path / "model", max_position_embeddings=512)
+    with serving(checkpoint, "--keep_window_size=16", "--device=cpu") as address:
+        home = page.context.new_page()
+        home.goto(address)
+        expect(home.locator("#model")).to_have_text("model")
+        home.click("#gear")
+        home.fill("#max_tokens", "30")
+        for said in ("the red ball", "sees a cat"):
+            ask(home, said)
+            expect(home.locator("article small").last).to_contain_text("tokens")
+        assert len(texts(home)) == 4
+        home.click("#keep")
+        expect(home.locator("#tokens .gone").first).to_be_visible()
+        expect(home.locator("#evicted li").first).to_be_visible()
+        assert "the red ball" in home.locator("#tokens").inner_text()
+        shares = home.locator("#tokens span").evaluate_all("spans => spans.map(span => span.getAttribute('style'))")
+        assert len(set(shares)) >= 2
+        home.select_option("#layer", label="2")
+        expect(home.locator("#summary")).to_contain_text("of layer 2,")

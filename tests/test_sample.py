@@ -182,7 +182,7 @@ class Terminal:
             os.execv(sys.executable, argv)
         self.text = ""
 
-    def wait(self, pattern, timeout=60):
+    def wait(self, pattern, timeout=20):
         """Reads until the pattern has come -> what was read."""
         end, start = time.monotonic() + timeout, len(self.text)
         while not re.search(pattern, self.text[start:], re.DOTALL):
