@@ -227,7 +227,7 @@ class Engine:
     decoder: a Decoder of the model, faster than the model itself (a compiled one is compiled for every number of rows).
     vocab_size: ids from there on are never produced (a vocabulary rounded up has ids without a token); the default is
     the tokenizer's. piece: prompt tokens read in a step, and as many again of a long prompt. reuse: keep the rows of
-    requests that have ended (see above). (Not with dynamic NTK, where the same key differs with the length of its text.)
+    requests that have ended (see above; not with dynamic NTK, where a key depends on the length of its text).
     """
 
     def __init__(self, model, decoder=None, slots=16, vocab_size=None, tokenizer=None, piece=1024, reuse=False):
@@ -305,17 +305,16 @@ class Engine:
                 break
             joining.append(self.waiting.popleft())
         if joining:
-            self.make_room(len(joining))
             new += self.begin(joining, self.read(joining, len(self.live), 0))
         elif self.waiting and free and not self.reader:
             self.reader, self.done = self.waiting.popleft(), 0
         if self.reader:
             request, row = self.reader, len(self.cache.length) - 1
-            self.make_room(1)
             logits = self.read([request], row, self.done)
             self.done += self.piece
             if self.done >= len(request.prompt):
                 self.reader = None
+                self.kept.pop(len(self.live), None)
                 self.copy(row, len(self.live))
                 new += self.begin([request], logits)
         return new
@@ -346,6 +345,7 @@ class Engine:
         tokens = torch.tensor([piece + [0] * (T - len(piece)) for piece in pieces], device=self.device)
         lengths = torch.tensor([len(piece) for piece in pieces], device=self.device)
         for i, request in enumerate(requests, row):
+            self.kept.pop(i, None)
             self.cache.length[i] = start
             if self.model.config.rope_factor:  # then wavelengths follow the length that a text may reach
                 self.frequencies[i] = self.model.new_cache(1, request.max_length, room=1).frequencies
@@ -401,25 +401,22 @@ class Engine:
                     self.copy(len(self.live), row)
 
     def keep(self, request: Request, row: int) -> None:
-        """Keeps what a request that has ended left in `row`: where it is, if no live row has to move there, or else in
-        a row that is free."""
-        first = len(self.live)
-        if row != first:
-            free = [other for other in range(first + 1, self.slots) if other not in self.kept] or list(self.kept)
-            if not free:
-                return
-            self.kept.pop(free[0], None)
-            self.copy(row, free[0])
-            row = free[0]
-        self.kept[row] = (request.prompt + request.tokens)[: int(self.cache.length[row])]
+        """Keeps what a request that has ended left in `row`, in the last row that is free, or the one kept longest."""
+        first = len(self.live) + (row != len(self.live))  # the last live row has still to move to `row`
+        free = [other for other in range(first, self.slots) if other not in self.kept]
+        target = free[-1] if free else next(iter(self.kept), None)
+        if target is not None:
+            self.kept.pop(target, None)
+            self.copy(row, target)
+            self.kept[target] = (request.prompt + request.tokens)[: int(self.cache.length[target])]
 
     def recall(self, request: Request) -> int:
-        """How many of a prompt's tokens a kept row has read; with these it is copied to the last row."""
-        best, source, prompt = WORTH - 1, None, request.prompt[:-1]  # one token is read again, for its logits
+        """How many of a prompt's tokens a kept row has read; it is copied to the last row, with the keys of these."""
+        best, source, prompt = 0, None, request.prompt[:-1]  # one token is read again, for its logits
         for row, read in self.kept.items() if not request.echo else ():
-            same = next((i for i, (a, b) in enumerate(zip(read, prompt, strict=False)) if a != b), len(read))
-            same = min(same, len(prompt))
-            if same > best and (same == len(read) or len(read) <= self.cache.window):
+            pairs = enumerate(zip(read, prompt, strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(len(read), len(prompt)))
+            if same >= max(WORTH, best + 1) and (same == len(read) or len(read) <= self.cache.window):
                 best, source = same, row
         if source is None:
             return 0
@@ -430,19 +427,8 @@ class Engine:
         request.reused = best
         return best
 
-    def make_room(self, count: int) -> None:
-        """Makes the next `count` rows free: kept ones move behind them as long as there are rows, the oldest go."""
-        end = len(self.live) + count
-        while len(self.kept) > max(self.slots - end, 0):
-            del self.kept[next(iter(self.kept))]
-        for row in [row for row in self.kept if row < end]:
-            target = next(other for other in range(end, self.slots) if other not in self.kept)
-            self.copy(row, target)
-            self.kept = {target if other == row else other: read for other, read in self.kept.items()}
-
     def held(self, request: Request) -> list[tuple[Tensor, Tensor]]:
-        """For each layer the positions (K, W) and scores (K, W) of the keys in the slots of a live request; the position
-        of an empty slot is -1."""
+        """For each layer the positions (K, W) of the keys that a live request holds, -1 for none, and their scores."""
         row = self.live.index(request)
         return [(slots.position[row, :, :-1].clone(), slots.s[row, :, :-1].clone()) for slots in self.cache.layers]
 

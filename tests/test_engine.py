@@ -315,3 +315,82 @@ def test_a_stop_string_ends_a_request():
     Engine(model, tokenizer=types.SimpleNamespace(stream=tokenizer.stream, vocab_size=97)).generate([again])
     assert again.finish_reason == "stop" and again.text.text == request.text.text.partition(stop)[0]
     assert again.tokens == request.tokens[: len(again.text.text) + 3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities, penalties, kept rows
+
+
+@pytest.mark.parametrize("piece", [8, 100])
+def test_log_probabilities_of_prompt_and_text_are_those_of_the_model(piece):
+    model, prompt = make_model(), distinct_tokens(1, 30, 97)[0].tolist()
+    requests = [Request(prompt[i:], 6, 0, logprobs=3, echo=i % 2 == 0) for i in range(4)]
+    requests.append(Request(prompt, 6, 0))
+    Engine(model, Decoder(model), slots=3, piece=piece).generate(requests)
+    for request in requests[:-1]:
+        ids = request.prompt + request.tokens
+        logp = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+        first = 1 if request.echo else len(request.prompt)
+        scores = request.scores[1:] if request.echo else request.scores
+        assert not request.echo or request.scores[0] is None
+        assert len(scores) == len(ids) - first
+        for at, (own, top) in enumerate(scores, first):
+            assert own == pytest.approx(logp[at - 1, ids[at]].item(), abs=1e-4)
+            likeliest = logp[at - 1].topk(3)
+            assert [id for id, _ in top] == likeliest.indices.tolist()
+            assert [x for _, x in top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
+    assert requests[-1].scores == [] and requests[-1].tokens == requests[0].tokens
+
+
+def test_frequency_and_presence_penalties_against_their_definition():
+    """OpenAI's: logit - count * frequency - (count > 0) * presence, with the counts of the new tokens."""
+    model, prompt = make_model(), [5, 6, 7]
+    for frequency, presence in ((0.8, 0.0), (0.0, 1.5), (-0.5, 0.7)):
+        new = []
+        while len(new) < 30:
+            logits = model(torch.tensor([prompt + new]))[0][0, -1]
+            counts = torch.tensor(new, dtype=torch.long).bincount(minlength=97)
+            new.append(int((logits - counts * frequency - (counts > 0) * presence).argmax()))
+        request = Request(prompt, 30, 0, frequency_penalty=frequency, presence_penalty=presence)
+        assert Engine(model, slots=2).generate([request, Request([8], 9, 0)])[0] == new
+
+
+@pytest.mark.parametrize("window", [200, 40])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_kept_row_continues_a_conversation_and_is_cut_only_if_nothing_left_it(window, slots):
+    model, tokens = make_model(keep_window_size=window), torch.randperm(97).tolist()
+    engine = Engine(model, Decoder(model), slots=slots, reuse=True)
+    engine.allocate(150)
+    first = Request(tokens[:45], 10, 0)
+    engine.generate([first, Request([3], 20, 0)] if slots > 1 else [first])
+    for shared, new in ((tokens[:45] + first.tokens, [2, 4]), (tokens[:40], [1, 9, 8])):
+        request = Request(shared + new, 12, 0)
+        engine.generate([request])
+        is_whole = shared != tokens[:40]
+        assert request.reused == (len(shared) - 1 if is_whole else 40 if window == 200 else 0)
+        assert request.tokens == Engine(model, Decoder(model), slots=1).generate([Request(shared + new, 12, 0)])[0]
+
+
+def test_rows_are_kept_only_while_others_need_them_not():
+    model, generator = make_model(max_position_embeddings=512), torch.Generator().manual_seed(0)
+    engine, prompts = Engine(model, slots=4, reuse=True), torch.randint(97, (12, 60), generator=generator).tolist()
+    engine.allocate(300)
+    for turn in range(3):
+        requests = [Request(prompt, 5, 0) for prompt in prompts]
+        engine.generate(requests)
+        assert len(engine.kept) <= 4 and not engine.live
+        assert sum(request.reused > 0 for request in requests) == 0 if turn == 0 else True
+        for request in requests:
+            assert request.tokens == model.generate(torch.tensor([request.prompt]), 5, 0)[0].tolist()
+        prompts = [request.prompt + request.tokens + [7, 8] for request in requests]
+
+
+def test_requests_that_damaged_weights_end_say_so():
+    model = make_model()
+    with torch.no_grad():
+        model.norm.weight[3] = math.nan
+    engine, request = Engine(model, slots=2), Request([5, 6], 4)
+    engine.add(request)
+    with pytest.raises(ValueError, match="damaged"):
+        engine.step()
+    assert request.finish_reason == "error" and not engine.live

@@ -1,0 +1,273 @@
+"""serve.py under load, and against its own description. For hand and hour, not for the test suite.
+
+    python tests/load.py out/doge20m --dtype=int8                  the table results/load.csv
+    python tests/load.py out/stories --requests=200 --out=         a rehearsal
+    python tests/load.py out/stories --cases=2000                  schemathesis: never a 500, never a hang
+
+The server is a process of its own. Storm: 64 clients send requests of mixed length, streamed and not, and leave a fifth
+of them midway. Afterwards no error has come but the promised ones (429), no slot is lost, the process has not grown
+since the first tenth, and the greedy text of every request is that which the engine alone writes. Speed: tokens per
+second at 1, 4, 16, 64 clients beside the engine's own, in one process without HTTP, and how long the first token of a
+short request takes while a prompt as long as the context is read.
+"""
+
+import asyncio
+import csv
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import httpx
+import torch
+
+from nanodoge.checkpoint import load_model
+from nanodoge.decode import Decoder
+from nanodoge.engine import Engine, Request
+from nanodoge.options import HERE, Count, Whole, check_ranges, parse_options, run_command
+
+
+@dataclass
+class LoadOptions:
+    """What is tried"""
+
+    checkpoint: list[str] = field(default_factory=lambda: ["out/stories"])  # folder of the model
+    requests: Count = 2000  # of the storm
+    clients: Count = 64  # at once
+    new_tokens: Count = 64  # a request of the measurement of speed
+    slots: Count = 64  # of the server
+    rounds: Count = 3  # of the measurement of speed, of which the median counts
+    cases: Whole = 0  # only schemathesis, so many cases
+    out: str = "results/load.csv"  # the table; empty: none
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the weights
+    seed: Whole = 0  # of lengths and prompts
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@contextmanager
+def server(options: LoadOptions):
+    """Within it a server runs; gives (address, process)."""
+    argv = [sys.executable, "serve.py", options.checkpoint[0], "--port=0", f"--dtype={options.dtype}"]
+    argv += [f"--slots={options.slots}", f"--max_queue={options.clients}", "--temperature=0", "--patience=5"]
+    process = subprocess.Popen(argv, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield re.search(r"http://[\d.:]+", process.stdout.readline()).group(), process
+        process.terminate()
+        assert process.wait(60) == 0, "the server did not end in peace"
+    finally:
+        process.kill()
+
+
+def memory(process: subprocess.Popen) -> float:
+    """Resident MB (Linux)."""
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    return pages * 4096 / 1e6
+
+
+def gauges(url: str) -> dict[str, float]:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return {name: float(value) for name, value in (line.split() for line in lines if not line.startswith("#"))}
+
+
+# ---- The storm
+
+
+def make_requests(options: LoadOptions, vocab_size: int, context: int) -> list[dict]:
+    """Bodies of /v1/completions whose prompts and replies are of any length, most of them short."""
+    draw, bodies = random.Random(options.seed), []
+    for i in range(options.requests):
+        length = min(int(context / 2 * draw.random() ** 3) + 1, context - 2)
+        prompt = [draw.randrange(256, vocab_size) for _ in range(length)]
+        new = int(min(context - length, 200) * draw.random() ** 2) + 1
+        bodies.append(dict(prompt=prompt, max_tokens=new, temperature=0, stream=i % 2 == 0))
+    return bodies
+
+
+async def ask(client: httpx.AsyncClient, url: str, body: dict) -> tuple:
+    """(status, text). A 429 is tried again."""
+    while True:
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as reply:
+            if reply.status_code == 200 and body["stream"]:
+                text, is_done = "", False
+                async for line in reply.aiter_lines():
+                    is_done |= line == "data: [DONE]"
+                    if line.startswith("data: {"):
+                        text += json.loads(line[6:])["choices"][0]["text"]
+                return 200 if is_done else "cut off", text
+            data = json.loads(await reply.aread())
+        if reply.status_code != 429:
+            return reply.status_code, data["choices"][0]["text"] if reply.is_success else data
+        await asyncio.sleep(0.1)
+
+
+async def storm(url: str, process: subprocess.Popen, options: LoadOptions, bodies: list[dict]) -> dict:
+    """Sends all, and returns what came of it."""
+    draw, queue, replies, sizes = random.Random(1), list(enumerate(bodies)), {}, []
+    limits = httpx.Limits(max_connections=2 * options.clients, max_keepalive_connections=options.clients)
+    async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+
+        async def run():
+            while queue:
+                i, body = queue.pop()
+                leave_after = draw.random() * 0.5 if draw.random() < 0.2 else None
+                try:
+                    replies[i] = await asyncio.wait_for(ask(client, url, body), leave_after)
+                except asyncio.TimeoutError:
+                    replies[i] = None  # the client left
+                if len(replies) % max(len(bodies) // 20, 1) == 0:
+                    sizes.append(memory(process))
+
+        await asyncio.gather(*(run() for _ in range(options.clients)))
+    for _ in range(100):
+        state = gauges(url)
+        if not state["nanodoge_pending"] + state["nanodoge_running"] + state["nanodoge_waiting"]:
+            break
+        await asyncio.sleep(0.1)
+    errors = [reply for reply in replies.values() if reply and reply[0] != 200]
+    assert not errors, errors[:3]
+    assert not state["nanodoge_running"] + state["nanodoge_waiting"] + state["nanodoge_pending"], "a slot is lost"
+    return dict(replies=replies, first_mb=sizes[1], last_mb=sizes[-1], most_mb=max(sizes))
+
+
+def same_texts(engine: Engine, bodies: list[dict], replies: dict) -> tuple[int, int]:
+    """(replies equal to those of the request alone, those that are not). Beyond a token that is as likely as another up
+    to rounding, texts may differ: products of another shape round otherwise."""
+    same = other = 0
+    for i, reply in replies.items():
+        if reply is None:
+            continue
+        request = Request(bodies[i]["prompt"], bodies[i]["max_tokens"], 0, stop_ids=[engine.tokenizer.eos_id])
+        engine.generate([request])
+        same, other = same + (request.text.text == reply[1]), other + (request.text.text != reply[1])
+    return same, other
+
+
+# ---- Speed
+
+
+def engine_speed(engine: Engine, prompts: list[list[int]], new: int) -> float:
+    """Tokens per second of the engine itself, prompts included."""
+    requests, start = [Request(prompt, new, 0) for prompt in prompts], time.perf_counter()
+    return sum(map(len, engine.generate(requests))) / (time.perf_counter() - start)
+
+
+async def server_speed(url: str, prompts: list[list[int]], new: int) -> float:
+    """The same by the server. Greedy requests that are not streamed, all at once; an EOS ends a request early."""
+    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=200)) as client:
+        await asyncio.gather(*(client.get(f"{url}/health") for _ in prompts))  # connections are there
+        start = time.perf_counter()
+        bodies = [dict(prompt=prompt, max_tokens=new, temperature=0) for prompt in prompts]
+        replies = await asyncio.gather(*(client.post(f"{url}/v1/completions", json=body) for body in bodies))
+        seconds = time.perf_counter() - start
+    return sum(reply.json()["usage"]["completion_tokens"] for reply in replies) / seconds
+
+
+async def first_token(url: str, short: list[int], long: list[int] | None) -> float:
+    """Seconds to the first token of a short request, while a long prompt is read."""
+    async with httpx.AsyncClient(timeout=300) as client:
+        await client.get(f"{url}/health")
+        body = dict(prompt=long, max_tokens=1, temperature=0)
+        reading = asyncio.create_task(client.post(f"{url}/v1/completions", json=body)) if long else None
+        await asyncio.sleep(0.02)  # until it is being read
+        start = time.perf_counter()
+        body = dict(prompt=short, max_tokens=4, temperature=0, stream=True)
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as reply:
+            async for _ in reply.aiter_lines():
+                seconds = time.perf_counter() - start
+                break
+        if reading:
+            await reading
+    return seconds
+
+
+def median(values) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+# ---- Against its own description
+
+
+def try_schema(url: str, cases: int) -> int:
+    """Sends `cases` requests that schemathesis draws from /openapi.json, valid and not, and returns how many. Raises if
+    a reply is a server error, takes 30 s, or is not what the description says."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis import GenerationMode, checks
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    wanted = [checks.not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    schema, sent = schemathesis.openapi.from_url(f"{url}/openapi.json"), 0
+    operations = [result.ok() for result in schema.get_all_operations()]
+    takes_body = [operation for operation in operations if operation.body]
+    for operation in operations:
+        modes = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE] if operation.body else [GenerationMode.POSITIVE]
+        for mode in modes:
+            count = cases // (2 * len(takes_body)) + 1 if operation.body else 1
+            how = dict(max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+
+            @settings(**how, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def check(case):
+                nonlocal sent
+                sent += 1
+                if isinstance(case.body, dict) and case.body.get("max_tokens") is None and "n" not in case.body:
+                    case.body["max_tokens"] = 8  # else a valid case writes up to the context
+                case.validate_response(case.call(timeout=30), checks=wanted)
+
+            check()
+    return sent
+
+
+def main(argv: list[str]) -> None:
+    options = parse_options(LoadOptions, argv, positional="checkpoint")
+    with server(options) as (url, process):
+        if options.cases:
+            print(f"{try_schema(url, options.cases)} cases, no fault; {json.dumps(gauges(url))}")
+            return
+        model, tokenizer = load_model(options.checkpoint[0])
+        context = model.config.max_position_embeddings
+        decoder = Decoder(model, getattr(torch, options.dtype))
+        bodies = make_requests(options, tokenizer.vocab_size, context)
+        rows, start = [], time.perf_counter()
+        found = asyncio.run(storm(url, process, options, bodies))
+        seconds = time.perf_counter() - start
+        left = sum(reply is None for reply in found["replies"].values())
+        same, other = same_texts(Engine(model, decoder, slots=1, tokenizer=tokenizer), bodies, found["replies"])
+        rows += [("requests", len(bodies)), ("clients", options.clients), ("left midway", left)]
+        rows += [("seconds", round(seconds, 1)), ("same text as alone", same), ("other text", other)]
+        rows += [(f"memory, MB, {name[:-3]}", round(found[name])) for name in ("first_mb", "last_mb", "most_mb")]
+        for count in (1, 4, 16, 64):
+            prompts, engine = [body["prompt"][:32] for body in bodies[:count]], Engine(model, decoder, slots=count)
+            engine.allocate(context + 2)
+            own, served = [], []
+            for _ in range(options.rounds):  # in turns, so that both see the same machine
+                own.append(engine_speed(engine, prompts, options.new_tokens))
+                served.append(asyncio.run(server_speed(url, prompts, options.new_tokens)))
+            rows += [(f"tokens/s, {count} clients, engine", round(median(own)))]
+            rows += [(f"tokens/s, {count} clients, server", round(median(served)))]
+        long = [256 + i % (tokenizer.vocab_size - 256) for i in range(context - 2)]
+        for name, prompt in (("alone", None), (f"while {len(long)} tokens are read", long)):
+            times = [asyncio.run(first_token(url, [300 + i], prompt)) for i in range(options.rounds)]
+            rows += [(f"first token, ms, {name}", round(1000 * median(times), 1))]
+    for name, value in rows:
+        print(f"{name:<45}{value:>10}")
+    if options.out:
+        with open(options.out, "w", newline="") as file:
+            csv.writer(file).writerows([("what", "figure"), *rows])
+
+
+if __name__ == "__main__":
+    run_command(main)

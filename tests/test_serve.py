@@ -1,0 +1,440 @@
+"""serve.py: real clients (openai, langchain, curl, lm_eval), and everything a client can do wrong."""
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from helpers import make_checkpoint, texts
+
+from nanodoge.checkpoint import load_model
+from nanodoge.engine import Engine, Request
+
+for package in ("fastapi", "uvicorn"):
+    pytest.importorskip(package, reason=f"{package} is optional")
+httpx, openai = (pytest.importorskip(package, reason=f"{package} is optional") for package in ("httpx", "openai"))
+serve, split_thoughts = pytest.importorskip("serve"), pytest.importorskip("nanodoge.api").split_thoughts
+
+HELLO = [{"role": "user", "content": "the red cat sees"}]
+
+
+@contextlib.contextmanager
+def served(checkpoint, *argv):
+    """Within it a server listens; gives its service, with the address as `url`."""
+    options = serve.parsing.parse_options(serve.ServeOptions, [str(checkpoint), *argv], positional="checkpoint")
+    service = serve.load_service(options)
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
+        service.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server = serve.Server(service, options)
+        thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
+        thread.start()
+        wait_for(lambda: server.started)
+        yield service
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(20)
+    service.thread.stop()
+    assert not thread.is_alive()
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    return make_checkpoint(folder, max_position_embeddings=128, initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint):
+    with served(checkpoint, "--slots=4", "--max_queue=20", "--patience=1", "--temperature=0") as service:
+        yield service
+
+
+@pytest.fixture
+def client(service):
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0)
+
+
+@pytest.fixture
+def post(service):
+    def post(path, body=None, **options):
+        return httpx.post(service.url + path, timeout=30, **(options or dict(json=body)))
+
+    return post
+
+
+def alone(checkpoint, ids, new, **options):
+    """The text that the engine writes for one request."""
+    model, tokenizer = load_model(checkpoint)
+    request = Request(ids, new, stop_ids=[tokenizer.eos_id], **dict(temperature=0.0) | options)
+    Engine(model, tokenizer=tokenizer).generate([request])
+    return request
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clients
+
+
+def test_openai_client_chats(client, checkpoint):
+    assert [model.id for model in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
+    reply = client.chat.completions.create(model="tiny", messages=HELLO, max_completion_tokens=9, tools=[], user="me")
+    ids, _ = load_model(checkpoint)[1].render(HELLO, add_generation_prompt=True)
+    wanted = alone(checkpoint, ids, 9)
+    assert reply.choices[0].message.content == split_thoughts(wanted.text.text, True)[1]
+    assert reply.choices[0].finish_reason == wanted.finish_reason
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(ids), len(wanted.tokens))
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the red "}, {"type": "text", "text": "cat sees"}]}]
+    assert client.chat.completions.create(model="x", messages=parts, max_tokens=9).choices == reply.choices
+
+
+def test_openai_client_streams(client, service):
+    common = dict(model="tiny", messages=HELLO, max_tokens=9, temperature=1.0, seed=3)
+    whole = client.chat.completions.create(**common)
+    chunks = list(client.chat.completions.create(**common, stream=True, stream_options=dict(include_usage=True)))
+    assert len({(chunk.id, chunk.created) for chunk in chunks}) == 1
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage.model_copy(
+        update=dict(prompt_tokens_details=chunks[-1].usage.prompt_tokens_details)
+    )
+    choices = [chunk.choices[0] for chunk in chunks[:-1]]
+    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content
+    assert [c.finish_reason for c in choices] == [None] * (len(choices) - 1) + [whole.choices[0].finish_reason]
+    assert choices[0].delta.role == "assistant"
+    body = dict(common, stream=True)
+    lines = httpx.post(f"{service.url}/v1/chat/completions", json=body).text.strip().split("\n\n")
+    assert lines[-1] == "data: [DONE]" and '"usage"' not in lines[-2]
+
+
+def test_openai_client_many_choices_stops_and_logprobs(client, checkpoint):
+    request = dict(model="tiny", prompt=["the cat", "a dog"], max_tokens=8)
+    both = client.completions.create(**request, n=2, logprobs=2)
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert both.choices[0].text == both.choices[1].text != both.choices[2].text
+    tokens = both.choices[0].logprobs
+    assert len(tokens.tokens) == len(tokens.token_logprobs) == 8 and tokens.token_logprobs[0] < 0
+    assert all(x == max(top.values()) for x, top in zip(tokens.token_logprobs, tokens.top_logprobs, strict=True))
+    text = both.choices[2].text
+    stopped = client.completions.create(model="tiny", prompt="a dog", max_tokens=8, stop=["never", text[3:6]])
+    assert stopped.choices[0].text == text.partition(text[3:6])[0] and stopped.choices[0].finish_reason == "stop"
+    ids = [0, *load_model(checkpoint)[1].encode("the cat")]
+    echo = client.completions.create(model="tiny", prompt=[ids], max_tokens=0, echo=True, logprobs=1).choices[0]
+    assert echo.text == "<|begin_of_text|>the cat" and len(echo.logprobs.tokens) == len(ids)
+    assert echo.logprobs.token_logprobs[0] is None and echo.logprobs.text_offset[:2] == [0, 17]
+    chat = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=3, logprobs=True, top_logprobs=2)
+    first = chat.choices[0].logprobs.content[0]
+    assert first.logprob == first.top_logprobs[0].logprob and len(first.top_logprobs) == 2
+    assert bytes(first.bytes).decode(errors="replace") in (first.token, "\ufffd")
+
+
+def test_async_client_and_many_at_once(service, checkpoint):
+    """Each of many greedy texts is that of the request alone."""
+    prompts = texts(16, seed=9)
+
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0) as client:
+            asked = [client.completions.create(model="tiny", prompt=prompt, max_tokens=12) for prompt in prompts]
+            return [reply.choices[0].text for reply in await asyncio.gather(*asked)]
+
+    model, tokenizer = load_model(checkpoint)
+    wanted = [alone(checkpoint, [0, *tokenizer.encode(prompt)], 12).text.text for prompt in prompts]
+    assert asyncio.run(ask()) == wanted
+
+
+def test_the_next_turn_reads_only_what_is_new(client):
+    messages = [{"role": "user", "content": " ".join(texts(3, seed=4))[:150]}]
+    first = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5)
+    again = client.chat.completions.create(model="tiny", messages=messages, max_tokens=5)
+    assert again.choices == first.choices
+    assert again.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
+
+
+def test_errors_are_openai_errors(client):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.embeddings.create(model="tiny", input="a")
+    assert error.value.body["type"] == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="tiny", prompt="the cat " * 200)
+    assert error.value.code == "context_length_exceeded" and "128" in error.value.message
+    for name, value in (("tools", [{"type": "function"}]), ("logit_bias", {"5": 1}), ("functions", [{"name": "f"}])):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.chat.completions.create(model="tiny", messages=HELLO, extra_body={name: value})
+        assert error.value.param == name
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="tiny", messages=HELLO, temperature=3)
+    assert error.value.param == "temperature"
+
+
+def test_langchain(service):
+    ChatOpenAI = pytest.importorskip("langchain_openai", reason="langchain-openai is optional").ChatOpenAI
+    model = ChatOpenAI(base_url=f"{service.url}/v1", api_key="any", model="tiny", max_tokens=6, temperature=0)
+    reply = model.invoke([("system", "be short"), ("human", "the red cat sees")])
+    assert reply.content and reply.usage_metadata["output_tokens"] <= 6
+    streamed = list(model.stream([("system", "be short"), ("human", "the red cat sees")]))
+    assert "".join(chunk.content for chunk in streamed) == reply.content
+
+
+def test_the_line_that_is_printed_works_in_a_shell_and_sigterm_lets_a_reply_end(checkpoint, tmp_path):
+    argv = [sys.executable, "serve.py", str(checkpoint), "--port=0", "--slots=1", "--max_queue=0"]
+    root = Path(serve.__file__).parent
+    process = subprocess.Popen(argv, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        url = re.search(r"http://[\d.:]+", lines[0]).group()
+        command = lines[1].replace("{", '{"max_tokens": 3, ', 1)
+        done = subprocess.run(
+            command.replace("curl", "curl -s"), shell=True, capture_output=True, text=True, timeout=30
+        )
+        assert json.loads(done.stdout)["usage"]["completion_tokens"] <= 3
+        body = dict(prompt="the cat", max_tokens=120, stream=True, temperature=2)
+        with httpx.Client(timeout=30) as client, client.stream("POST", f"{url}/v1/completions", json=body) as reply:
+            chunks = reply.iter_lines()
+            next(chunks)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in chunks if line][-1] == "data: [DONE]"
+        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_new_requests_get_503_while_running_ones_end(checkpoint):
+    with served(checkpoint, "--slots=2") as service:
+        body = dict(prompt="the cat", max_tokens=100, stream=True)
+        with (
+            httpx.Client(timeout=30) as client,
+            client.stream("POST", f"{service.url}/v1/completions", json=body) as reply,
+        ):
+            chunks = reply.iter_lines()
+            next(chunks)
+            service.is_stopping = True
+            assert httpx.get(f"{service.url}/health").status_code == 503
+            assert [line for line in chunks if line][-1] == "data: [DONE]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a server must bear
+
+
+BAD = {
+    "not utf-8": (dict(content=b'{"prompt": "\xff\xfe"}'), 400),
+    "not json": (dict(content=b"{"), 400),
+    "no object": (dict(content=b"[]"), 400),
+    "deep": (dict(content=b"[" * 100000), 400),
+    "many digits": (dict(content=b'{"max_tokens": ' + b"1" * 5000 + b"}"), 400),
+    "too large": (dict(content=b" " * 100_000_000), 413),
+    "too large, in pieces": (dict(content=iter([b" " * 900_000] * 5)), 413),
+    "half a character": (dict(content=b'{"prompt": "\\ud800", "max_tokens": 1}'), 200),  # is read as U+FFFD
+    "nan": (dict(content=b'{"prompt": "a", "temperature": NaN}'), 400),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_bodies(post, name):
+    options, status = BAD[name]
+    reply = post("/v1/completions", **options, headers={"Content-Type": "application/json"})
+    assert reply.status_code == status and ("error" in reply.json()) == (status != 200)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        dict(prompt="a", stop=["x"] * 10_000),
+        dict(prompt="a", stop="x" * 1000),
+        dict(prompt=[]),
+        dict(prompt=[[]]),
+        dict(prompt=[5, 10**9]),
+        dict(prompt=[5, -1]),
+        dict(prompt=["a"] * 100),
+        dict(prompt="a", n=0),
+        dict(prompt="a", response_format={"type": "json_object"}),
+    ],
+    ids=lambda body: str(body)[:40],
+)
+def test_bad_fields(post, body):
+    reply = post("/v1/completions", body)
+    assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("sent", [b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 50\r\n\r\n{"])
+def test_a_slow_client_gets_408(service, sent):
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=20) as slow:
+        slow.sendall(sent.replace(b"\r\n", b"\r\nHost: a\r\nContent-Type: application/json\r\n", 1))
+        received = slow.recv(10000)
+        assert received.startswith(b"HTTP/1.1 408") and b"close" in received.lower()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(checkpoint, streams):
+    with served(checkpoint, "--slots=1", "--max_queue=1") as service:
+        engine, body = (
+            service.thread.engine,
+            json.dumps(dict(prompt="the cat", max_tokens=100, stream=streams)).encode(),
+        )
+        step, may_go_on = engine.step, threading.Event()
+        engine.step = lambda: may_go_on.wait(0.02) and step() or step()  # so that 100 tokens take two seconds
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        )
+        address = "127.0.0.1", int(service.url.rpartition(":")[2])
+        clients = [socket.create_connection(address) for _ in range(2)]
+        for client in clients:
+            client.sendall(head % len(body) + body)
+        wait_for(lambda: engine.live and engine.waiting)
+        full = httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a"))
+        assert full.status_code == 429 and full.headers["Retry-After"] == "1"
+        running = engine.live[0]
+        for client in clients:
+            client.close()
+        wait_for(lambda: service.pending == 0 and not engine.live and not engine.waiting)
+        assert running.finish_reason == "cancelled" and len(running.tokens) < 100
+        may_go_on.set()
+        assert httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a", max_tokens=2)).status_code == 200
+
+
+def test_a_reply_that_takes_too_long_gets_504(checkpoint):
+    with served(checkpoint, "--timeout=0.001") as service:
+        body = dict(prompt="a", max_tokens=100)
+        assert httpx.post(f"{service.url}/v1/completions", json=body).status_code == 504
+
+
+def test_damaged_weights_get_503_and_the_server_stays(checkpoint, capfd):
+    with served(checkpoint) as service:
+        weight = service.thread.engine.model.norm.weight
+        kept = weight.detach().clone()
+        weight.data[0] = float("nan")
+        assert httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a")).status_code == 503
+        weight.data.copy_(kept)
+        assert httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a", max_tokens=2)).status_code == 200
+    assert "its weights are damaged" in capfd.readouterr().err
+
+
+def test_the_key_is_needed_everywhere_but_for_health(checkpoint):
+    with served(checkpoint, "--api_key=sesame", "--cors_origin=https://friend.example") as service:
+        paths = ["/", "/metrics", "/v1/models", "/v1/nanodoge/info", "/openapi.json", "/tokenizer_info", "/nothing"]
+        for path in paths:
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic %%%"}):
+                reply = httpx.get(service.url + path, headers=headers)
+                assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a")).status_code == 401
+        assert httpx.get(f"{service.url}/health").status_code == 200
+        good = {"Authorization": "Bearer sesame"}
+        assert httpx.get(f"{service.url}/v1/models", headers=good).status_code == 200
+        assert httpx.get(f"{service.url}/v1/models", auth=("anybody", "sesame")).status_code == 200  # a browser
+        for origin, allowed in (("https://friend.example", True), ("https://other.example", False)):
+            reply = httpx.get(f"{service.url}/v1/models", headers=good | {"Origin": origin})
+            assert ("access-control-allow-origin" in reply.headers) == allowed
+
+
+def test_without_cors_origin_no_page_of_another_origin_gets_anything(service, post):
+    headers = {"Origin": "https://other.example", "Access-Control-Request-Method": "POST"}
+    for reply in (
+        httpx.get(f"{service.url}/v1/models", headers=headers),
+        httpx.options(f"{service.url}/v1/completions", headers=headers),
+    ):
+        assert not any(name.startswith("access-control") for name in reply.headers)
+    simple = post("/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    assert simple.status_code == 400  # what a form of another page can send is not read
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our own endpoints
+
+
+def test_info_metrics_tokenize(service, post):
+    info = httpx.get(f"{service.url}/v1/nanodoge/info").json()
+    assert info["context"] == 128 and info["layers"] == 2 and info["chat"] and info["defaults"]["temperature"] == 0
+    tokens = post("/tokenize", dict(prompt="the cat<|end_of_text|>")).json()["tokens"]
+    assert tokens[0] == 0 and tokens[-1] == 1
+    assert post("/detokenize", dict(tokens=tokens[1:-1])).json() == dict(prompt="the cat")
+    assert post("/detokenize", dict(tokens=[10**6])).status_code == 400
+    metrics = httpx.get(f"{service.url}/metrics").text
+    for line in metrics.splitlines():
+        assert re.fullmatch(r'# TYPE \w+ (gauge|counter)|\w+(\{status="\d+"\})? \d+', line)
+    assert "nanodoge_slots 4\n" in metrics
+
+
+def test_kept_counts_what_the_cache_holds(checkpoint):
+    messages = [dict(role="user", content=" ".join(texts(9))[:200]), dict(role="assistant", content="the red cat")]
+    with served(checkpoint, "--keep_window_size=20") as service:
+        asked = [dict(messages=messages, layer=layer) for layer in (None, 0, 1)]
+        whole, *layers = [httpx.post(f"{service.url}/v1/nanodoge/kept", json=body).json() for body in asked]
+        refused = httpx.post(f"{service.url}/v1/nanodoge/kept", json=dict(messages=messages, layer=2))
+    model, tokenizer = load_model(checkpoint)
+    ids, _ = tokenizer.render(messages)
+    assert "".join(whole["tokens"]) == tokenizer.decode(ids) and len(whole["kept"]) == len(whole["next"]) == len(ids)
+    assert (whole["possible"], sum(whole["kept"]), sum(whole["next"])) == (2, 40, 2) and refused.status_code == 400
+    for layer, part in enumerate(layers):
+        assert (part["layer"], part["possible"], sum(part["kept"]), sum(part["next"])) == (layer, 1, 20, 1)
+        assert all(kept >= following for kept, following in zip(part["kept"], part["next"], strict=True))
+    assert [sum(pair) for pair in zip(*(part["kept"] for part in layers), strict=True)] == whole["kept"]
+
+
+def test_thoughts_are_apart_and_tags_never_shown():
+    text = "<|begin_of_thought|>\n1 + 1\n<|end_of_thought|>\n\n<|begin_of_solution|>\n2\n<|end_of_solution|>"
+    assert split_thoughts(text, True) == ("1 + 1\n", "2\n") and split_thoughts("a <b", True) == ("", "a <b")
+    shown = [split_thoughts(text[:n], n == len(text)) for n in range(len(text) + 1)]
+    for before, after in zip(shown, shown[1:], strict=False):
+        assert all(b.startswith(a) for a, b in zip(before, after, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lm_eval, schemathesis
+
+
+def test_lm_eval_scores_through_the_api_as_evaluate_does(service, checkpoint, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm_eval is optional")
+    from lm_eval.evaluator import simple_evaluate
+
+    import evaluate
+
+    words = texts(60, seed=3)
+    rows = [dict(goal=words[3 * i], sols=words[3 * i + 1 : 3 * i + 3], label=i % 2) for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = (
+        f"dataset_path: json\ndataset_kwargs:\n  cache_dir: {tmp_path}\n  data_files: {{test: {tmp_path}/rows.jsonl}}\n"
+    )
+    metric = "metric_list: [{metric: %s, aggregation: mean, higher_is_better: true}]\n"
+    asks = 'test_split: test\ndoc_to_text: "Question: {{goal}}\\nAnswer:"\n'
+    choose = f"task: choose\n{common}{asks}output_type: multiple_choice\ndoc_to_choice: sols\ndoc_to_target: label\n"
+    (tmp_path / "choose.yaml").write_text(choose + metric % "acc")
+    until = 'generation_kwargs: {until: [" t"], do_sample: false, max_gen_toks: 8}\n'
+    write = f'task: write\n{common}{asks}output_type: generate_until\ndoc_to_target: "{{{{sols[0]}}}}"\n{until}'
+    (tmp_path / "write.yaml").write_text(write + metric % "exact_match")
+    manager = evaluate.find_tasks(["choose", "write"], str(tmp_path))
+
+    def scored(model, tasks, **options):
+        found = simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, **options)["samples"]
+        return {task: [sample["filtered_resps"] for sample in found[task]] for task in tasks}
+
+    ours = scored(evaluate.harness_model(*load_model(checkpoint)), ["choose", "write"])
+    common = f"model=tiny,num_concurrent=2,max_retries=1,max_length=128,base_url={service.url}/v1"
+    local = f"{common}/completions,tokenizer={checkpoint},tokenizer_backend=huggingface,add_bos_token=True"
+    theirs = scored("local-completions", ["choose", "write"], model_args=local)
+    assert theirs["write"] == ours["write"]
+    for mine, its in zip(ours["choose"], theirs["choose"], strict=True):
+        assert [greedy for _, greedy in its] == [greedy for _, greedy in mine]
+        assert [x for x, _ in its] == pytest.approx([x for x, _ in mine], abs=1e-4)
+    chat = scored(
+        "local-chat-completions", ["write"], model_args=f"{common}/chat/completions", apply_chat_template=True
+    )
+    assert len(chat["write"]) == 12
+
+
+def test_schemathesis_finds_no_fault(service):
+    """tests/load.py --cases=2000 runs more of them."""
+    pytest.importorskip("schemathesis", reason="schemathesis is optional")
+    from load import try_schema
+
+    assert try_schema(service.url, cases=40) >= 40
