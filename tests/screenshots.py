@@ -35,10 +35,7 @@ def ask(page, text):
     """Sends a message and waits for the end of the answer."""
     page.fill("#input", text)
     page.keyboard.press("Enter")
-    page.wait_for_function(
-        "document.querySelector('#send').textContent === 'Send' && "
-        "document.querySelector('article:last-child small')?.textContent"
-    )
+    page.locator("article:last-child small", has_text="tokens").wait_for()
 
 
 def main(checkpoint: str) -> None:
