@@ -209,7 +209,7 @@ def test_a_conversation_in_a_terminal(tuned, tmp_path):
     terminal.wait(r"tokens/s\].*> $")
     terminal.type("three\\\rfour\r")
     terminal.wait(r"tokens/s\].*> $")
-    terminal.type("\x1b[A\x1b[A\r")  # the history: the message before the last two lines
+    terminal.type("\x1b[A\x1b[A\x1b[A\r")  # the history: the message before the last two lines
     terminal.wait(r"tokens/s\].*> $")
     terminal.type("/system Be kind.\r/save \r")
     terminal.wait("not saved")
