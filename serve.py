@@ -48,6 +48,9 @@ except ImportError as missing:
     sys.exit(2)
 
 
+PIECE = 512  # prompt tokens read in a step (see Engine): a first token waits for two steps at most
+
+
 @dataclass
 class ServeOptions:
     """What to serve, and to whom"""
@@ -87,7 +90,7 @@ def load_service(options: ServeOptions) -> Service:
         raise ValueError(f"--keep_window_size={options.keep_window_size} must be {valid}")
     config.keep_window_size = options.keep_window_size or config.keep_window_size
     decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype)
-    engine = Engine(model, decoder, options.slots, tokenizer=tokenizer, reuse=True)
+    engine = Engine(model, decoder, options.slots, tokenizer=tokenizer, piece=PIECE, reuse=True)
     defaults = dict(temperature=options.temperature, top_p=options.top_p)
     trained = load_options(options.checkpoint[0])
     shown = example(engine, str(trained.get("data", "")))

@@ -52,6 +52,7 @@ class Sampled(BaseModel):
     n: Annotated[int, Field(ge=1, le=16)] | None = 1
     max_tokens: Whole | None = Field(None, description="absent: up to the context")
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    ignore_eos: bool | None = False
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None

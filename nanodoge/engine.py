@@ -18,11 +18,10 @@ A request's output does not depend on the others: its row sees only its own keys
 per token. (The shape of a batch may change the last bits of its logits, and so the order of two tokens that are equally
 likely up to these bits.)
 
-With reuse=True the row of a request that has ended is kept while no other needs it. A later prompt that begins with all
-tokens the row has read continues from there: what a row holds is a function of these tokens only, also where keys were
-evicted. (The next turn of a conversation is such a prompt.) A prompt that shares only the first of them continues from
-a copy in which the keys of the others are deleted, but only if the row has evicted nothing: an evicted key is lost, and
-a shorter text might have kept it.
+With reuse=True the row of a request that has ended is kept while no other needs it. A prompt that begins with all the
+tokens it has read (a next turn) continues from it: a row is a function of these tokens, also where keys were evicted. A
+prompt that shares only some continues from a copy without the other keys, if the row has evicted nothing: a shorter
+text might have kept what was evicted.
 """
 
 import copy
@@ -94,8 +93,7 @@ def draw(p: Tensor, points: Tensor) -> Tensor:
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, count: int) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Of each row of logits (N, V) fp32 the log-probability of its token of ids (N,), and the `count` likeliest tokens
-    with theirs."""
+    """For each row of logits (N, V) fp32 the log-probability of its id, and the `count` likeliest with theirs."""
     total = logits.logsumexp(-1, keepdim=True)
     own, top = logits.gather(1, ids[:, None]) - total, logits.topk(count)
     likeliest = zip(top.indices.tolist(), (top.values - total).tolist(), strict=True)
@@ -186,10 +184,8 @@ class Sampler:
             self.seen = seen.to(device)
         self.counts = None  # of the new tokens
         if any(request.frequency_penalty or request.presence_penalty for request in requests):
-            counts = [
-                torch.tensor(request.tokens, dtype=torch.long).bincount(minlength=vocab_size) for request in requests
-            ]
-            self.counts = torch.stack(counts).float().to(device)
+            rows = [torch.tensor(request.tokens, dtype=torch.long) for request in requests]
+            self.counts = torch.stack([row.bincount(minlength=vocab_size) for row in rows]).float().to(device)
             self.frequency, self.presence = column("frequency_penalty", None), column("presence_penalty", None)
         self.scored = [row for row, request in enumerate(requests) if request.logprobs is not None]
 
@@ -213,11 +209,10 @@ class Sampler:
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
         if self.scored:  # of the bare model: before penalties and temperature
-            requests = [self.requests[row] for row in self.scored]
-            count = max(request.logprobs for request in requests)
+            count = max(self.requests[row].logprobs for row in self.scored)
             found = log_probabilities(bare[self.scored], tokens[self.scored], count)
-            for request, (own, top) in zip(requests, found, strict=True):
-                request.scores.append((own, top[: request.logprobs]))
+            for row, (own, top) in zip(self.scored, found, strict=True):
+                self.requests[row].scores.append((own, top[: self.requests[row].logprobs]))
         return tokens
 
 
@@ -226,8 +221,7 @@ class Engine:
 
     decoder: a Decoder of the model, faster than the model itself (a compiled one is compiled for every number of rows).
     vocab_size: ids from there on are never produced (a vocabulary rounded up has ids without a token); the default is
-    the tokenizer's. piece: prompt tokens read in a step, and as many again of a long prompt. reuse: keep the rows of
-    requests that have ended (see above; not with dynamic NTK, where a key depends on the length of its text).
+    the tokenizer's. piece: prompt tokens read in a step, and as many again of a long prompt. reuse: see above.
     """
 
     def __init__(self, model, decoder=None, slots=16, vocab_size=None, tokenizer=None, piece=1024, reuse=False):
@@ -239,7 +233,7 @@ class Engine:
         self.live: list[Request] = []  # request i is decoded in row i of the cache
         self.reader, self.done = None, 0  # a request with a long prompt, in the last row; how much of it has been read
         self.batch = None  # the live rows of the cache; None when they have changed
-        self.reuse = reuse and not model.config.rope_factor
+        self.reuse = reuse and not model.config.rope_factor  # with it a key depends on its text's length
         self.kept: dict[int, list[int]] = {}  # {row behind the live ones: the tokens it has read}, the oldest first
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
@@ -295,9 +289,8 @@ class Engine:
         """One token for every live row, and a piece of the waiting prompts -> the requests that have a new token.
         Raises ValueError if the weights are damaged."""
         new = self.decode() if self.live else []
-        if self.waiting and not self.reader and len(self.live) < self.slots:
-            if held := self.recall(self.waiting[0]):
-                self.reader, self.done = self.waiting.popleft(), held
+        if self.waiting and not self.reader and len(self.live) < self.slots and (held := self.recall(self.waiting[0])):
+            self.reader, self.done = self.waiting.popleft(), held
         joining, longest, free = [], 0, self.slots - len(self.live) - (self.reader is not None)
         while self.waiting and len(joining) < free:
             longest = max(longest, len(self.waiting[0].prompt))
@@ -355,21 +348,17 @@ class Engine:
         echo = any(request.echo for request in requests)
         x, _ = self.model.hidden(tokens, lengths, cache, None if echo else lengths - 1)
         if echo:
-            for request, states in zip(requests, x, strict=True):
-                self.score_prompt(request, states, start)
+            for i in (i for i, request in enumerate(requests) if request.echo):
+                self.score_prompt(requests[i], x[i], start)
             x = x[torch.arange(len(x)), lengths - 1][:, None]
         return F.linear(x[:, 0], self.model.output_weight)
 
     def score_prompt(self, request: Request, states: Tensor, start: int) -> None:
-        """Records the log-probabilities of the prompt's tokens that the final states (T, C) from token `start` on
-        predict, by a few rows of logits at a time."""
-        if not request.echo:
-            return
-        if start == 0:
-            request.scores.append(None)
+        """Records the log-probabilities of the prompt's tokens that the states (T, C) from token `start` on predict."""
+        request.scores += [None] if start == 0 else []
         ids = torch.tensor(request.prompt[start + 1 : start + 1 + len(states)], device=self.device)
         size = rows_at_once(states, self.model.output_weight)
-        for x, some in zip(states[: len(ids)].split(size), ids.split(size), strict=True) if len(ids) else ():
+        for x, some in zip(states[: len(ids)].split(size), ids.split(size), strict=True):
             logits = F.linear(x, self.model.output_weight)[:, : self.vocab_size].float()
             request.scores += log_probabilities(logits, some, request.logprobs or 0)
 
@@ -392,8 +381,7 @@ class Engine:
         """Frees the rows of requests that have ended: the last rows fill the gaps."""
         for row in reversed(range(len(self.live))):
             if self.live[row].finish_reason:
-                request = self.live[row]
-                last, self.batch = self.live.pop(), None
+                request, last, self.batch = self.live[row], self.live.pop(), None
                 if self.reuse and not self.waiting:
                     self.keep(request, row)
                 if row < len(self.live):
@@ -406,31 +394,29 @@ class Engine:
         free = [other for other in range(first, self.slots) if other not in self.kept]
         target = free[-1] if free else next(iter(self.kept), None)
         if target is not None:
-            self.kept.pop(target, None)
             self.copy(row, target)
-            self.kept[target] = (request.prompt + request.tokens)[: int(self.cache.length[target])]
+            self.kept.pop(target, None)  # the newest comes last
+            self.kept[target] = (request.prompt + request.tokens)[: int(self.cache.length[row])]
 
     def recall(self, request: Request) -> int:
         """How many of a prompt's tokens a kept row has read; it is copied to the last row, with the keys of these."""
-        best, source, prompt = 0, None, request.prompt[:-1]  # one token is read again, for its logits
+        best, source, prompt = 0, 0, request.prompt[:-1]  # one token is read again, for its logits
         for row, read in self.kept.items() if not request.echo else ():
             pairs = enumerate(zip(read, prompt, strict=False))
             same = next((i for i, (a, b) in pairs if a != b), min(len(read), len(prompt)))
             if same >= max(WORTH, best + 1) and (same == len(read) or len(read) <= self.cache.window):
                 best, source = same, row
-        if source is None:
-            return 0
-        target = len(self.cache.length) - 1
-        self.copy(source, target, best)
-        if best == len(self.kept[source]) or source == target:  # its text goes on
-            del self.kept[source]
-        request.reused = best
+        if best:
+            target, request.reused = len(self.cache.length) - 1, best
+            self.copy(source, target, best)
+            if best == len(self.kept[source]) or source == target:  # its text goes on
+                del self.kept[source]
         return best
 
     def held(self, request: Request) -> list[tuple[Tensor, Tensor]]:
         """For each layer the positions (K, W) of the keys that a live request holds, -1 for none, and their scores."""
         row = self.live.index(request)
-        return [(slots.position[row, :, :-1].clone(), slots.s[row, :, :-1].clone()) for slots in self.cache.layers]
+        return [(layer.position[row, :, :-1].clone(), layer.s[row, :, :-1].clone()) for layer in self.cache.layers]
 
     def allocate(self, length: int) -> None:
         """Memory for texts of `length` tokens, if there is less. Where keys leave, W + 1 suffice for any text."""
@@ -454,10 +440,9 @@ class Engine:
 
     def copy(self, source: int, target: int, length: int | None = None) -> None:
         """Copies a row, or what it was after `length` tokens, which takes a row that has evicted nothing."""
-        held = int(self.cache.length[source])
-        n = held if length is None else length
-        if source == target and n == held:
+        if source == target and length is None:
             return
+        n = int(self.cache.length[source]) if length is None else length
         self.cache.length[target], self.frequencies[target] = n, self.frequencies[source]
         for slots in self.cache.layers:
             for x in slots:

@@ -169,7 +169,12 @@ class Service:
         if sampling["temperature"] < 1e-3:  # logits are divided by it
             sampling["temperature"] = 0.0
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        common = dict(stop=stop, stop_ids=[self.coder.eos_id], event=asyncio.Event(), streams=bool(body.stream))
+        common = dict(
+            stop=stop,
+            stop_ids=[] if body.ignore_eos else [self.coder.eos_id],
+            event=asyncio.Event(),
+            streams=bool(body.stream),
+        )
         is_chat, limit = isinstance(body, Chat), body.max_tokens
         if is_chat:
             limit = limit if body.max_completion_tokens is None else body.max_completion_tokens

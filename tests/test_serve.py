@@ -119,7 +119,7 @@ def test_openai_client_streams(client, service):
 
 def test_openai_client_many_choices_stops_and_logprobs(client, checkpoint):
     request = dict(model="tiny", prompt=["the cat", "a dog"], max_tokens=8)
-    both = client.completions.create(**request, n=2, logprobs=2)
+    both = client.completions.create(**request, n=2, logprobs=2, extra_body=dict(ignore_eos=True))
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
     assert both.choices[0].text == both.choices[1].text != both.choices[2].text
     tokens = both.choices[0].logprobs
