@@ -3,7 +3,7 @@
     python sample.py out/stories                               a document from its very beginning
     python sample.py out/stories --prompt="The Lost Kite"      from a prompt; --prompt=- reads standard input
     python sample.py out/stories --file=beginning.txt --num_samples=3
-    python sample.py out/chat --chat                           a conversation; Ctrl-D or /quit ends it
+    python sample.py out/chat --chat                           a conversation; /help lists what else can be typed
 
 A model gives a probability to every possible next token. Generating means to draw one, append it, and ask again. With
 the bare probabilities an unlikely token derails the text now and then; always taking the likeliest makes it loop. The
@@ -14,21 +14,39 @@ Text is printed as it is made, and Ctrl-C ends it: what was written stays.
 """
 
 import itertools
+import json
+import math
 import os
+import re
+import select
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
-from nanodoge.checkpoint import load_model
+from nanodoge import stories
+from nanodoge.answers import final_answer
+from nanodoge.checkpoint import load_model, load_options
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, check_ranges, parse_options, run_command
+
+HELP = """/new or /clear begins another conversation, /system TEXT changes the system message (none without TEXT),
+/save FILE writes the conversation as prepare_data.py --kind=chat reads it, /quit or Ctrl-D leaves. Ctrl-C stops an
+answer. A line that ends in \\ goes on in the next one; pasted lines stay together."""
+DIM, PLAIN = "\033[2m", "\033[0m"  # of a terminal
+TAGS = {
+    "<|begin_of_thought|>": DIM,
+    "<|end_of_thought|>": PLAIN,
+    "<|begin_of_solution|>": "",
+    "<|end_of_solution|>": "",
+}
 
 
 @dataclass
@@ -71,25 +89,32 @@ class SampleOptions:
             raise ValueError("--prompt, --file and --chat exclude one another")
 
 
-def write(engine: Engine, ids: list[int], options: SampleOptions, seed: int, prompt: str = "") -> str:
-    """Prints the prompt, what the model writes after ids, as it is made, and the speed. -> the new text."""
-    limit, start, shown = engine.model.config.max_position_embeddings, time.perf_counter(), 0
-    if len(ids) + options.max_new_tokens > limit:
-        print(f"[prompt and continuation may exceed the {limit} tokens the model was trained on]", file=sys.stderr)
+def write(engine: Engine, ids: list[int], options: SampleOptions, seed: int, prompt: str = "") -> Request:
+    """Prints the prompt, what the model writes after ids, as it is made, and the speed. -> the ended request. In a
+    conversation in a terminal, thoughts are dimmed."""
+    start, shown, codes = time.perf_counter(), 0, TAGS if options.chat and sys.stdout.isatty() else {}
     names = "max_new_tokens temperature top_k top_p min_p repetition_penalty stop".split()
     choices = {name: getattr(options, name) for name in names}
     request = Request(ids, **choices, seed=seed, stop_ids=[engine.tokenizer.eos_id])
     print(prompt, end="", flush=True)
     try:
         for _ in engine.stream(request):
-            print(request.text.text[shown:], end="", flush=True)
-            shown = len(request.text.text)
+            piece, shown = request.text.text[shown:], len(request.text.text)
+            print(re.sub(r"<\|\w+\|>", lambda tag: codes.get(tag[0], tag[0]), piece), end="", flush=True)
     except KeyboardInterrupt:
         engine.cancel(request)
-    print(request.text.text[shown:])
+    print(request.text.text[shown:] + (PLAIN if codes else ""))
     count, seconds = len(request.tokens), time.perf_counter() - start
     print(f"[{count} tokens, {count / max(seconds, 1e-9):.1f} tokens/s]", file=sys.stderr)
-    return request.text.text
+    return request
+
+
+def notice_length(request: Request, limit: float) -> float:
+    """Says once that a text is longer than limit, the model's context -> the limit for the next text."""
+    if len(request.prompt) + len(request.tokens) <= limit:
+        return limit
+    print(f"[texts that exceed the {limit} tokens the model was trained on may lose their thread]", file=sys.stderr)
+    return math.inf
 
 
 def read_prompt(options: SampleOptions) -> str:
@@ -104,31 +129,85 @@ def read_prompt(options: SampleOptions) -> str:
 
 def complete(engine: Engine, options: SampleOptions) -> None:
     """Prints num_samples continuations of the prompt, the prompt first."""
-    prompt = read_prompt(options)
+    prompt, limit = read_prompt(options), engine.model.config.max_position_embeddings
     ids = [engine.tokenizer.bos_id, *engine.tokenizer.encode(prompt)]
     for i in range(options.num_samples):
         if options.num_samples > 1:
             print(f"--- {i + 1} of {options.num_samples} ---")
-        write(engine, ids, options, options.seed + i, prompt)
+        limit = notice_length(write(engine, ids, options, options.seed + i, prompt), limit)
+
+
+def example(engine: Engine, data: str) -> tuple[str, str] | None:
+    """A question that the model has not seen and its right answer, if `data`, which it was tuned on, is built in. None
+    for other data, and for a model that answers none of the first 20 questions right."""
+    make = {"stories": stories.conversation, "sums": stories.worked_sum}.get(Path(data).name.split("-")[0])
+    for number in range(20) if make else ():
+        question, wanted = make(number, "test")["messages"][:2]
+        ids, _ = engine.tokenizer.render([question], add_generation_prompt=True)
+        [new] = engine.generate([Request(ids, 100, temperature=0, stop_ids=[engine.tokenizer.eos_id])])
+        answer = final_answer(engine.tokenizer.decode(id for id in new if id != engine.tokenizer.eos_id))
+        if re.search(rf"(?<!\w){re.escape(final_answer(wanted['content']))}(?!\w)", answer):
+            return question["content"], answer
+
+
+def read_message() -> str:
+    """What is typed up to Enter, and goes on after a backslash. Pasted lines GNU readline returns as one text; without
+    it, the lines that are there already belong together."""
+    lines, terminal = [input("> ")], sys.stdin.isatty() and os.name == "posix"  # on Windows, select knows only sockets
+    while lines[-1].endswith("\\") or (terminal and select.select([sys.stdin], [], [], 0.05)[0]):
+        lines.append(input())
+    return "\n".join(line.removesuffix("\\") for line in lines).strip()
+
+
+def save(messages: list[dict], name: str) -> None:
+    """Writes a conversation into a new file, or says why it cannot."""
+    try:
+        with Path(name).expanduser().open("x", encoding="utf-8", errors="replace") as file:
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        print(f"[not saved: {error}]", file=sys.stderr)
 
 
 def chat(engine: Engine, options: SampleOptions) -> None:
-    """Reads a line, answers it, remembers both. A model that was not tuned on conversations (sft.py) will ramble."""
-    messages = system = [{"role": "system", "content": options.system}] if options.system else []
-    print("Ctrl-D or /quit ends the conversation, /new begins another.", file=sys.stderr)
-    for turn in itertools.count():
+    """Reads a message, answers it, remembers both."""
+    with suppress(ImportError):  # there is none on Windows
+        import readline  # noqa: F401, from here on input() edits lines and has a history
+    trained = load_options(options.checkpoint[0])
+    print("Ctrl-D or /quit ends the conversation, /new begins another, /help lists the rest.", file=sys.stderr)
+    if trained and "epochs" not in trained:
+        print("[this model was not tuned on conversations, which sft.py does: it will ramble]", file=sys.stderr)
+    elif shown := example(engine, str(trained.get("data", ""))):
+        told = "It was tuned on {} and knows no more. Asked\n\n{}\n\nit answers: {}\n"
+        print(told.format(trained["data"], *shown), file=sys.stderr)
+    messages, system, turns, leaving = [], options.system, itertools.count(options.seed), False
+    limit = engine.model.config.max_position_embeddings
+    while True:
         try:
-            line = input("> ").strip()
-        except EOFError:
-            return print()
-        if line == "/quit":
+            text, leaving = read_message(), False
+        except (EOFError, KeyboardInterrupt) as reason:
+            if leaving or isinstance(reason, EOFError):
+                return print()
+            print("\n[Ctrl-C again leaves, as do Ctrl-D and /quit]", file=sys.stderr)
+            leaving = True
+            continue
+        word, _, rest = text.partition(" ")
+        head = [{"role": "system", "content": system}] if system else []
+        if word == "/quit":
             return None
-        if line == "/new":
-            messages = system
-        elif line:
-            messages = [*messages, {"role": "user", "content": line}]
-            ids, _ = engine.tokenizer.render(messages, add_generation_prompt=True)
-            messages.append({"role": "assistant", "content": write(engine, ids, options, options.seed + turn)})
+        if word in ("/new", "/clear"):
+            messages = []
+        elif word == "/system":
+            system = rest.strip()
+        elif word == "/save":
+            save(head + messages, rest.strip())
+        elif re.fullmatch("/[a-z]+", word):
+            print(HELP, file=sys.stderr)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            ids, _ = engine.tokenizer.render(head + messages, add_generation_prompt=True)
+            request = write(engine, ids, options, next(turns))
+            messages.append({"role": "assistant", "content": request.text.text})
+            limit = notice_length(request, limit)
 
 
 def main(argv: list[str]) -> None:

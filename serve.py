@@ -23,11 +23,12 @@ from typing import Annotated, Literal
 import torch
 
 from nanodoge import options as parsing
-from nanodoge.checkpoint import load_model
+from nanodoge.checkpoint import load_model, load_options
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, Count, NonNegative, Positive, Range, Share, Whole, one_line
+from sample import example
 
 try:
     import uvicorn
@@ -91,7 +92,10 @@ def load_service(options: ServeOptions) -> Service:
     decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype)
     engine = Engine(model, decoder, options.slots, tokenizer=tokenizer, piece=PIECE, reuse=True)
     defaults = dict(temperature=options.temperature, top_p=options.top_p)
-    return Service(engine, Path(options.checkpoint[0]).name, defaults, options.max_queue, options.timeout)
+    trained = load_options(options.checkpoint[0])
+    shown = example(engine, str(trained.get("data", "")))
+    about = dict(chat="epochs" in trained if trained else bool(tokenizer.chat_template), example=shown and shown[0])
+    return Service(engine, Path(options.checkpoint[0]).name, defaults, options.max_queue, options.timeout, about)
 
 
 # ---- HTTP

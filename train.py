@@ -44,7 +44,7 @@ from torch import Tensor
 from model import Doge, DogeConfig
 from nanodoge import stage
 from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
-from nanodoge.data import Sequences, bits_per_byte, check_tokenizer, load_tokenizer, token_bytes
+from nanodoge.data import Sequences, bits_per_byte, check_tokenizer, load_tokenizer, read_meta, token_bytes
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine, full_tensor, shard, unsharded
 from nanodoge.muon import Muon

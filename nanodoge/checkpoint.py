@@ -176,13 +176,13 @@ def read_json(path: Path) -> dict:
         return read_object(path.read_bytes())
 
 
-def read_pickle(path: Path) -> dict:
+def read_pickle(path: Path, mmap: bool = False) -> dict:
     """The dict that torch.save wrote. Nothing in it is executed: what is not made of tensors, numbers, text, lists and
-    dicts is refused."""
+    dicts is refused. mmap: tensors are read only when they are used."""
     try:
         if not is_zipfile(path):  # what torch.save writes, with its table of contents at the end
             raise ValueError("it is not a whole zip archive")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
         return state
@@ -279,6 +279,13 @@ def load_training_state(folder: str | Path) -> dict | None:
         if not is_right or (name == "optimizer" and not all(isinstance(part, dict) for part in value.values())):
             raise ValueError(f"{path} is not that of a training run: its {name} is {one_line(repr(value))[:50]}")
     return state
+
+
+def load_options(source: str | Path) -> dict:
+    """The options of the run that made a checkpoint, or {}: published ones have no training_state.pt."""
+    path = checkpoint_file(locate(source), "training_state.pt")
+    options = read_pickle(path, mmap=True).get("options") if path.is_file() else {}
+    return options if isinstance(options, dict) else {}
 
 
 def optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str]) -> dict[str, dict[str, Tensor]]:

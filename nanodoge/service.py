@@ -96,9 +96,11 @@ class EngineThread(threading.Thread):
 class Service:
     """A model and the clients it serves."""
 
-    def __init__(self, engine: Engine, name: str, defaults: dict, max_queue: int, timeout: float):
-        """defaults: temperature and top_p of a request that has none. max_queue, timeout: see ServeOptions."""
+    def __init__(self, engine: Engine, name: str, defaults: dict, max_queue: int, timeout: float, about: dict):
+        """defaults: temperature and top_p of a request that has none. max_queue, timeout: see ServeOptions. about: what
+        `info` says besides: chat, whether the model was tuned on conversations; example, a question it answers."""
         self.name, self.defaults, self.timeout, self.coder = name, defaults, timeout, engine.tokenizer
+        self.about = about
         self.config, self.context = engine.model.config, engine.model.config.max_position_embeddings
         engine.allocate(self.context + 2)  # `kept` wants two tokens more
         engine.generate([Request([self.coder.bos_id], 2)])  # ValueError for damaged weights
@@ -294,8 +296,8 @@ class Service:
     def info(self) -> dict:
         shape, has_tags = self.config, set(REASONING_TAGS) <= self.coder.special_tokens.keys()
         sizes = dict(context=self.context, window=shape.keep_window_size, layers=shape.num_hidden_layers)
-        sizes |= dict(kv_heads=shape.num_key_value_heads, chat=bool(self.coder.chat_template), reasoning=has_tags)
-        return dict(model=self.name, defaults=self.defaults | dict(max_tokens=None)) | sizes
+        sizes |= dict(kv_heads=shape.num_key_value_heads, reasoning=has_tags)
+        return dict(model=self.name, defaults=self.defaults | dict(max_tokens=None)) | sizes | self.about
 
     def metrics(self) -> str:
         """In Prometheus's format."""

@@ -1,20 +1,28 @@
 """sample.py: streams exactly what was generated, stops where it was told to, and talks in the terminal."""
 
+import contextlib
 import io
 import itertools
+import json
 import math
+import os
 import re
+import select
 import sys
+import time
 import types
 
 import pytest
 import torch
-from helpers import TINY, command, make_data
+from helpers import TINY, command, make_data, make_set, tune
 
 import sample
+import sft
 import train
+from nanodoge import stories
+from nanodoge.answers import final_answer
 from nanodoge.checkpoint import load_model
-from nanodoge.engine import Engine
+from nanodoge.engine import Engine, TextStream
 from nanodoge.options import parse_options
 from nanodoge.tokenizer import Tokenizer
 
@@ -158,3 +166,122 @@ def test_bad_options_are_named(checkpoint, options, words):
 def test_no_checkpoint_is_one_line(tmp_path):
     done = command(sample.main, [str(tmp_path / "nothing")])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nothing" in done.stderr
+
+
+# ---- The conversation in a terminal
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, checkpoint):
+    """A checkpoint that sft.py left, of data with the name of the built-in sums."""
+    folder = tmp_path_factory.mktemp("tuned")
+    data = make_set(folder / "sums-chat", checkpoint, count=40)
+    tune(sft.main, checkpoint, data, folder / "run", "--max_steps=2", "--save_every=2", "--eval_answers=0")
+    return folder / "run"
+
+
+class Terminal:
+    """sample.py --chat in a process of its own, at a terminal."""
+
+    def __init__(self, checkpoint, *options):
+        import pty  # which Windows has not
+
+        self.child, self.fd = pty.fork()
+        if self.child == 0:
+            os.environ.update(TERM="xterm", INPUTRC="/dev/null", PYTHONPATH=os.pathsep.join(sys.path))
+            argv = [sys.executable, sample.__file__, str(checkpoint), "--chat", "--device=cpu", *options]
+            os.execv(sys.executable, argv)
+        self.text = ""
+
+    def wait(self, pattern, timeout=20):
+        """Reads until the pattern has come -> what was read."""
+        end, start = time.monotonic() + timeout, len(self.text)
+        while not re.search(pattern, self.text[start:], re.DOTALL):
+            assert time.monotonic() < end and select.select([self.fd], [], [], timeout)[0], self.text[start:]
+            self.text += os.read(self.fd, 4096).decode(errors="replace")
+        return self.text[start:]
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def ended(self):
+        with contextlib.suppress(OSError):  # a closed terminal is an error on Linux
+            while os.read(self.fd, 4096):
+                pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_conversation_in_a_terminal(tuned, tmp_path):
+    terminal = Terminal(tuned, "--max_new_tokens=8")
+    start = terminal.wait("> $")
+    assert "was not tuned" not in start
+    terminal.type("\x1b[200~one\rtwo\x1b[201~\r")  # a paste of two lines is one message
+    terminal.wait(r"tokens/s\].*> $")
+    terminal.type("three\\\rfour\r")
+    terminal.wait(r"tokens/s\].*> $")
+    terminal.type("\x1b[A\x1b[A\x1b[A\r")  # the history: the message before the last two lines
+    terminal.wait(r"tokens/s\].*> $")
+    terminal.type("/system Be kind.\r")
+    terminal.wait("kind.*> $")
+    terminal.type("/save \r")
+    terminal.wait("not saved.*> $")
+    terminal.type(f"/save {tmp_path / 'chat.jsonl'}\r")
+    terminal.wait("jsonl.*> $")
+    terminal.type("\x03")
+    assert "Ctrl-C again leaves" in terminal.wait("> $")
+    terminal.type("/nonsense\r")
+    assert "/save FILE" in terminal.wait("together.*> $")
+    terminal.type("\x03")
+    terminal.wait("again leaves.*> $")
+    terminal.type("\x03")
+    assert terminal.ended() == 0
+    [line] = (tmp_path / "chat.jsonl").read_text(encoding="utf-8").splitlines()
+    messages = json.loads(line)["messages"]
+    assert messages[0] == dict(role="system", content="Be kind.")
+    assert [m["content"] for m in messages if m["role"] == "user"][:2] == ["one\ntwo", "three\nfour"]
+
+
+def test_a_base_model_warns_and_a_tuned_one_shows_what_it_knows(checkpoint, tuned, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt="": "/quit")
+    assert "not tuned on conversations" in outputs(checkpoint, "--chat", capsys=capsys).err
+    assert "tuned" not in outputs(tuned, "--chat", capsys=capsys).err  # it answers nothing right: no example
+    engine = Engine(*load_model(tuned)[:1], slots=1, tokenizer=load_model(tuned)[1])
+    wanted = stories.worked_sum(3, "test")["messages"]
+    asked = []
+
+    def generate(requests):  # a model that knows one answer
+        asked.append(requests[0])
+        return [engine.tokenizer.encode(wanted[1]["content"] if len(asked) == 4 else "Easy.")]
+
+    engine.generate = generate
+    question, answer = sample.example(engine, "data/sums-chat")
+    assert question == wanted[0]["content"] and answer == final_answer(wanted[1]["content"])
+    assert sample.example(engine, "data/mine") is None
+
+
+def test_thoughts_are_dimmed_in_a_terminal(checkpoint, capsys, monkeypatch):
+    tokenizer = load_model(checkpoint)[1]
+    words = "<|begin_of_thought|>", "hm", "<|end_of_thought|>", "yes"
+    ids = [
+        i for word in words for i in ([tokenizer.special_tokens[word]] if word[0] == "<" else tokenizer.encode(word))
+    ]
+
+    def stream(self, request):
+        request.text = TextStream(tokenizer)
+        for id in ids:
+            request.append(id)
+            yield id
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    for is_terminal, shown in ((True, "\033[2mhm\033[0myes\033[0m\n"), (False, "".join(words) + "\n")):
+        lines = iter(["hello", "/quit"])
+        monkeypatch.setattr("builtins.input", lambda prompt="", lines=lines: next(lines))
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
+        assert outputs(checkpoint, "--chat", capsys=capsys).out == shown
+
+
+def test_the_notice_of_a_long_text_comes_once_and_only_for_one(checkpoint, capsys):
+    notice, short = "may lose their thread", ["--prompt=the red", "--stop=a,e,i,o,u, "]
+    assert notice not in outputs(checkpoint, *short, "--max_new_tokens=400", capsys=capsys).err
+    assert outputs(checkpoint, "--num_samples=3", "--max_new_tokens=40", capsys=capsys).err.count(notice) == 1
