@@ -1,10 +1,16 @@
 """Files that run without torch: the ONNX step against model.py, the exported program and page against sample.py."""
 
+import functools
 import importlib.util
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +25,7 @@ from nanodoge.export import WEB, chat_parts, portable_pattern
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
+CHROMIUM = "/usr/bin/chromium"
 DENSE = dict(keep_window_size=8, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
 SHAPES = {  # a window that is passed three times; experts; a window longer than any text, and no norms
     "dense": DENSE,
@@ -131,8 +138,6 @@ def test_the_parts_of_a_chat_join_to_what_the_template_renders(exports):
 
 
 def test_a_damaged_export_is_refused_in_one_line(exports, tmp_path):
-    import shutil
-
     shutil.copytree(exports["dense"][1], tmp_path / "cut")
     whole = (tmp_path / "cut" / "model.onnx").read_bytes()
     good = (tmp_path / "cut" / "export.json").read_text()
@@ -175,3 +180,45 @@ def test_what_cannot_be_exported_is_refused(exports, tmp_path, words, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         convert.main([str(exports["dense"][0]), str(tmp_path / "new"), *words.split()])
     assert not (tmp_path / "new").exists()
+
+
+def web_folder():
+    """The folder dist of the npm package onnxruntime-web, which .ci/run installs."""
+    return Path(os.environ.get("ONNXRUNTIME_WEB", ".venv/npm/node_modules/onnxruntime-web/dist"))
+
+
+@pytest.mark.skipif(not (web_folder() / WEB[0]).is_file(), reason="onnxruntime-web is not installed (npm)")
+@pytest.mark.skipif(not Path(CHROMIUM).is_file(), reason=f"there is no {CHROMIUM}")
+def test_the_page_answers_as_the_engine_does(exports, tmp_path):
+    """In a browser at phone width: the greedy answer beyond the window, with no request to another host."""
+    from playwright.sync_api import sync_playwright
+
+    source, export = exports["moe"]
+    shutil.copytree(export, tmp_path / "page")
+    for name in WEB:
+        shutil.copy(web_folder() / name, tmp_path / "page" / name)
+    model, tokenizer = load_model(source)
+    ids, _ = tokenizer.render([{"role": "user", "content": "the red cat"}], add_generation_prompt=True)
+    request = Request(ids, 512, temperature=0, stop_ids=[tokenizer.eos_id])
+    Engine(model, vocab_size=tokenizer.vocab_size).generate([request])
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path / "page")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as playwright:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = "--no-sandbox --disable-gpu --disable-quic --disable-background-networking --disable-component-update"
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags.split())
+        page, asked = browser.new_page(viewport=dict(width=360, height=640)), set()
+        page.on("request", lambda request: asked.add(request.url.split("/")[2]))
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.wait_for_function("document.getElementById('status').textContent == 'ready'")
+        page.fill("#temperature", "0")
+        page.fill("#text", "the red cat")
+        page.press("#text", "Enter")
+        page.wait_for_function("document.getElementById('send').textContent == 'Send'")
+        answer = tokenizer.decode(request.tokens, skip_special=True)
+        assert page.evaluate("document.querySelector('#log .model').textContent") == answer
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert asked == {f"127.0.0.1:{server.server_port}"}
+        if folder := os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=Path(folder, "local.png"))
+        browser.close()
+        server.shutdown()
