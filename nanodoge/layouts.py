@@ -11,7 +11,8 @@ Heads.    transformers has one A and one row of dt_proj per key/value head, the 
           own. The function is the same, the KV cache as many times larger.
 Norms.    transformers normalises queries and keys, the original does not, and has no `q_norm` and `k_norm`. That is the
           field `qk_norm` of DogeConfig.
-Numbers.  bfloat16 and float16 become float32, exactly.
+Numbers.  bfloat16 and float16 become float32, exactly. int8 becomes float32 by a scale per row, in a tensor beside it
+          (NAME_scale): our own layout, written by convert.py.
 Output.   A matrix of its own (`lm_head.weight`), or the embedding (`tie_word_embeddings`). A classifier has
           `score.weight` instead, with one row per label.
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from model import Doge, DogeConfig
+from nanodoge.decode import pack
 
 RENAMED = {
     "word_embed.": "embed_tokens.",
@@ -41,6 +43,7 @@ FIXED = dict(hidden_act="silu", hidden_bias=False, attention_bias=False, mlp_bia
 FIXED |= dict(dynamic_mask_ratio=0.0)
 NEEDED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # other types are packed or scaled
+SCALE = "_scale"  # what follows the name of an int8 matrix in the name of its scales
 UNSAVED = ("attention",)  # fields of DogeConfig that say how to compute, not what: never in a config.json
 
 
@@ -141,11 +144,34 @@ def read_labels(fields: dict[str, Any], head: Tensor | None) -> tuple[str, ...]:
 # ---- Tensors
 
 
+def quantise(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of model.py with its large matrices in int8, each with a NAME_scale (rows,) fp32. The router and the
+    scores of keys decide what is kept, and are small: they stay."""
+    packed = {}
+    for name, w in weights.items():
+        if w.dim() == 2 and not name.endswith(("dt_proj.weight", "router_gate.weight")):
+            packed[name], packed[name + SCALE] = pack(w, torch.int8, compiled=True)
+        else:
+            packed[name] = w
+    return packed
+
+
+def dequantise(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those in int8 as float32, and without their scales. Raises ValueError for another shape."""
+    plain = {name: w for name, w in tensors.items() if name + SCALE not in tensors}
+    for name in tensors.keys() - plain.keys():
+        w, scale = tensors[name], tensors[name + SCALE]
+        if w.dtype != torch.int8 or w.dim() != 2 or scale.shape != w.shape[:1]:
+            raise ValueError(f"has {name + SCALE} of shape {list(scale.shape)} for {w.dtype} of {list(w.shape)}")
+        plain[name] = w.float() * scale.float()[:, None]
+    return {name: w for name, w in plain.items() if not (name.endswith(SCALE) and name[: -len(SCALE)] in plain)}
+
+
 def convert(layout: Layout, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """The state dict of model.py's Doge, float32. Raises ValueError, naming the tensor, unless the checkpoint has
     exactly the tensors of the model that its config.json describes."""
     found = {}
-    for name, w in layout.tensors.items():
+    for name, w in dequantise(layout.tensors).items():
         if (ours := our_name(name)) in found:
             raise ValueError(f"has both {found[ours][0]} and {name}, two names of one tensor")
         if not ours.startswith("rotary_emb."):  # wavelengths, which follow from config.json

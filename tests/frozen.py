@@ -84,7 +84,7 @@ def cases():
         yield f"bits_{model}_{dtype}", f"evaluate {source} --bpb=given/text --eval_tokens=600", 1
     yield "text_penalty", "sample given/chat_moe_8 --temperature=0 --repetition_penalty=1.3 --num_samples=2", 1
     yield "text_chat", "sample given/chat_dense_8 --temperature=0 --chat --system=Short. --max_new_tokens=20", 1
-    yield "export_moe", "convert given/chat_moe_8 {out} --for=transformers", 1
+    yield "export_moe", "convert given/chat_moe_8 {out} --to=transformers", 1
     for stage, model, optimizer, ranks in itertools.product(STAGES, MODELS, ("adamw", "muon"), (1, 2)):
         line = f"{STAGES[stage]}{model_options(stage, model)} --optimizer={optimizer}"
         yield f"{stage}_{model}_{optimizer}_{ranks}", line, ranks

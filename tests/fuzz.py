@@ -445,7 +445,7 @@ def checkpoint(draw: Random) -> Case:
 def convert_source(draw: Random) -> Case:
     layout = draw.choice(["model", "parts", "pickled"])
     bring(layout)
-    argv = [layout, "converted", f"--for={draw.choice(['nanodoge', 'transformers'])}"]
+    argv = [layout, "converted", f"--to={draw.choice(['nanodoge', 'transformers'])}"]
     return convert.main, argv, damage.checkpoint(draw, Path(layout))
 
 

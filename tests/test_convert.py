@@ -213,8 +213,8 @@ def test_converting_writes_the_model_that_loading_gives(tmp_path, words, capsys)
     assert after.config == before.config and reader.digest == words.digest
     assert all(torch.equal(w, after.state_dict()[name]) for name, w in before.state_dict().items())
     assert json.loads((target / "config.json").read_text())["model_type"] == "nanodoge"
-    with pytest.raises(ValueError, match="^--for=transformers: transformers' Doge always normalises"):
-        convert.main([str(source), str(tmp_path / "third"), "--for=transformers"])
+    with pytest.raises(ValueError, match="^--to=transformers: transformers' Doge always normalises"):
+        convert.main([str(source), str(tmp_path / "third"), "--to=transformers"])
     with pytest.raises(ValueError, match="holds a checkpoint already"):
         convert.main([str(source), str(target)])
     with pytest.raises(ValueError, match="SOURCE FOLDER: two words, not 1"):
@@ -319,7 +319,7 @@ def test_a_padded_batch_in_transformers_equals_its_rows(tmp_path, words):
 def test_experts_go_to_transformers_with_a_warning(tmp_path, words, capsys):
     model = random_model(**MOE)
     save_checkpoint(tmp_path / "ours", model, words)
-    convert.main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--for=transformers"])
+    convert.main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to=transformers"])
     assert "router mixes the tokens" in capsys.readouterr().out
     theirs, tokens = theirs_of(tmp_path / "theirs"), torch.randint(0, 300, (1, 9))
     ids = tokens[:, :1]  # one text, from its first token
