@@ -17,6 +17,7 @@ import json
 import logging
 import re
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 import regex
@@ -28,6 +29,7 @@ from torch import Tensor
 from model import CDMoE, Doge, RMSNorm, rotary_frequencies, rotary_table
 from nanodoge.attention import NEVER, key_scores
 from nanodoge.decode import pack
+from nanodoge.template import written_parts
 from nanodoge.tokenizer import Tokenizer
 
 WEB = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")  # of onnxruntime-web
@@ -185,12 +187,15 @@ def chat_parts(tokenizer: Tokenizer) -> dict[str, list[int | str]] | None:
     if not tokenizer.chat_template:
         return None
 
+    split, special = tokenizer.split[None], tokenizer.special_tokens
+
     def around(*roles: str) -> list[list[int | str]]:
         messages = [{"role": role, "content": f"<{i}>"} for i, role in enumerate(roles)]
-        parts = tokenizer.template_parts(messages, add_generation_prompt=roles[-1] == "user")
-        texts = [text for text, role in parts if role is None]
-        pieces = [tokenizer.split[None](text) for text in texts]
-        return [[tokenizer.special_tokens.get(piece, piece) for piece in split if piece] for split in pieces]
+        values = tokenizer.names | {"add_generation_prompt": roles[-1] == "user"}
+        written = written_parts(tokenizer.chat_template, messages, None, split, **values)
+        runs = groupby(written, key=lambda part: part[1] is None)
+        texts = ["".join(text for text, *_ in run) for is_template, run in runs if is_template]
+        return [[special.get(piece, piece) for piece in split(text) if piece] for text in texts]
 
     try:
         start, answer = around("user")
