@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +26,7 @@ import torch
 from nanodoge import options as parsing
 from nanodoge.checkpoint import load_model, load_options
 from nanodoge.decode import Decoder
-from nanodoge.engine import Engine
+from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, Count, NonNegative, Positive, Range, Share, Whole, one_line
 from sample import example
@@ -42,7 +43,7 @@ try:
 
     from nanodoge import api
     from nanodoge.api import APIError, error_fields, error_reply, json_reply
-    from nanodoge.service import Service
+    from nanodoge.service import EngineThread, Service
 except ImportError as missing:
     print(f"error: serve.py needs two packages: pip install fastapi uvicorn ({one_line(missing)})", file=sys.stderr)
     sys.exit(2)
@@ -81,7 +82,8 @@ class ServeOptions:
             raise ValueError(f"one checkpoint folder, not {len(self.checkpoint)}: {' '.join(self.checkpoint)}")
 
 
-def load_service(options: ServeOptions) -> Service:
+def load_engine(options: ServeOptions, about: dict) -> Engine:
+    """The engine, tried out. about: gets what `info` says of the model (see Service)."""
     machine = Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
     model, tokenizer = load_model(options.checkpoint[0])
     model, config = model.to(machine.device, machine.dtype), model.config
@@ -91,11 +93,20 @@ def load_service(options: ServeOptions) -> Service:
     config.keep_window_size = options.keep_window_size or config.keep_window_size
     decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype)
     engine = Engine(model, decoder, options.slots, tokenizer=tokenizer, piece=PIECE, reuse=True)
-    defaults = dict(temperature=options.temperature, top_p=options.top_p)
     trained = load_options(options.checkpoint[0])
     shown = example(engine, str(trained.get("data", "")))
-    about = dict(chat="epochs" in trained if trained else bool(tokenizer.chat_template), example=shown and shown[0])
-    return Service(engine, Path(options.checkpoint[0]).name, defaults, options.max_queue, options.timeout, about)
+    about["chat"] = "epochs" in trained if trained else bool(tokenizer.chat_template)
+    about["example"] = shown and shown[0]
+    engine.allocate(config.max_position_embeddings + 2)  # `kept` wants two tokens more
+    engine.generate([Request([tokenizer.bos_id], 2)])  # ValueError for damaged weights
+    return engine
+
+
+def load_service(options: ServeOptions) -> Service:
+    name, about = Path(options.checkpoint[0]).name, {}
+    thread = EngineThread(partial(load_engine, options, about))
+    defaults = dict(temperature=options.temperature, top_p=options.top_p)
+    return Service(thread, name, defaults, options.max_queue, options.timeout, about)
 
 
 # ---- HTTP
@@ -282,6 +293,9 @@ def main(argv: list[str]) -> None:
     service = load_service(options)
     family, host = (socket.AF_INET6, f"[{options.host}]") if ":" in options.host else (socket.AF_INET, options.host)
     with socket.create_server((options.host, options.port), family=family, backlog=2048) as listening:
+        # asyncio does this for sockets whose protocol it knows. Without it every reply takes 40 ms more: its body waits
+        # until the client has acknowledged its headers.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         url = f"http://{host}:{listening.getsockname()[1]}"
         print(f"{service.name}: {options.slots} slots, context {service.context}, page {url}, API {url}/v1")
         if options.keep_window_size:

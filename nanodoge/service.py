@@ -13,7 +13,8 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from functools import partial
 
 from fastapi import Request as Connection
@@ -36,20 +37,32 @@ from nanodoge.api import (
     join_pieces,
     json_reply,
 )
-from nanodoge.engine import Engine, Request
+from nanodoge.engine import Engine
 from nanodoge.tokenizer import REASONING_TAGS
 
 
 class EngineThread(threading.Thread):
-    """The only thread that touches the engine. Others leave calls in a queue; None ends it."""
+    """The only thread that touches the engine. Others leave calls in a queue; None ends it.
 
-    def __init__(self, engine: Engine):
+    It makes the engine, too. Torch starts a team of OpenMP threads for every thread that computes, and if the teams are
+    more threads than cores, each waits for its own by sleeping: that made every token take 1.5 times as long.
+    """
+
+    def __init__(self, make: Callable[[], Engine]):
+        """Starts. `engine` is what make() returned. Raises what it raises."""
         super().__init__(daemon=True)
-        self.engine, self.calls, self.active, self.sums = engine, queue.SimpleQueue(), set(), Counter()
+        self.calls, self.active, self.sums = queue.SimpleQueue(), set(), Counter()
         self.loop: asyncio.AbstractEventLoop | None = None  # of the handlers
+        self.make, self.made = make, Future()
+        self.start()
+        self.engine = self.made.result()
 
     def run(self) -> None:
-        engine = self.engine
+        try:
+            engine = self.make()
+        except BaseException as error:
+            return self.made.set_exception(error)
+        self.made.set_result(engine)
         while True:
             while not self.calls.empty() or not (engine.live or engine.waiting or engine.reader):
                 call = self.calls.get()
@@ -96,17 +109,14 @@ class EngineThread(threading.Thread):
 class Service:
     """A model and the clients it serves."""
 
-    def __init__(self, engine: Engine, name: str, defaults: dict, max_queue: int, timeout: float, about: dict):
+    def __init__(self, thread: EngineThread, name: str, defaults: dict, max_queue: int, timeout: float, about: dict):
         """defaults: temperature and top_p of a request that has none. max_queue, timeout: see ServeOptions. about: what
         `info` says besides: chat, whether the model was tuned on conversations; example, a question it answers."""
-        self.name, self.defaults, self.timeout, self.coder = name, defaults, timeout, engine.tokenizer
-        self.about = about
+        self.thread, self.name, self.defaults, self.timeout, self.about = thread, name, defaults, timeout, about
+        engine, self.coder = thread.engine, thread.engine.tokenizer
         self.config, self.context = engine.model.config, engine.model.config.max_position_embeddings
-        engine.allocate(self.context + 2)  # `kept` wants two tokens more
-        engine.generate([Request([self.coder.bos_id], 2)])  # ValueError for damaged weights
-        self.thread, self.pending, self.at_once = EngineThread(engine), 0, engine.slots + max_queue
+        self.pending, self.at_once = 0, engine.slots + max_queue
         self.is_stopping, self.statuses = False, Counter()  # which the server sets and counts
-        self.thread.start()
 
     # ---- From what a client sent to requests of the engine
 
