@@ -184,7 +184,7 @@ def test_what_cannot_be_exported_is_refused(exports, tmp_path, words, message):
 
 def web_folder():
     """The folder dist of the npm package onnxruntime-web, which .ci/run installs."""
-    return Path(os.environ.get("ONNXRUNTIME_WEB", ".venv/npm/node_modules/onnxruntime-web/dist"))
+    return Path(os.environ.get("ONNXRUNTIME_WEB", "out/npm/node_modules/onnxruntime-web/dist"))
 
 
 @pytest.mark.skipif(not (web_folder() / WEB[0]).is_file(), reason="onnxruntime-web is not installed (npm)")
