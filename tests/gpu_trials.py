@@ -128,7 +128,7 @@ def run_recipe(device, tiny, folder, name, *options):
     if not os.path.exists(f"{folder}/data"):
         prepare(PrepareOptions(["stories"], f"{folder}/data", stories=100 if tiny else 4000), quiet=True)
     argv = [f"{HERE}/config/doge20m.py", f"--data={folder}/data", f"--out_dir={folder}/{name}", f"--device={device}"]
-    argv += ["--warmup_steps=2", "--decay_steps=0", "--sample_tokens=0", "--eval_tokens=100000"]
+    argv += ["--copy_steps=0", "--warmup_steps=2", "--decay_steps=0", "--sample_tokens=0", "--eval_tokens=100000"]
     if tiny:
         argv += "--max_position_embeddings=32 --batch_tokens=64 --micro_batch_size=2 --vocab_size=4096".split()
         argv += ["--eval_tokens=100", *(f"--{name}={value}" for name, value in TINY.items())]
