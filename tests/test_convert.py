@@ -670,7 +670,7 @@ def test_a_classifier_is_no_language_model_and_labels_are_checked(classifier, tm
     with pytest.raises(ValueError, match="of dog, cat, and what is needed here is a classifier of a, b$"):
         load_model(classifier / "run", labels=("a", "b"))
     for rows, labels, message in [
-        ([dict(text="x", label=3)], ["0", "1"], "label '3' is not one of --labels=0,1"),
+        ([dict(text="x", label=3)], ["0", "1"], "with another label .*: '3' is not one of --labels=0,1"),
         ([dict(text="x")], ["0", "1"], "needed is one of text, label$"),
         ([dict(text="x", label=0)], ["0"], "--labels=0: --kind=labels, and no other, needs two different names"),
         ([dict(text="x", label=0)], [], "--labels=: --kind=labels"),
