@@ -395,10 +395,9 @@ def train(options: TrainOptions, machine: Machine) -> None:
             if step + 1 == options.copy_steps:
                 machine.print(f"step {step + 1:>6}  the copy steps end: every target counts, so the loss is another")
     run.finish()
-    if options.sample_tokens:
-        with unsharded(model):
-            if machine.is_main:
-                print_sample(model, tokenizer, machine, options)
+    with unsharded(model):
+        if options.sample_tokens and machine.is_main:
+            print_sample(model, tokenizer, machine, options)
 
 
 def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: TrainOptions) -> None:
