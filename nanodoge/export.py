@@ -154,8 +154,8 @@ class Step(nn.Module):
 
 
 def portable_pattern(pattern: str) -> str:
-    r"""The pattern of a tokenizer for Python's `re` and JavaScript alike. Both lack what it is written in: `\p{L}` or
-    `(?i:...)`, and mean other characters by \s. So classes are spelled out, as ranges. Raises ValueError for more."""
+    r"""The pattern of a tokenizer for Python's `re` and JavaScript alike. Both lack `\p{L}` or `(?i:...)`, and `\s` is
+    other characters there, so classes are spelled out as ranges. Raises ValueError for what neither has (`a++`)."""
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
 
     def ranges(kind: str) -> str:

@@ -44,8 +44,9 @@ from nanodoge.tokenizer import REASONING_TAGS
 class EngineThread(threading.Thread):
     """The only thread that touches the engine. Others leave calls in a queue; None ends it.
 
-    It makes the engine, too. Torch starts a team of OpenMP threads for every thread that computes, and if the teams are
-    more threads than cores, each waits for its own by sleeping: that made every token take 1.5 times as long.
+    It makes the engine, too. OpenMP gives every thread that computes with torch a team of threads. If all teams
+    together have more threads than there are cores, they wait by sleeping instead of spinning, and a token takes 1.5
+    times as long.
     """
 
     def __init__(self, make: Callable[[], Engine]):
