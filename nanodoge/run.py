@@ -85,12 +85,10 @@ def in_megabytes(row: dict) -> dict:
 
 def plot_loss(log_path: Path, picture_path: Path) -> None:
     """Draws training and validation loss over the tokens seen. The part in which a loss is that of copies is shaded."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the notebook that calls a stage
 
-    matplotlib.use("Agg")  # no screen needed
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
     for column, style in (("loss", "-"), ("val_loss", "o-"), ("copy_loss", ".")):
         points = [(int(row["tokens"]), float(row[column])) for row in read_log(log_path) if row.get(column)]
         if points:
@@ -102,7 +100,6 @@ def plot_loss(log_path: Path, picture_path: Path) -> None:
     if axes.lines:
         axes.legend()
     figure.savefig(picture_path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def duration(seconds: float) -> str:
