@@ -2,7 +2,8 @@
 
 python -m pytest -m notebooks                                         runs the notebooks, two minutes on one core
 python tests/test_examples.py                                         runs them, and writes their outputs
-PICTURES=docs/pictures python tests/test_examples.py out/stories      the pictures, of a trained model
+python train.py --keep_window_size=64 --out_dir=out/stories-64        the model of the pictures
+PICTURES=docs/pictures python tests/test_examples.py out/stories-64   draws them; writes no outputs
 """
 
 import doctest
@@ -12,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 HERE = Path(__file__).resolve().parent.parent
@@ -63,6 +65,18 @@ def test_notebooks_are_small_and_have_no_paths_of_a_machine():
     for path in NOTEBOOKS:
         text = path.read_text(encoding="utf-8")
         assert len(text) < 600_000 and not re.search(r"/home/|/work/|/root/|/Users/|Traceback", text), path.name
+
+
+def test_the_loss_curve_of_a_stage_leaves_the_backend_of_a_notebook_alone(tmp_path):
+    from nanodoge.run import plot_loss  # here, since as a program this file does not find it
+
+    before = matplotlib.get_backend()
+    matplotlib.use("svg")
+    try:
+        plot_loss(HERE / "results" / "stories.csv", tmp_path / "loss.png")
+        assert matplotlib.get_backend() == "svg" and (tmp_path / "loss.png").stat().st_size > 1000
+    finally:
+        matplotlib.use(before)
 
 
 # ---- The guided reading
