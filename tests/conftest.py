@@ -1,4 +1,5 @@
-"""The same random numbers in every run, no network, and one thread per test process: more of them only wait."""
+"""The same random numbers in every run, no network, one thread per test process (more of them only wait), and no
+pictures of the loss, which take longer than most runs here."""
 
 import os
 
@@ -12,3 +13,9 @@ import torch
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    if "draws" not in request.keywords:
+        monkeypatch.setattr("nanodoge.run.plot_loss", lambda *paths: None)
