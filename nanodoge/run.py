@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,37 +114,33 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+@dataclass(eq=False)
 class Run:
     """Where a run stands, its log and its checkpoints in options.out_dir."""
 
-    def __init__(
-        self,
-        options: Any,  # of the stage: a RunOptions
-        machine: Machine,
-        model: Doge,
-        network: nn.Module,  # computes the losses: the model or a module around it, compiled, in DDP; see profile_step
-        tokenizer: Tokenizer,
-        optimizers: list[torch.optim.Optimizer],
-        evaluate: Callable[[], dict[str, float]],  # a validation, as columns of the log
-        flops_per_token: float,
-        milestones: dict[int, Path] | None = None,  # {steps done: folder} of checkpoints kept beside the newest one
-        columns: Iterable[str] = (),  # of the log, beside COLUMNS
-        extra_state: dict | None = None,  # saved with every checkpoint
-        evaluate_first: bool = False,  # a validation before the first step
-    ):
-        self.options, self.machine, self.model, self.network = options, machine, model, network
-        self.tokenizer, self.optimizers, self.evaluate = tokenizer, optimizers, evaluate
-        self.flops_per_token, self.peak_flops = flops_per_token, machine.peak_flops()
-        self.folder, self.milestones = Path(options.out_dir), milestones or {}
-        self.columns = list(dict.fromkeys([*COLUMNS, *columns]))  # each once
-        self.extra_state, self.evaluate_first = extra_state or {}, evaluate_first
-        self.names = {p: name for name, p in model.named_parameters()}
+    options: Any  # of the stage: a RunOptions
+    machine: Machine
+    model: Doge
+    network: nn.Module  # computes the losses: the model or a module around it, compiled, in DDP; see profile_step
+    tokenizer: Tokenizer
+    optimizers: list[torch.optim.Optimizer]
+    evaluate: Callable[[], dict[str, float]]  # a validation, as columns of the log
+    flops_per_token: float
+    milestones: dict[int, Path] = field(default_factory=dict)  # {steps done: folder of a checkpoint to keep}
+    columns: Iterable[str] = ()  # of the log, beside COLUMNS
+    extra_state: dict = field(default_factory=dict)  # saved with every checkpoint
+    evaluate_first: bool = False  # a validation before the first step
+
+    def __post_init__(self) -> None:
+        self.folder, self.peak_flops = Path(self.options.out_dir), self.machine.peak_flops()
+        self.columns = list(dict.fromkeys([*COLUMNS, *self.columns]))  # each once
+        self.names = {p: name for name, p in self.model.named_parameters()}
         self.step, self.tokens, self.seconds, self.row = 0, 0, 0.0, None  # step: how many are done
         self.log, self.fresh, self.warned = None, True, False  # fresh: nothing saved yet
         self.began = time.perf_counter(), 0  # when this process began, with which step
         self.signal = self.stop = 0  # the signal this rank got; the one that all ranks know of
         # Reading the loss synchronises a GPU and the ranks, so it is not read in every step there.
-        self.reads_every_step = machine.device.type == "cpu" and machine.world_size == 1
+        self.reads_every_step = self.machine.device.type == "cpu" and self.machine.world_size == 1
 
     # ---- State
 

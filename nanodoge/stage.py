@@ -117,17 +117,12 @@ def default_out_dir(data: str) -> str:
     return f"out/{Path(data).name}"
 
 
-def read_run_options(
-    cls: type,
-    argv: list[str],
-    may_change: set[str],
-    inherited: Callable[[str], dict[str, Any]] | None = None,
-) -> Any:
+def read_run_options(cls: type, argv: list[str], may_change: set[str], inherited: Callable | None = None) -> Any:
     """The options of a run: the class's defaults, then its recipe (in config/) if argv names no config file, then
     argv. With --resume they are those of the run in out_dir, of which argv may change `may_change`.
 
     --resume_or_start resumes if there is a run: torchrun --max-restarts and job queues repeat the same command line.
-    inherited(--init_from): options that a new run takes over from a checkpoint, in place of the recipe.
+    inherited(--init_from): the options that a new run takes over from a checkpoint, in place of the recipe.
     """
     config = HERE / "config" / cls.recipe
     asked = read_values(cls, argv, default_config=config)
@@ -135,16 +130,13 @@ def read_run_options(
     for name in ("resume", "resume_or_start"):
         if asked.get(name) and asked.get("overwrite"):
             raise ValueError(f"--overwrite replaces the run in --out_dir={out}, --{name} goes on with it: choose one")
-    holds = [
-        name
-        for name in ("training_state.pt", "model.safetensors", "config.json")
-        if checkpoint_file(out, name).is_file()
-    ]
-    if asked.get("resume") or (asked.get("resume_or_start") and "training_state.pt" in holds):
+    files = ("training_state.pt", "model.safetensors", "config.json")
+    can_resume, *others = (checkpoint_file(out, name).is_file() for name in files)
+    if asked.get("resume") or (asked.get("resume_or_start") and can_resume):
         return resumed_options(cls, argv, out, may_change)
     base = inherited(asked["init_from"]) if inherited and asked.get("init_from") else {}
     options = parse_options(cls, argv, base=base, default_config=None if base else config)
-    if holds and not options.overwrite:
+    if (can_resume or any(others)) and not options.overwrite:
         advice = "--resume goes on with it, --overwrite replaces it, or choose another folder"
         raise ValueError(f"--out_dir={out} holds a run already: {advice}")
     return options
@@ -158,9 +150,8 @@ def resumed_options(cls: type, argv: list[str], out: str, may_change: set[str]) 
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
     saved, names = saved_options(cls, state), {field.name for field in dataclasses.fields(cls)}
     if other := saved.keys() - names:
-        raise ValueError(
-            f"--resume: the run in {out} is of another stage: it has the options {' '.join(sorted(other))}"
-        )
+        listed = " ".join(sorted(other))
+        raise ValueError(f"--resume: the run in {out} is of another stage: it has the options {listed}")
     _, given = split_argv(cls, argv)
     given.pop("config", None)
     base = saved | dict(out_dir=out, resume=True)
@@ -263,9 +254,8 @@ def profile_step(
 
     network, compile_note = model, "eager (--compile=on tries torch.compile)"
     try:
-        if options.compile == "on" or (
-            options.compile == "auto" and machine.device.type == "cuda" and not options.shard
-        ):
+        is_usual = machine.device.type == "cuda" and not options.shard
+        if options.compile == "on" or (options.compile == "auto" and is_usual):
             try:
                 network = torch.compile(model)
                 seconds, compile_note = timed(network), "torch.compile"
