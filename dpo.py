@@ -262,7 +262,7 @@ def train(options: DpoOptions, machine: Machine) -> None:
 
 
 def main(argv: list[str]) -> None:
-    stage.run_stage(train, stage.read_run_options(DpoOptions, argv, stage.TUNE_MAY_CHANGE))
+    stage.run_stage(train, stage.read_run_options(DpoOptions, argv))
 
 
 if __name__ == "__main__":

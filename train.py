@@ -74,6 +74,7 @@ class TrainOptions(DogeConfig, RunOptions):
     recipe: ClassVar[str] = "tiny.py"
     first: ClassVar[str] = """data init_from out_dir resume max_steps learning_rate batch_tokens micro_batch_size
         optimizer device"""
+    may_change: ClassVar[str] = RunOptions.may_change + " max_steps decay_steps eval_tokens attention micro_batch_size"
 
     def __post_init__(self):
         """The checks that need no data; DogeConfig's own wait until the vocabulary is known."""
@@ -199,10 +200,6 @@ def cosine(step: int, max_steps: int, warmup_steps: int, floor: float = 0.1) -> 
 # ---- Optimizers
 
 
-def is_routed(name: str) -> bool:
-    return any(part in name for part in ("router_gate", "down_embed", "up_embed"))
-
-
 def make_optimizers(model: Doge, options: RunOptions, machine: Machine) -> list[torch.optim.Optimizer]:
     """AdamW, and with --optimizer=muon also Muon. Their groups carry `routed`: router and experts, which
     moe_warmup_steps trains first.
@@ -214,7 +211,8 @@ def make_optimizers(model: Doge, options: RunOptions, machine: Machine) -> list[
     for name, p in model.named_parameters():
         hidden = name.startswith("layers") and "_proj" in name and "dt_proj" not in name
         kind = "muon" if options.optimizer == "muon" and hidden else "adamw"
-        groups.setdefault((kind, p.ndim >= 2, is_routed(name)), []).append(p)
+        routed = any(part in name for part in ("router_gate", "down_embed", "up_embed"))
+        groups.setdefault((kind, p.ndim >= 2, routed), []).append(p)
     kinds = {"adamw": [], "muon": []}
     for (kind, decays, routed), parameters in groups.items():
         decay = options.weight_decay if decays else 0.0
@@ -410,13 +408,6 @@ def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: T
     print_end(options, machine, "writes", text, f"python sample.py {options.out_dir}")
 
 
-# What a resumed run may change: its cost, where and how often it reports, and when it ends. The rest makes it another.
-MAY_CHANGE = set(
-    """resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens save_every device
-    dtype attention compile patience shard micro_batch_size gradient_checkpointing sample_tokens""".split()
-)
-
-
 def inherited(source: str) -> dict[str, Any]:
     """The options that a run from the checkpoint `source` takes over: its shape, and its recipe if train.py made it. It
     is warm already, and can copy."""
@@ -431,7 +422,7 @@ def inherited(source: str) -> dict[str, Any]:
 
 
 def read_options(argv: list[str]) -> TrainOptions:
-    return read_run_options(TrainOptions, argv, MAY_CHANGE, inherited)
+    return read_run_options(TrainOptions, argv, inherited)
 
 
 def main(argv: list[str]) -> None:

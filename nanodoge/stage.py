@@ -71,6 +71,9 @@ class RunOptions:
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
     shard: bool = False  # divide weights, gradients and moments over the ranks: for a model too large for one GPU
     patience: Annotated[int, Range(1, 10**6)] = 600  # seconds to wait for a rank that does not answer
+    # A resumed run may change its cost, and where and how often it reports. The rest would make it another run.
+    may_change: ClassVar[str] = """resume out_dir overwrite keep_best log_every eval_every save_every sample_tokens
+        device dtype compile patience shard gradient_checkpointing"""
 
     def __post_init__(self):
         check_ranges(self)
@@ -100,13 +103,8 @@ class TuneOptions(RunOptions):
     eval_size: Count = 1000  # conversations, pairs or problems of a validation, always the first ones
     first: ClassVar[str] = """init_from data out_dir resume epochs max_steps learning_rate batch_size
         micro_batch_tokens device"""
+    may_change: ClassVar[str] = RunOptions.may_change + " eval_size micro_batch_tokens"
 
-
-# What a resumed tuning run may change: its cost, and where and how often it reports. The rest makes it another run.
-TUNE_MAY_CHANGE = set(
-    """resume out_dir overwrite keep_best log_every eval_every eval_size save_every sample_tokens device dtype
-    compile patience shard micro_batch_tokens gradient_checkpointing""".split()
-)
 
 # Options under the names that older training states have.
 RENAMED = {"batch_size": "micro_batch_size", "batch_rows": "batch_size", "micro_tokens": "micro_batch_tokens"}
@@ -117,9 +115,9 @@ def default_out_dir(data: str) -> str:
     return f"out/{Path(data).name}"
 
 
-def read_run_options(cls: type, argv: list[str], may_change: set[str], inherited: Callable | None = None) -> Any:
+def read_run_options(cls: type, argv: list[str], inherited: Callable | None = None) -> Any:
     """The options of a run: the class's defaults, then its recipe (in config/) if argv names no config file, then
-    argv. With --resume they are those of the run in out_dir, of which argv may change `may_change`.
+    argv. With --resume they are those of the run in out_dir, of which argv may change `cls.may_change`.
 
     --resume_or_start resumes if there is a run: torchrun --max-restarts and job queues repeat the same command line.
     inherited(--init_from): the options that a new run takes over from a checkpoint, in place of the recipe.
@@ -133,7 +131,7 @@ def read_run_options(cls: type, argv: list[str], may_change: set[str], inherited
     files = ("training_state.pt", "model.safetensors", "config.json")
     can_resume, *others = (checkpoint_file(out, name).is_file() for name in files)
     if asked.get("resume") or (asked.get("resume_or_start") and can_resume):
-        return resumed_options(cls, argv, out, may_change)
+        return resumed_options(cls, argv, out)
     base = inherited(asked["init_from"]) if inherited and asked.get("init_from") else {}
     options = parse_options(cls, argv, base=base, default_config=None if base else config)
     if (can_resume or any(others)) and not options.overwrite:
@@ -142,7 +140,7 @@ def read_run_options(cls: type, argv: list[str], may_change: set[str], inherited
     return options
 
 
-def resumed_options(cls: type, argv: list[str], out: str, may_change: set[str]) -> Any:
+def resumed_options(cls: type, argv: list[str], out: str) -> Any:
     """The options of the run in the folder `out`, with the changes that argv names as --name=value; a config file only
     tells where the run is. Raises ValueError for a change that would make it another run."""
     state = load_training_state(out)
@@ -157,7 +155,7 @@ def resumed_options(cls: type, argv: list[str], out: str, may_change: set[str]) 
     base = saved | dict(out_dir=out, resume=True)
     options = parse_options(cls, [f"--{name}={text}" for name, text in given.items()], base=base)
     for name, before in saved.items():
-        if name not in may_change and (value := getattr(options, name)) != before:
+        if name not in cls.may_change.split() and (value := getattr(options, name)) != before:
             advice = "a resumed run cannot change it (--init_from starts a new run from its weights)"
             raise ValueError(f"--{name}={value}: the run in {out} has {before}; {advice}")
     return options
