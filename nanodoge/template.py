@@ -89,6 +89,12 @@ def fix_surrogates(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def with_thought(thought: str, content: str) -> str:
+    """What an assistant thought and said as one text: between the thought tags, then between the solution tags."""
+    content = content and f"\n\n<|begin_of_solution|>\n{content.strip()}\n<|end_of_solution|>"
+    return f"<|begin_of_thought|>\n{thought.strip()}\n<|end_of_thought|>{content}"
+
+
 def plain_messages(messages: list[dict], template: str) -> list[dict]:
     """Messages as people send them -> as transformers gives them to this template. Raises ValueError for unusable ones.
 
@@ -110,8 +116,7 @@ def plain_messages(messages: list[dict], template: str) -> list[dict]:
             valid = f'like {{"role": "user", "content": "Hi"}}, with one of the roles {", ".join(ROLES)}'
             raise ValueError(f"message {i} must be {valid}, not {given!r:.200}")
         if thought.strip() and not knows_thoughts and "<|begin_of_thought|>" not in content:
-            content = content and f"\n\n<|begin_of_solution|>\n{content.strip()}\n<|end_of_solution|>"
-            content = f"<|begin_of_thought|>\n{thought.strip()}\n<|end_of_thought|>{content}"
+            content = with_thought(thought, content)
         message |= dict.fromkeys(REASONING_FIELDS[:2], thought) if thought and knows_thoughts else {}
         message |= {"tool_calls": list(map(plain_call, calls))} if calls else {}
         plain.append(message | {"content": content})
