@@ -116,12 +116,7 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
 
 
 def bits_per_byte(
-    nats_of: Callable[[Tensor, Tensor], float],
-    data: Sequences,
-    bytes_of: Tensor,
-    max_tokens: int,
-    batch_size: int,
-    machine: Machine,
+    nats_of: Callable, data: Sequences, bytes_of: Tensor, max_tokens: int, batch_size: int, machine: Machine
 ) -> tuple[float, float, int]:
     """Mean loss in nats per token, bits per byte, and number of tokens, of the first max_tokens of a text, rounded up
     to whole sequences. The ranks share them. Bits count every token, also the end of a document; bytes are the text's.

@@ -39,9 +39,8 @@ class Machine:
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
         if kind == "cuda":
             if self.device.index >= (count := torch.cuda.device_count()):
-                raise ValueError(
-                    f"process {self.device.index + 1} has no GPU: there are {count}; start as many processes"
-                )
+                advice = f"there are {count}; start as many processes"
+                raise ValueError(f"process {self.device.index + 1} has no GPU: {advice}")
             torch.cuda.set_device(self.device)
         has_bf16 = kind == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)  # Ampere or newer
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if has_bf16 else torch.float32

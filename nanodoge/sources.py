@@ -113,9 +113,8 @@ def parse_source(spec: str) -> Source:
         place = name
     else:
         advice = f"; the dataset of that name is hf:{place}" if re.fullmatch(r"[\w.-]+/[\w.-]+", place) else ""
-        raise ValueError(
-            f"source {place!r}: there is no such file or folder{advice} (--help lists the kinds of source)"
-        )
+        reason = f"there is no such file or folder{advice}"
+        raise ValueError(f"source {place!r}: {reason} (--help lists the kinds of source)")
     return Source(spec, kind, place, ratio, inputs, note)
 
 

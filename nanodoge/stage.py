@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn as nn
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Doge
@@ -229,11 +228,7 @@ def count_phases(options: Any) -> None:
 
 
 def profile_step(
-    machine: Machine,
-    model: nn.Module,
-    loss_of: Callable[[nn.Module], Tensor],
-    options: RunOptions,
-    size_option: str = "micro_batch_tokens",
+    machine: Machine, model: nn.Module, loss_of: Callable, options: RunOptions, size_option: str = "micro_batch_tokens"
 ) -> tuple[nn.Module, float, str]:
     """(network, seconds, compile_note): one micro-batch, loss_of(network), forward and backward, before the run.
 
