@@ -258,7 +258,7 @@ def keep_samples(path: Path, step: int, samples: list[dict]) -> None:
         kept += (line + b"\n") * (before < step)
     text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)  # it could be a link to somewhere else
+    temporary.unlink(missing_ok=True)  # a link would lead to another file
     temporary.write_bytes(kept + text.encode())
     os.replace(temporary, path)
 

@@ -11,7 +11,7 @@ mean loss and its gradient, move the weights a little against it. The rest of th
 
 Data order. An epoch visits every sequence once, in an order that is a pure function of (seed, epoch). So the sequences
 of step n are known without having run the steps before, and a run that was killed continues with exactly what it would
-have read. On a CPU it ends at the same weights to the last bit (nobody promises that on a GPU or with another torch).
+have read. On a CPU it ends at the same weights to the last bit (not on a GPU, nor with another version of torch).
 
 Schedule. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
 et al. 2024, arXiv 2405.18392). Unlike a cosine it does not need to know the end beforehand. The weights just before the
@@ -121,7 +121,7 @@ def prepare_if_built_in(options: RunOptions, machine: Machine, kind: str = "text
     tokenizer = ""
     if kind != "text":
         tokenizer = options.out_dir if options.resume else options.init_from
-        load_config(tokenizer)  # if there is no checkpoint, this says so
+        load_config(tokenizer)  # raises ValueError if there is no checkpoint
     if machine.is_main:
         from prepare_data import prepare_built_in
 

@@ -78,7 +78,7 @@ def final_answer(text: str) -> str:
 
 def unwrap(text: str) -> str:
     """A text without the signs around it, such as $ and **, and without a full stop at its end."""
-    for _ in range(8):  # deeper than anybody nests
+    for _ in range(8):  # at most 8 nested wrappers
         text = text.strip().removesuffix(".")
         for begin, end in WRAPPERS:
             if len(text) > len(begin + end) and text.startswith(begin) and text.endswith(end):

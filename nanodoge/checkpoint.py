@@ -64,7 +64,7 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=N
         text = json.dumps(hugging_face_config(model, tokenizer) | (fields or {}), indent=2)
         (saving / "config.json").write_text(text, encoding="utf-8")
         tokenizer.save(saving, model.config.max_position_embeddings)
-        shutil.copymode(saving / "config.json", saving / "model.safetensors")  # safetensors shuts others out
+        shutil.copymode(saving / "config.json", saving / "model.safetensors")  # safetensors lets only the owner read
         for path in [*saving.iterdir(), saving]:
             if path.is_file() or os.name == "posix":  # Windows cannot flush a folder
                 flush(path)
@@ -296,7 +296,7 @@ def optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str]) -> di
 
 def load_optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str], state: dict) -> None:
     """Restores what optimizer_state returned. Parameters that it lacks, or has from another kind of optimizer, start
-    afresh. Raises ValueError for another shape, which the kernels do not check."""
+    without a state. Raises ValueError for another shape, which the kernels do not check."""
     for optimizer in optimizers:
         muon = isinstance(optimizer, torch.optim.Muon)
         quantities = ["momentum_buffer"] if muon else ["exp_avg", "exp_avg_sq", "step"]

@@ -175,7 +175,7 @@ def pad(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor,
 
 def open_sets(folder: str, kind: str) -> tuple[TokenSet, TokenSet, Tokenizer]:
     """The training and the validation set of a data folder, and its tokenizer."""
-    read_meta(folder, kind)  # complains of another kind
+    read_meta(folder, kind)  # raises ValueError for another kind
     tokenizer = load_tokenizer(folder)
     return *(TokenSet(folder, split, kind, tokenizer) for split in ("train", "val")), tokenizer
 

@@ -46,7 +46,7 @@ def token_logprobs(x: Tensor, weight: Tensor, targets: Tensor, temperature=1.0, 
 
 def rows_at_once(x: Tensor, weight: Tensor) -> int:
     """How many positions are multiplied by the output matrix at once."""
-    budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU wants large pieces
+    budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU is faster with large pieces
     return max(LOSS_ROWS, budget // len(weight))
 
 

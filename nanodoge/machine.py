@@ -145,7 +145,7 @@ def shard(model: nn.Module, machine: Machine, entry: str = "forward") -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes most of a second
 
     if machine.world_size > 1:
-        for layer in (*model.layers, model):  # the model last: it holds what is left, the embedding among it
+        for layer in (*model.layers, model):  # the model last: it takes the remaining weights, such as the embedding
             fully_shard(layer)
         for layer in model.layers:
             register_fsdp_forward_method(layer, "in_slices")

@@ -75,7 +75,7 @@ def run_block(block, x: Tensor, *inputs, last=None, recompute=False, whole=False
     recompute: the block is computed again in the backward pass (Chen et al. 2016, arXiv 1604.06174). In rows beyond the
     window attention is most of the work, and all else most of the memory, so there all else is, in any case.
     size: positions in a slice; None: SLICE on a CPU, where fresh pages cost time, so intermediate tensors are kept
-    small; a GPU wants large pieces. whole: no slices (experts balance their load over the whole row).
+    small; a GPU is faster with large ones. whole: no slices (experts balance their load over the whole row).
     """
     T, learning = x.shape[1], torch.is_grad_enabled()
     beyond = learning and T > block.self_attn.window

@@ -48,7 +48,7 @@ class Log:
         self.steps = {int(row["step"]) for row in rows}
         self.best = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf)
         temporary = self.path.with_name(self.path.name + ".new")
-        temporary.unlink(missing_ok=True)  # it could be a link to somewhere else
+        temporary.unlink(missing_ok=True)  # a link would lead to another file
         self.append(temporary, "w", [dict(zip(columns, columns, strict=True)), *rows])
         os.replace(temporary, self.path)
 
@@ -175,7 +175,7 @@ class Run:
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             finish_interrupted_save(self.folder)
-            if self.fresh and self.options.overwrite:  # what is left of the old run must not be resumed
+            if self.fresh and self.options.overwrite:  # no part of the old run may be resumed
                 (self.folder / "training_state.pt").unlink(missing_ok=True)
                 clear(self.folder / "stable")
                 clear(self.folder / "best")
@@ -239,8 +239,8 @@ class Run:
     def end_step(
         self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int, name: str = "loss", **columns: Tensor
     ) -> None:
-        """Counts a step and does what is due, in this order: check, save, validate, log. Saving comes first, so that
-        running out of memory in a validation costs nothing.
+        """Counts a step; checks, saves, validates and logs, in this order, where that is due. It saves first, so that a
+        validation that runs out of memory costs nothing.
 
         loss and columns are this rank's shares, whose sums over all ranks are logged; tokens counts all ranks'. name:
         the loss's column. Raises ValueError when the numbers are not finite.

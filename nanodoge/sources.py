@@ -232,7 +232,7 @@ def hash_of(key: bytes) -> int:
 def stdlib_parts() -> list[str]:
     """The files of the language reference and of the standard library: about 9 MB in 400 files on every Python."""
     root = Path(sysconfig.get_path("stdlib"))
-    # Not the library proper (tests, an editor, tables of codecs), generated on this machine, or somebody else's:
+    # Not the library proper (tests, an editor, tables of codecs), generated on this machine, or third-party:
     other = r"(.*/)?(tests?|idlelib|lib2to3|encodings|turtledemo|(site|dist)-packages|__pycache__|_bundled|pydoc_data)/"
     other = re.compile(rf"{other}|config-|_sysconfigdata")
     paths = sorted(str(p) for p in root.rglob("*.py") if not other.match(p.relative_to(root).as_posix()))

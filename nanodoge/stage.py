@@ -207,7 +207,7 @@ def count_steps(options: TuneOptions, count: int, machine: Machine) -> None:
 
 
 def good_steps(tokens: int, batch_tokens: int) -> int:
-    """The steps of a run on a text of so many tokens: six epochs, then the tiny model begins to know it by heart
+    """The steps of a run on a text of so many tokens: six epochs, after which the tiny model overfits
     (NOTES.md), between 20 steps and what takes minutes on a CPU."""
     return max(20, math.ceil(min(6 * tokens, 2_457_600) / batch_tokens))
 

@@ -121,12 +121,9 @@ class EncodingPerThread(threading.local):
     uses it, and if several share one encoder, they take 1.4 to 1.9 times as long."""
 
     def __init__(self, vocabulary: Vocabulary):
-        ranks, special, pattern, words = self.vocabulary = vocabulary
+        ranks, special, pattern, words = vocabulary
         names = special | words
         self.encoding = tiktoken.Encoding("doge", pat_str=pattern, mergeable_ranks=ranks, special_tokens=names)
-
-    def __reduce__(self):  # so that a tokenizer can be pickled, for worker processes
-        return EncodingPerThread, (self.vocabulary,)
 
 
 class Tokenizer:
@@ -248,7 +245,7 @@ class Tokenizer:
 
         The mask marks what the model learns to write: what the template puts between its `generation` tags, else the
         assistant's words and the special token that ends its turn, EOS; not the header before them, and not the blank
-        lines after. A token belongs to whoever wrote its first byte: one that begins in the header and runs into the
+        lines after. A token belongs to the writer of its first byte: one that begins in the header and runs into the
         answer is not the assistant's, because at generation time the header is already there. Raises ValueError for
         unusable messages and for templates that rewrite them.
         """
