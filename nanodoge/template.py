@@ -180,7 +180,7 @@ def written_parts(
         if any(len(message) > 2 for message in messages):  # a call begins before its first text: {"name": "lamp", ...
             other = run(lambda i, text: text, add_generation_prompt=not values["add_generation_prompt"])
             prompt = max(text, other, key=len).removeprefix(min(text, other, key=len))
-        yield from answers(marks, texts, roles, prompt, split)
+        yield from guessed_parts(marks, texts, roles, prompt, split)
         return
     role, learned = None, False
     for found, part in zip(marks, texts, strict=True):
@@ -191,7 +191,7 @@ def written_parts(
         yield part, role, learned
 
 
-def answers(
+def guessed_parts(
     marks: list[str], texts: list[str], roles: list[str], prompt: str, split: Callable[[str], list[str]]
 ) -> Iterator[tuple[str, str | None, bool]]:
     """The parts for a template without generation tags: learned is what the assistant says, what the template writes
