@@ -96,7 +96,7 @@ def hugging_face_config(model: Doge, tokenizer: Tokenizer) -> dict:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or a folder is on the disk, where a power cut does not reach it."""
+    """Waits until a file or a folder is on the disk, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -28,7 +28,7 @@ class RoutedExperts(torch.autograd.Function):
         S @ up                   each token's weighted sum over its experts                     -> embedding_bag
         S.T @ x                  each expert's sum over its tokens: the gradient of a table     -> embedding_bag
 
-    The slots are sorted by expert once. The third product needs that, and the first then meets each expert's vector
+    The slots are sorted by expert once. The third product needs that, and the first then reads each expert's vector
     only once, in order of memory. The order of every sum is fixed. What is kept for backward is (N, k).
     """
 

@@ -70,7 +70,7 @@ class Machine:
 
     @property
     def wide_dtype(self) -> torch.dtype:
-        """In which sums are taken: float64, which MPS has not."""
+        """The dtype of sums over ranks: float64, or float32 on MPS, which has no float64."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def print(self, *words: Any) -> None:
@@ -116,7 +116,7 @@ class Machine:
             dist.destroy_process_group()
 
     def peak_memory(self) -> int:
-        """Bytes: the most that the GPU's allocator has held, or that this process has been; 0 if unknown."""
+        """The peak in bytes of the GPU's allocator, or of this process's resident memory; 0 if unknown."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
@@ -155,8 +155,8 @@ def shard(model: nn.Module, machine: Machine, entry: str = "forward") -> None:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Within it each rank has the full weights of a sharded model, 4 bytes per parameter, and can compute without the
-    others: ranks may have different numbers of validation batches, or answers of different length."""
+    """Within it each rank holds the full weights of a sharded model, 4 bytes per parameter, and needs no other rank:
+    ranks may have different numbers of validation batches, or answers of different length."""
     parts = [part for part in model.modules() if hasattr(part, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

@@ -28,7 +28,7 @@ class Document(NamedTuple):
 
 
 class Mixer:
-    """Chooses whose document comes next: that of the source which is furthest behind its share of the tokens.
+    """Takes the next document from the source that is furthest behind its share of the tokens.
 
     Until a document returns from its thread its tokens are estimated, from its characters and the tokens per character
     of its source so far. Batches return in a fixed order, so the choice depends on the data alone.

@@ -1,7 +1,7 @@
 """A training run: its log, progress bar, signals, checkpoints and validations. Forward and backward are the stage's.
 
-A run can be killed at any moment and resumed as if nothing had happened. Nothing is random by accident: the order of
-the data is a pure function of (seed, step), so the state of a run is its weights, its optimizer and its step number.
+A run can be killed at any moment and resumed as if nothing had happened. The order of the data is a pure
+function of (seed, step), so the state of a run is its weights, its optimizer and its step number.
 """
 
 import csv

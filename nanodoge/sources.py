@@ -52,7 +52,7 @@ class Source:
     place: str  # path, address, name
     ratio: float  # its share, 0 if none was given
     inputs: list  # equal for a later call that reads the same: names, sizes and times of files
-    note: str = ""  # what the user should know about it
+    note: str = ""  # printed at the end
     is_val: bool = False  # a source of --val
     cut: int = 0  # characters of the pieces that every document is cut into, 0: none is
     parts: list | None = None
