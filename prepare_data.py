@@ -371,7 +371,10 @@ def report(out: Path, meta: dict) -> None:
         what = f"{count['documents']:,} {meta.get('kind', 'documents')}, {count['tokens']:,} tokens"
         learn = f", {count['targets']:,} of them to learn" if count.get("targets") else ""
         print(f"{out / split}: {what}{learn}, {count['bytes'] / count['tokens']:.2f} bytes per token")
-    answers.report(out / "train.answers.jsonl")
+    if (path := out / "train.answers.jsonl").is_file():
+        found = [answers.number(json.loads(line)["answer"]) for line in path.read_bytes().splitlines()]
+        numbers = f"{len(found) - found.count(None):,} of {len(found):,} answers are numbers"
+        print(f"  {numbers} (see nanodoge/answers.py); the others are compared as texts")
     for mix in meta["mix"][: len(meta["source"])]:
         print(f"  {mix['tokens'] / meta['train']['tokens']:6.1%} {mix['source']}, epochs: {mix['epochs']}")
     for reason, count in meta["left_out"].items():
