@@ -42,7 +42,14 @@ WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin",
 # ---- Writing
 
 
-def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=None) -> None:
+def save_checkpoint(
+    folder: str | Path,
+    model: Doge,
+    tokenizer: Tokenizer,
+    state: dict | None = None,
+    fields: dict | None = None,
+    weights: dict[str, Tensor | None] | None = None,
+) -> None:
     """Writes a checkpoint into `folder`, with training_state.pt if `state` is given. fields: of config.json, in place
     of what it would say. weights: the state dict of a sharded model, from full_state_dict. Raises OSError.
 
@@ -230,7 +237,7 @@ def load_config(source: str | Path) -> DogeConfig:
     return open_checkpoint(locate(source))[0].config
 
 
-def load_model(source, device="cpu", labels=None) -> tuple[Doge, Tokenizer]:
+def load_model(source: str | Path, device: str = "cpu", labels: tuple | None = None) -> tuple[Doge, Tokenizer]:
     """The model, in eval mode, and the tokenizer of a checkpoint: a folder or a name on the hub, in any layout.
 
     labels: None for a language model; () for a classifier; names for a classifier of these, which a language model

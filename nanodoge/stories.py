@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from random import Random
+from typing import Any
 
 WORLD = Path(__file__).with_name("stories.txt")
 HELD_OUT = "girls boys surnames pet_names towns foods items things sums greetings elsewhere".split()
@@ -63,7 +64,7 @@ def lexicon(split: str) -> dict[str, list]:
     return lists
 
 
-def choose(random: Random, options: Sequence):
+def choose(random: Random, options: Sequence) -> Any:
     """One of `options`. (Random.choice may change between Python versions; Random.random is promised not to.)"""
     return options[int(random.random() * len(options))]
 

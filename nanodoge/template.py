@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -69,7 +69,7 @@ class Generation(Extension):
 
 
 @lru_cache(maxsize=8)
-def compile_template(source: str):
+def compile_template(source: str) -> Template:
     """A chat template with the settings and helpers that transformers gives it. It is a program from outside, which the
     sandbox keeps away from files."""
 
