@@ -70,7 +70,7 @@ def map_file(path: Path, dtype: str, size: int) -> np.ndarray:
     """A file of numbers, mapped into memory: the operating system loads the pages that are touched. Raises ValueError
     if it has not `size` bytes."""
     if not path.is_file() or path.stat().st_size != size:
-        advice = "it is cut off or was changed; prepare the data again"
+        advice = "it was not written to its end, or changed; prepare the data again"
         raise ValueError(f"{path} has not the {size} bytes of meta.json: {advice}")
     numbers = np.dtype(dtype).newbyteorder("<")
     return np.memmap(path, numbers, "r") if size else np.zeros(0, numbers)
