@@ -1,5 +1,5 @@
-"""The same random numbers in every run, no network, one thread per test process (more of them only wait), and no
-pictures of the loss, which take longer than most runs here."""
+"""The same random numbers in every run, no network, one thread per test process (more of them only wait), and neither
+pictures of the loss nor waiting for the disk, which take longer than most runs here."""
 
 import os
 
@@ -16,6 +16,7 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
+def quick(request, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda number: None)
     if "draws" not in request.keywords:
         monkeypatch.setattr("nanodoge.run.plot_loss", lambda *paths: None)
