@@ -165,7 +165,7 @@ def compare_group(
 @torch.no_grad()
 def reference_logp(policy: Policy, pairs: Examples, which: np.ndarray, machine: Machine, options: DpoOptions) -> Tensor:
     """The log-probabilities (count, 2) fp32, on the CPU, of both answers of the pairs `which` by the model as it is,
-    and NaN for the other pairs. The ranks share the work, and all get the whole."""
+    and NaN for the other pairs. The ranks share the work, and each gets all results."""
     groups = pairs.micro_batches(which, options.micro_batch_tokens)[machine.rank :: machine.world_size]
     found = torch.zeros(pairs.count, 2)
     hidden = None if machine.is_main else True  # None: shown on a terminal only
@@ -262,7 +262,7 @@ def train(options: DpoOptions, machine: Machine) -> None:
 
 
 def main(argv: list[str]) -> None:
-    stage.run_stage(train, stage.read_run_options(DpoOptions, argv, stage.TUNE_MAY_CHANGE))
+    stage.run_stage(train, stage.read_run_options(DpoOptions, argv))
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ class HarnessMethods:
         return ["".join(self.coder.split[None](request.text.text)[::2]) for request in asked]  # no special tokens
 
 
-def harness_model(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int = 2048):
+def harness_model(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int = 2048) -> Any:
     """The model as lm_eval's `simple_evaluate` takes it: an instance of its TemplateLM."""
     from lm_eval.api.model import TemplateLM  # an optional package
 
@@ -248,7 +248,7 @@ def read_gen_kwargs(gen_kwargs: dict[str, Any], max_length: int) -> dict[str, An
     return options
 
 
-def find_tasks(names: list[str], folder: str = ""):
+def find_tasks(names: list[str], folder: str = "") -> Any:
     """lm_eval's TaskManager for these tasks. A task file in `folder` is preferred to lm_eval's own of that name. Raises
     ValueError for unknown names."""
     try:
@@ -265,7 +265,7 @@ def find_tasks(names: list[str], folder: str = ""):
     return manager
 
 
-def run_tasks(harness, options: EvaluateOptions, chat: bool) -> None:
+def run_tasks(harness: Any, options: EvaluateOptions, chat: bool) -> None:
     """Prints each task, and writes all results to --out, when it is done. One that fails does not lose the others: at
     the end, ValueError names all that failed for want of a package, the network, a file or an option. Any other error
     may be a mistake of ours or of a task's author, and is raised as it is."""

@@ -73,6 +73,7 @@ class GrpoOptions(stage.TuneOptions):
     """Reinforcement learning."""
 
     recipe: ClassVar[str] = "grpo_tiny.py"
+    may_change: ClassVar[str] = stage.TuneOptions.may_change + " eval_samples slots"
     init_from: str = "out/sums-chat"  # checkpoint folder of the model to tune
     data: str = "data/sums-problems"  # folder made by prepare_data.py --kind=problems
     batch_size: Count = 16  # problems per step, over all ranks
@@ -257,7 +258,7 @@ def keep_samples(path: Path, step: int, samples: list[dict]) -> None:
         kept += (line + b"\n") * (before < step)
     text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)  # it could be a link to somewhere else
+    temporary.unlink(missing_ok=True)  # a link would lead to another file
     temporary.write_bytes(kept + text.encode())
     os.replace(temporary, path)
 
@@ -340,8 +341,7 @@ def train(options: GrpoOptions, machine: Machine) -> None:
 
 
 def main(argv: list[str]) -> None:
-    may_change = stage.TUNE_MAY_CHANGE | {"eval_samples", "slots"}
-    stage.run_stage(train, stage.read_run_options(GrpoOptions, argv, may_change))
+    stage.run_stage(train, stage.read_run_options(GrpoOptions, argv))
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def describe(options: PrepareOptions, sources: list[Source], tokenizer: Tokenize
     return request
 
 
-def read_meta(folder: Path) -> dict:
+def meta_of(folder: Path) -> dict:
     path = Path(folder, "meta.json")
     return read_json(path) if path.is_file() else {}
 
@@ -259,7 +259,7 @@ def write_meta(folder: Path, meta: dict) -> None:
 
 def holds(folder: Path, request: dict, overwrite: bool) -> bool:
     """True if `folder` is of this request. Raises ValueError if it is of another one that it must not overwrite."""
-    meta = read_meta(folder)
+    meta = meta_of(folder)
     if meta.get("request") == request:
         return True
     if meta and not overwrite and (meta.get("finished") or meta["train"]["documents"]):
@@ -303,7 +303,7 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> Path:
     mistake; what an earlier call made is then untouched."""
     sources = parse_sources(options)
     out = Path(options.out or default_out(sources[0].place, options.kind))
-    if not out.name or (out.exists() and not read_meta(out) and not (out.is_dir() and not any(out.iterdir()))):
+    if not out.name or (out.exists() and not meta_of(out) and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"--out={out}: exists and was not made by prepare_data.py; give another folder")
     tokenizer = Tokenizer.load(locate(options.tokenizer)) if options.tokenizer else None
     request = describe(options, sources, tokenizer)
@@ -312,7 +312,7 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> Path:
     try:
         with FileLock(lock):  # two processes would write into each other's files: the second waits
             is_there = holds(out, request, options.overwrite)
-            meta = read_meta(out) if is_there else make(out, sources, tokenizer, options, quiet)
+            meta = meta_of(out) if is_there else make(out, sources, tokenizer, options, quiet)
     finally:
         lock.unlink(missing_ok=True)
     if not quiet:
@@ -328,7 +328,7 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> Path:
 def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options: PrepareOptions, quiet: bool) -> dict:
     """Reads the sources into OUT.partial, from where an earlier call was stopped, then makes that `out` -> its meta."""
     folder, request = out.with_name(out.name + ".partial"), describe(options, sources, tokenizer)
-    meta = read_meta(folder) if holds(folder, request, options.overwrite) else {}
+    meta = meta_of(folder) if holds(folder, request, options.overwrite) else {}
     if options.kind not in ("text", "labels") and not tokenizer.chat_template:
         raise ValueError(f"--tokenizer={options.tokenizer} has no chat template, which --kind={options.kind} needs")
     for source in sources:
@@ -352,7 +352,7 @@ def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options:
             if not meta["finished"]:
                 split, meta = other_split(meta, options), {}
     except ValueError:
-        if not read_meta(folder).get("train", {}).get("documents"):  # nothing worth continuing
+        if not meta_of(folder).get("train", {}).get("documents"):  # nothing worth continuing
             shutil.rmtree(folder, ignore_errors=True)
         raise
     replaced = out.with_name(out.name + ".replaced")
@@ -371,7 +371,10 @@ def report(out: Path, meta: dict) -> None:
         what = f"{count['documents']:,} {meta.get('kind', 'documents')}, {count['tokens']:,} tokens"
         learn = f", {count['targets']:,} of them to learn" if count.get("targets") else ""
         print(f"{out / split}: {what}{learn}, {count['bytes'] / count['tokens']:.2f} bytes per token")
-    answers.report(out / "train.answers.jsonl")
+    if (path := out / "train.answers.jsonl").is_file():
+        found = [answers.number(json.loads(line)["answer"]) for line in path.read_bytes().splitlines()]
+        numbers = f"{len(found) - found.count(None):,} of {len(found):,} answers are numbers"
+        print(f"  {numbers} (see nanodoge/answers.py); the others are compared as texts")
     for mix in meta["mix"][: len(meta["source"])]:
         print(f"  {mix['tokens'] / meta['train']['tokens']:6.1%} {mix['source']}, epochs: {mix['epochs']}")
     for reason, count in meta["left_out"].items():

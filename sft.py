@@ -55,6 +55,7 @@ class SftOptions(stage.TuneOptions):
     """Supervised fine-tuning."""
 
     recipe: ClassVar[str] = "sft_tiny.py"
+    may_change: ClassVar[str] = stage.TuneOptions.may_change + " eval_answers"
     data: str = "data/stories-chat"  # folder made by prepare_data.py
     kind: Literal["chat", "labels"] = "chat"  # of the data: conversations, or texts with a label
     eval_answers: Whole = 0  # validation answers that are written and compared word for word; of labels, always all
@@ -148,7 +149,7 @@ def train(options: SftOptions, machine: Machine) -> None:
 
 
 def main(argv: list[str]) -> None:
-    stage.run_stage(train, stage.read_run_options(SftOptions, argv, stage.TUNE_MAY_CHANGE | {"eval_answers"}))
+    stage.run_stage(train, stage.read_run_options(SftOptions, argv))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ mean loss and its gradient, move the weights a little against it. The rest of th
 
 Data order. An epoch visits every sequence once, in an order that is a pure function of (seed, epoch). So the sequences
 of step n are known without having run the steps before, and a run that was killed continues with exactly what it would
-have read. On a CPU it ends at the same weights to the last bit (nobody promises that on a GPU or with another torch).
+have read. On a CPU it ends at the same weights to the last bit (not on a GPU, nor with another version of torch).
 
 Schedule. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
 et al. 2024, arXiv 2405.18392). Unlike a cosine it does not need to know the end beforehand. The weights just before the
@@ -74,6 +74,7 @@ class TrainOptions(DogeConfig, RunOptions):
     recipe: ClassVar[str] = "tiny.py"
     first: ClassVar[str] = """data init_from out_dir resume max_steps learning_rate batch_tokens micro_batch_size
         optimizer device"""
+    may_change: ClassVar[str] = RunOptions.may_change + " max_steps decay_steps eval_tokens attention micro_batch_size"
 
     def __post_init__(self):
         """The checks that need no data; DogeConfig's own wait until the vocabulary is known."""
@@ -120,7 +121,7 @@ def prepare_if_built_in(options: RunOptions, machine: Machine, kind: str = "text
     tokenizer = ""
     if kind != "text":
         tokenizer = options.out_dir if options.resume else options.init_from
-        load_config(tokenizer)  # if there is no checkpoint, this says so
+        load_config(tokenizer)  # raises ValueError if there is no checkpoint
     if machine.is_main:
         from prepare_data import prepare_built_in
 
@@ -199,10 +200,6 @@ def cosine(step: int, max_steps: int, warmup_steps: int, floor: float = 0.1) -> 
 # ---- Optimizers
 
 
-def is_routed(name: str) -> bool:
-    return any(part in name for part in ("router_gate", "down_embed", "up_embed"))
-
-
 def make_optimizers(model: Doge, options: RunOptions, machine: Machine) -> list[torch.optim.Optimizer]:
     """AdamW, and with --optimizer=muon also Muon. Their groups carry `routed`: router and experts, which
     moe_warmup_steps trains first.
@@ -214,7 +211,8 @@ def make_optimizers(model: Doge, options: RunOptions, machine: Machine) -> list[
     for name, p in model.named_parameters():
         hidden = name.startswith("layers") and "_proj" in name and "dt_proj" not in name
         kind = "muon" if options.optimizer == "muon" and hidden else "adamw"
-        groups.setdefault((kind, p.ndim >= 2, is_routed(name)), []).append(p)
+        routed = any(part in name for part in ("router_gate", "down_embed", "up_embed"))
+        groups.setdefault((kind, p.ndim >= 2, routed), []).append(p)
     kinds = {"adamw": [], "muon": []}
     for (kind, decays, routed), parameters in groups.items():
         decay = options.weight_decay if decays else 0.0
@@ -410,13 +408,6 @@ def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: T
     print_end(options, machine, "writes", text, f"python sample.py {options.out_dir}")
 
 
-# What a resumed run may change: its cost, where and how often it reports, and when it ends. The rest makes it another.
-MAY_CHANGE = set(
-    """resume out_dir overwrite keep_best max_steps decay_steps log_every eval_every eval_tokens save_every device
-    dtype attention compile patience shard micro_batch_size gradient_checkpointing sample_tokens""".split()
-)
-
-
 def inherited(source: str) -> dict[str, Any]:
     """The options that a run from the checkpoint `source` takes over: its shape, and its recipe if train.py made it. It
     is warm already, and can copy."""
@@ -431,7 +422,7 @@ def inherited(source: str) -> dict[str, Any]:
 
 
 def read_options(argv: list[str]) -> TrainOptions:
-    return read_run_options(TrainOptions, argv, MAY_CHANGE, inherited)
+    return read_run_options(TrainOptions, argv, inherited)
 
 
 def main(argv: list[str]) -> None:

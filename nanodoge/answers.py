@@ -15,11 +15,9 @@ reads; what NUMBER does not read is no number.
     5x  5\pi  \sqrt{2}  3:30  1,5  5 or 6  1/0  -     no numbers: compared as texts
 """
 
-import json
 import re
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
 WRAPPERS = [("**", "**"), ("*", "*"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("`", "`"), ("\\text{", "}")]
@@ -78,7 +76,7 @@ def final_answer(text: str) -> str:
 
 def unwrap(text: str) -> str:
     """A text without the signs around it, such as $ and **, and without a full stop at its end."""
-    for _ in range(8):  # deeper than anybody nests
+    for _ in range(8):  # at most 8 nested wrappers
         text = text.strip().removesuffix(".")
         for begin, end in WRAPPERS:
             if len(text) > len(begin + end) and text.startswith(begin) and text.endswith(end):
@@ -117,11 +115,3 @@ def is_right(text: str, wanted: str) -> bool:
         return found != "" and unwrap(found) == unwrap(wanted)
     hundredth = Fraction(1, 100) ** (a.is_percent - b.is_percent)  # 1 if both or none are percentages
     return b.value in (a.value, a.value * hundredth) and (a.unit == b.unit or not (a.unit and b.unit))
-
-
-def report(path: Path) -> None:
-    """Prints how many of the answers.jsonl of a data folder are numbers; nothing if there is no such file."""
-    if path.is_file():
-        found = [number(json.loads(line)["answer"]) for line in path.read_bytes().splitlines()]
-        numbers = f"{len(found) - found.count(None):,} of {len(found):,} answers are numbers"
-        print(f"  {numbers} (see nanodoge/answers.py); the others are compared as texts")

@@ -42,7 +42,14 @@ WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin",
 # ---- Writing
 
 
-def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=None) -> None:
+def save_checkpoint(
+    folder: str | Path,
+    model: Doge,
+    tokenizer: Tokenizer,
+    state: dict | None = None,
+    fields: dict | None = None,
+    weights: dict[str, Tensor | None] | None = None,
+) -> None:
     """Writes a checkpoint into `folder`, with training_state.pt if `state` is given. fields: of config.json, in place
     of what it would say. weights: the state dict of a sharded model, from full_state_dict. Raises OSError.
 
@@ -64,7 +71,7 @@ def save_checkpoint(folder, model, tokenizer, state=None, fields=None, weights=N
         text = json.dumps(hugging_face_config(model, tokenizer) | (fields or {}), indent=2)
         (saving / "config.json").write_text(text, encoding="utf-8")
         tokenizer.save(saving, model.config.max_position_embeddings)
-        shutil.copymode(saving / "config.json", saving / "model.safetensors")  # safetensors shuts others out
+        shutil.copymode(saving / "config.json", saving / "model.safetensors")  # safetensors lets only the owner read
         for path in [*saving.iterdir(), saving]:
             if path.is_file() or os.name == "posix":  # Windows cannot flush a folder
                 flush(path)
@@ -96,7 +103,7 @@ def hugging_face_config(model: Doge, tokenizer: Tokenizer) -> dict:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or a folder is on the disk, where a power cut does not reach it."""
+    """Waits until a file or a folder is on the disk, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -230,7 +237,7 @@ def load_config(source: str | Path) -> DogeConfig:
     return open_checkpoint(locate(source))[0].config
 
 
-def load_model(source, device="cpu", labels=None) -> tuple[Doge, Tokenizer]:
+def load_model(source: str | Path, device: str = "cpu", labels: tuple | None = None) -> tuple[Doge, Tokenizer]:
     """The model, in eval mode, and the tokenizer of a checkpoint: a folder or a name on the hub, in any layout.
 
     labels: None for a language model; () for a classifier; names for a classifier of these, which a language model
@@ -296,7 +303,7 @@ def optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str]) -> di
 
 def load_optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str], state: dict) -> None:
     """Restores what optimizer_state returned. Parameters that it lacks, or has from another kind of optimizer, start
-    afresh. Raises ValueError for another shape, which the kernels do not check."""
+    without a state. Raises ValueError for another shape, which the kernels do not check."""
     for optimizer in optimizers:
         muon = isinstance(optimizer, torch.optim.Muon)
         quantities = ["momentum_buffer"] if muon else ["exp_avg", "exp_avg_sq", "step"]

@@ -31,6 +31,7 @@ import numpy as np
 
 from nanodoge.answers import final_answer
 from nanodoge.options import one_line
+from nanodoge.template import with_thought
 from nanodoge.tokenizer import Tokenizer
 
 # The columns of a row: the first schema that fits is used. Its first column is the question (a text or a list of
@@ -57,7 +58,6 @@ a message's reasoning_content, and tools and tool_calls, if the chat template wr
 # What data sets call the speakers, in lower case -> the template's roles.
 ROLES = dict(system="system", developer="system", user="user", human="user", assistant="assistant", gpt="assistant")
 ROLES |= dict(model="assistant", tool="tool", function="tool", observation="tool")
-THOUGHT = "<|begin_of_thought|>\n{}\n<|end_of_thought|>\n\n<|begin_of_solution|>\n{}\n<|end_of_solution|>"
 
 
 class RowError(Exception):
@@ -159,7 +159,7 @@ def read_message(message: Any) -> dict:
     made = dict(role=role, content=text_of(message.get(said)))
     thought = message.get("reasoning_content") or message.get("thinking")
     if thought and role == "assistant":
-        made["content"] = THOUGHT.format(text_of(thought).strip(), made["content"].strip())
+        made["content"] = with_thought(text_of(thought), made["content"])
     if calls := message.get("tool_calls") or message.get("function_call"):
         made["tool_calls"] = calls if isinstance(calls, list) else [dict(type="function", function=calls)]
     return made

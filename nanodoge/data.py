@@ -66,20 +66,24 @@ def load_tokenizer(data: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def map_file(path: Path, dtype: str, size: int) -> np.ndarray:
+    """A file of numbers, mapped into memory: the operating system loads the pages that are touched. Raises ValueError
+    if it has not `size` bytes."""
+    if not path.is_file() or path.stat().st_size != size:
+        advice = "it was not written to its end, or changed; prepare the data again"
+        raise ValueError(f"{path} has not the {size} bytes of meta.json: {advice}")
+    numbers = np.dtype(dtype).newbyteorder("<")
+    return np.memmap(path, numbers, "r") if size else np.zeros(0, numbers)
+
+
 class Sequences:
-    """The sequences of a .bin file: sequence i is tokens iT .. iT + T, the last one being only a target. The file is
-    mapped, not read: the operating system loads the pages that are touched."""
+    """The sequences of a .bin file: sequence i is tokens iT .. iT + T, the last one being only a target."""
 
     def __init__(self, folder: str | Path, split: str, length: int):
         meta = read_meta(folder)
         self.length, self.vocab_size, self.path = length, meta["vocab_size"], Path(folder) / f"{split}.bin"
-        dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), self.path.stat().st_size
-        if size != (count := meta[split]["tokens"]) * dtype.itemsize:
-            advice = "it was not written to its end, or changed; prepare the data again"
-            raise ValueError(
-                f"{self.path} has {size:,} bytes, and meta.json says {count:,} {dtype.name} tokens: {advice}"
-            )
-        self.tokens = np.memmap(self.path, dtype, "r") if size else np.zeros(0, dtype)
+        size = meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize
+        self.tokens = map_file(self.path, meta["dtype"], size)
         self.count = (len(self.tokens) - 1) // length
         if split == "train" and self.count < 1:
             found = f"{self.path} has {len(self.tokens)} tokens, and a sequence takes one more than its length"
@@ -112,12 +116,7 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
 
 
 def bits_per_byte(
-    nats_of: Callable[[Tensor, Tensor], float],
-    data: Sequences,
-    bytes_of: Tensor,
-    max_tokens: int,
-    batch_size: int,
-    machine: Machine,
+    nats_of: Callable, data: Sequences, bytes_of: Tensor, max_tokens: int, batch_size: int, machine: Machine
 ) -> tuple[float, float, int]:
     """Mean loss in nats per token, bits per byte, and number of tokens, of the first max_tokens of a text, rounded up
     to whole sequences. The ranks share them. Bits count every token, also the end of a document; bytes are the text's.

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import requests
+from huggingface_hub.utils.sha import sha_fileobj
 from tqdm import tqdm
 
 from nanodoge.options import one_line
@@ -42,7 +43,9 @@ def download(url: str, cache: str | Path, quiet: bool = False) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         retry(partial(download_rest, address, part, quiet), address, lambda: part.exists() and part.stat().st_size)
-        if digest and sha256_of(part) != digest:
+        with open(part, "rb") as file:
+            is_right = not digest or sha_fileobj(file).hex() == digest
+        if not is_right:
             part.unlink()
             raise ValueError(f"{address}: the file's sha256 is not the {digest} that was asked for")
         os.replace(part, path)
@@ -80,14 +83,6 @@ def download_rest(url: str, part: Path, quiet: bool) -> None:
     if part.stat().st_size < total:
         raise requests.ConnectionError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
     version.unlink()
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(partial(file.read, 1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_space(folder: Path, need: float, purpose: str) -> None:

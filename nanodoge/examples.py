@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanodoge.data import load_tokenizer, read_meta
+from nanodoge.data import load_tokenizer, map_file, read_meta
 from nanodoge.tokenizer import Tokenizer, read_object
 
 
@@ -24,11 +24,8 @@ class TokenSet:
         self.folder, self.split, self.meta, self.answers = Path(folder), split, read_meta(folder, kind), []
         self.tokenizer = tokenizer
         for name, dtype in dict(ids=self.meta["dtype"], mask="uint8", offsets="int64").items():
-            path, size = self.folder / f"{split}.{name}.bin", self.meta["sizes"].get(f"{split}.{name}.bin")
-            if not path.is_file() or path.stat().st_size != size:
-                raise ValueError(f"{path} has not the {size} bytes of meta.json: it is cut off; prepare the data again")
-            dtype = np.dtype(dtype).newbyteorder("<")
-            setattr(self, name, np.memmap(path, dtype, "r") if size else np.zeros(0, dtype))
+            file = f"{split}.{name}.bin"
+            setattr(self, name, map_file(self.folder / file, dtype, self.meta["sizes"].get(file)))
         if wrong := self.contradiction(kind):
             raise ValueError(f"{self.folder}/{split}.{wrong}; prepare the data again")
         if kind == "problems":
@@ -178,7 +175,7 @@ def pad(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor,
 
 def open_sets(folder: str, kind: str) -> tuple[TokenSet, TokenSet, Tokenizer]:
     """The training and the validation set of a data folder, and its tokenizer."""
-    read_meta(folder, kind)  # complains of another kind
+    read_meta(folder, kind)  # raises ValueError for another kind
     tokenizer = load_tokenizer(folder)
     return *(TokenSet(folder, split, kind, tokenizer) for split in ("train", "val")), tokenizer
 

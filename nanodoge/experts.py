@@ -28,7 +28,7 @@ class RoutedExperts(torch.autograd.Function):
         S @ up                   each token's weighted sum over its experts                     -> embedding_bag
         S.T @ x                  each expert's sum over its tokens: the gradient of a table     -> embedding_bag
 
-    The slots are sorted by expert once. The third product needs that, and the first then meets each expert's vector
+    The slots are sorted by expert once. The third product needs that, and the first then reads each expert's vector
     only once, in order of memory. The order of every sum is fixed. What is kept for backward is (N, k).
     """
 
@@ -58,7 +58,7 @@ class RoutedExperts(torch.autograd.Function):
         return dx, ddown, dup, dweights, None
 
 
-def slot_products(a, i, b, j):
+def slot_products(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
     """a (M, C), b (E, C), indices i and j (n,) -> (n,): the products a[i] . b[j]. It is what embedding_bag calls the
     gradient of its weights; torch has no public name for it that works in every dtype and under torch.compile. (CUDA
     has no bf16 kernel for it in torch 2.11: there bf16 is computed in fp32.)"""

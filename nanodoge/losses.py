@@ -28,7 +28,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, rows: int |
 
 
 @outside_graphs  # the number of pieces differs from batch to batch, and each would be compiled anew
-def token_logprobs(x: Tensor, weight: Tensor, targets: Tensor, temperature=1.0, rows: int | None = None) -> Tensor:
+def token_logprobs(
+    x: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, rows: int | None = None
+) -> Tensor:
     """The log-probabilities (N,) fp32 of targets (N,) under the logits x @ weight.T / temperature, of x (N, C), weight
     (V, C).
 
@@ -46,7 +48,7 @@ def token_logprobs(x: Tensor, weight: Tensor, targets: Tensor, temperature=1.0, 
 
 def rows_at_once(x: Tensor, weight: Tensor) -> int:
     """How many positions are multiplied by the output matrix at once."""
-    budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU wants large pieces
+    budget = LOSS_ELEMENTS if x.device.type == "cpu" else 64 * LOSS_ELEMENTS  # a GPU is faster with large pieces
     return max(LOSS_ROWS, budget // len(weight))
 
 

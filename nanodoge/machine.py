@@ -39,9 +39,8 @@ class Machine:
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
         if kind == "cuda":
             if self.device.index >= (count := torch.cuda.device_count()):
-                raise ValueError(
-                    f"process {self.device.index + 1} has no GPU: there are {count}; start as many processes"
-                )
+                advice = f"there are {count}; start as many processes"
+                raise ValueError(f"process {self.device.index + 1} has no GPU: {advice}")
             torch.cuda.set_device(self.device)
         has_bf16 = kind == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)  # Ampere or newer
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if has_bf16 else torch.float32
@@ -71,7 +70,7 @@ class Machine:
 
     @property
     def wide_dtype(self) -> torch.dtype:
-        """In which sums are taken: float64, which MPS has not."""
+        """The dtype of sums over ranks: float64, or float32 on MPS, which has no float64."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def print(self, *words: Any) -> None:
@@ -117,7 +116,7 @@ class Machine:
             dist.destroy_process_group()
 
     def peak_memory(self) -> int:
-        """Bytes: the most that the GPU's allocator has held, or that this process has been; 0 if unknown."""
+        """The peak in bytes of the GPU's allocator, or of this process's resident memory; 0 if unknown."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
@@ -146,7 +145,7 @@ def shard(model: nn.Module, machine: Machine, entry: str = "forward") -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes most of a second
 
     if machine.world_size > 1:
-        for layer in (*model.layers, model):  # the model last: it holds what is left, the embedding among it
+        for layer in (*model.layers, model):  # the model last: it takes the remaining weights, such as the embedding
             fully_shard(layer)
         for layer in model.layers:
             register_fsdp_forward_method(layer, "in_slices")
@@ -156,8 +155,8 @@ def shard(model: nn.Module, machine: Machine, entry: str = "forward") -> None:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Within it each rank has the full weights of a sharded model, 4 bytes per parameter, and can compute without the
-    others: ranks may have different numbers of validation batches, or answers of different length."""
+    """Within it each rank holds the full weights of a sharded model, 4 bytes per parameter, and needs no other rank:
+    ranks may have different numbers of validation batches, or answers of different length."""
     parts = [part for part in model.modules() if hasattr(part, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

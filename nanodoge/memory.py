@@ -4,6 +4,7 @@ Memory is also time: on a CPU, fresh pages cost as much as the arithmetic on the
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ rms_norm = Normalise.apply
 recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-def outside_graphs(function):
+def outside_graphs(function: Callable) -> Callable:
     """`function`, which torch.compile calls as it is instead of tracing it. The decorator torch.compiler.disable would
     import the compiler at every start, which takes a second."""
 
@@ -51,7 +52,7 @@ def outside_graphs(function):
     return call
 
 
-def one_node(fake):
+def one_node(fake: Callable) -> Callable:
     """Decorates a function of tensors and ints, which torch.compile then takes as one node of its graph: its loops are
     not unrolled, and the graph does not break. fake(*inputs): empty tensors of the shapes that it returns, all new."""
 
@@ -75,7 +76,7 @@ def run_block(block, x: Tensor, *inputs, last=None, recompute=False, whole=False
     recompute: the block is computed again in the backward pass (Chen et al. 2016, arXiv 1604.06174). In rows beyond the
     window attention is most of the work, and all else most of the memory, so there all else is, in any case.
     size: positions in a slice; None: SLICE on a CPU, where fresh pages cost time, so intermediate tensors are kept
-    small; a GPU wants large pieces. whole: no slices (experts balance their load over the whole row).
+    small; a GPU is faster with large ones. whole: no slices (experts balance their load over the whole row).
     """
     T, learning = x.shape[1], torch.is_grad_enabled()
     beyond = learning and T > block.self_attn.window
@@ -113,6 +114,6 @@ def in_slices(block, x: Tensor, rotary, padding=None, cache=None, *, last, recom
     return join([x for x, _ in parts], dim=1), parts[-1][1]
 
 
-def join(parts, dim: int) -> Tensor:
+def join(parts: Sequence[Tensor], dim: int) -> Tensor:
     """torch.cat, which would copy a part that is alone."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

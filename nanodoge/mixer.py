@@ -1,4 +1,4 @@
-"""The order of documents: whose document is next; and what is left out, with the reasons."""
+"""The order of documents: from which source the next one comes; and which rows are left out, and why."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ FEW = 10_000  # rows after which --max_left_out is judged; it is once more at th
 
 
 class Document(NamedTuple):
-    """A document on its way to the files. A thread takes the text away and adds the last fields."""
+    """A document between its source and the files. A thread replaces the text by the last fields."""
 
     source: int  # the number of its source
     epoch: int  # how often that source was read before
@@ -28,7 +28,7 @@ class Document(NamedTuple):
 
 
 class Mixer:
-    """Chooses whose document comes next: that of the source which is furthest behind its share of the tokens.
+    """Takes the next document from the source that is furthest behind its share of the tokens.
 
     Until a document returns from its thread its tokens are estimated, from its characters and the tokens per character
     of its source so far. Batches return in a fixed order, so the choice depends on the data alone.
@@ -102,7 +102,7 @@ class Mixer:
         return True
 
     def leave_out(self, document: Document) -> None:
-        """Counts what is not to be written. The first of every reason is told with its place."""
+        """Counts a document that is left out. The first of every reason is recorded with its place."""
         error, counts = document.left_out, self.meta["left_out"]
         where, detail = self.sources[document.source].where(*document.place), one_line(error.detail or error.reason)
         self.meta["first_left_out"].setdefault(error.reason, f"{where}: {detail[:300]}" if error.detail else where)

@@ -63,17 +63,11 @@ def check_ranges(options: Any) -> None:
 # ---- Parsing
 
 
-def parse_options(
-    cls: type,
-    argv: list[str],
-    positional: str | None = None,
-    base: dict[str, Any] | None = None,
-    default_config: str | Path | None = None,
-) -> Any:
-    """`cls` made from its defaults, then `base` (the options of another run), then argv; see read_values."""
+def parse_options(cls: type, argv: list[str], base: dict[str, Any] | None = None, **how: Any) -> Any:
+    """`cls` made from its defaults, then `base` (the options of another run), then argv. how: as for read_values."""
     hints = typing.get_type_hints(cls)
     base = {name: convert(value, hints[name], f"{name} of that run") for name, value in (base or {}).items()}
-    return cls(**base | read_values(cls, argv, positional, default_config))
+    return cls(**base | read_values(cls, argv, **how))
 
 
 def read_values(
@@ -197,9 +191,8 @@ def field_comments(cls: type) -> dict[str, tuple[str, str]]:
     comments = {}
     for base in reversed(cls.__mro__[:-1]):
         group = (base.__doc__ or "Options").splitlines()[0]
-        for title, name, comment in re.findall(
-            r"^ {4}(?:# -+ (.+)|(\w+):[^#\n]*#\s*(.+))$", inspect.getsource(base), re.M
-        ):
+        lines = re.findall(r"^ {4}(?:# -+ (.+)|(\w+):[^#\n]*#\s*(.+))$", inspect.getsource(base), re.M)
+        for title, name, comment in lines:
             group = title or group
             if name:
                 comments[name] = group, comment
@@ -250,7 +243,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """
     try:
         main(sys.argv[1:])
-    except BrokenPipeError:  # whoever reads our output, `head` for one, has closed it
+    except BrokenPipeError:  # the reader of our output, `head` for example, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, OSError) as error:
@@ -269,12 +262,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             sys.exit(2)
         if not re.search("(gloo|socket).*(Connection (closed|reset) by peer|[Tt]imed out)", str(error), re.DOTALL):
             raise
+        reason = "another process of this run has ended, or has not answered for --patience seconds"
         advice = "once its own message is dealt with, --resume goes on from the last checkpoint"
-        print(
-            f"error: another process of this run has ended, or has not answered for --patience seconds; {advice}",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
+        print(f"error: {reason}; {advice}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: destroying a process group that has lost a member can hang
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -12,7 +12,7 @@ from nanodoge.tokenizer import Tokenizer
 
 
 class Policy(nn.Module):
-    """The model as what draws tokens: at `temperature`, from the first vocab_size ids (None: from all)."""
+    """The model as a distribution over tokens: at `temperature`, over the first vocab_size ids (None: over all)."""
 
     def __init__(self, model: Doge, vocab_size: int | None = None, temperature: float = 1.0) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def write_answers(
 ) -> list[list[int]]:
     """The model's answer to each prompt: new ids, with the EOS that ends them if it came in time.
 
-    The ranks share the work, `slots` answers at once on each, and all get the whole. Temperature 0 takes the likeliest
+    The ranks share the work, `slots` answers at once on each, and each gets all. Temperature 0 takes the likeliest
     token each time. Answer i draws with its own seed, seed + i, so it depends on neither slots nor ranks.
     """
     stops = dict(stop_ids=[tokenizer.eos_id])

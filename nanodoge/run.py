@@ -1,7 +1,7 @@
 """A training run: its log, progress bar, signals, checkpoints and validations. Forward and backward are the stage's.
 
-A run can be killed at any moment and resumed as if nothing had happened. Nothing is random by accident: the order of
-the data is a pure function of (seed, step), so the state of a run is its weights, its optimizer and its step number.
+A run can be killed at any moment and resumed as if nothing had happened. The order of the data is a pure
+function of (seed, step), so the state of a run is its weights, its optimizer and its step number.
 """
 
 import csv
@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Log:
         self.steps = {int(row["step"]) for row in rows}
         self.best = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf)
         temporary = self.path.with_name(self.path.name + ".new")
-        temporary.unlink(missing_ok=True)  # it could be a link to somewhere else
+        temporary.unlink(missing_ok=True)  # a link would lead to another file
         self.append(temporary, "w", [dict(zip(columns, columns, strict=True)), *rows])
         os.replace(temporary, self.path)
 
@@ -110,37 +111,33 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+@dataclass(eq=False)
 class Run:
     """Where a run stands, its log and its checkpoints in options.out_dir."""
 
-    def __init__(
-        self,
-        options: Any,  # of the stage: a RunOptions
-        machine: Machine,
-        model: Doge,
-        network: nn.Module,  # computes the losses: the model or a module around it, compiled, in DDP; see profile_step
-        tokenizer: Tokenizer,
-        optimizers: list[torch.optim.Optimizer],
-        evaluate: Callable[[], dict[str, float]],  # a validation, as columns of the log
-        flops_per_token: float,
-        milestones: dict[int, Path] | None = None,  # {steps done: folder} of checkpoints kept beside the newest one
-        columns: Iterable[str] = (),  # of the log, beside COLUMNS
-        extra_state: dict | None = None,  # saved with every checkpoint
-        evaluate_first: bool = False,  # a validation before the first step
-    ):
-        self.options, self.machine, self.model, self.network = options, machine, model, network
-        self.tokenizer, self.optimizers, self.evaluate = tokenizer, optimizers, evaluate
-        self.flops_per_token, self.peak_flops = flops_per_token, machine.peak_flops()
-        self.folder, self.milestones = Path(options.out_dir), milestones or {}
-        self.columns = list(dict.fromkeys([*COLUMNS, *columns]))  # each once
-        self.extra_state, self.evaluate_first = extra_state or {}, evaluate_first
-        self.names = {p: name for name, p in model.named_parameters()}
+    options: Any  # of the stage: a RunOptions
+    machine: Machine
+    model: Doge
+    network: nn.Module  # computes the losses: the model or a module around it, compiled, in DDP; see profile_step
+    tokenizer: Tokenizer
+    optimizers: list[torch.optim.Optimizer]
+    evaluate: Callable[[], dict[str, float]]  # a validation, as columns of the log
+    flops_per_token: float
+    milestones: dict[int, Path] = field(default_factory=dict)  # {steps done: folder of a checkpoint to keep}
+    columns: Iterable[str] = ()  # of the log, beside COLUMNS
+    extra_state: dict = field(default_factory=dict)  # saved with every checkpoint
+    evaluate_first: bool = False  # a validation before the first step
+
+    def __post_init__(self) -> None:
+        self.folder, self.peak_flops = Path(self.options.out_dir), self.machine.peak_flops()
+        self.columns = list(dict.fromkeys([*COLUMNS, *self.columns]))  # each once
+        self.names = {p: name for name, p in self.model.named_parameters()}
         self.step, self.tokens, self.seconds, self.row = 0, 0, 0.0, None  # step: how many are done
         self.log, self.fresh, self.warned = None, True, False  # fresh: nothing saved yet
         self.began = time.perf_counter(), 0  # when this process began, with which step
         self.signal = self.stop = 0  # the signal this rank got; the one that all ranks know of
         # Reading the loss synchronises a GPU and the ranks, so it is not read in every step there.
-        self.reads_every_step = machine.device.type == "cpu" and machine.world_size == 1
+        self.reads_every_step = self.machine.device.type == "cpu" and self.machine.world_size == 1
 
     # ---- State
 
@@ -175,7 +172,7 @@ class Run:
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             finish_interrupted_save(self.folder)
-            if self.fresh and self.options.overwrite:  # what is left of the old run must not be resumed
+            if self.fresh and self.options.overwrite:  # no part of the old run may be resumed
                 (self.folder / "training_state.pt").unlink(missing_ok=True)
                 clear(self.folder / "stable")
                 clear(self.folder / "best")
@@ -239,8 +236,8 @@ class Run:
     def end_step(
         self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int, name: str = "loss", **columns: Tensor
     ) -> None:
-        """Counts a step and does what is due, in this order: check, save, validate, log. Saving comes first, so that
-        running out of memory in a validation costs nothing.
+        """Counts a step; checks, saves, validates and logs, in this order, where that is due. It saves first, so that a
+        validation that runs out of memory costs nothing.
 
         loss and columns are this rank's shares, whose sums over all ranks are logged; tokens counts all ranks'. name:
         the loss's column. Raises ValueError when the numbers are not finite.

@@ -52,7 +52,7 @@ class Source:
     place: str  # path, address, name
     ratio: float  # its share, 0 if none was given
     inputs: list  # equal for a later call that reads the same: names, sizes and times of files
-    note: str = ""  # what the user should know about it
+    note: str = ""  # printed at the end
     is_val: bool = False  # a source of --val
     cut: int = 0  # characters of the pieces that every document is cut into, 0: none is
     parts: list | None = None
@@ -113,9 +113,8 @@ def parse_source(spec: str) -> Source:
         place = name
     else:
         advice = f"; the dataset of that name is hf:{place}" if re.fullmatch(r"[\w.-]+/[\w.-]+", place) else ""
-        raise ValueError(
-            f"source {place!r}: there is no such file or folder{advice} (--help lists the kinds of source)"
-        )
+        reason = f"there is no such file or folder{advice}"
+        raise ValueError(f"source {place!r}: {reason} (--help lists the kinds of source)")
     return Source(spec, kind, place, ratio, inputs, note)
 
 
@@ -233,7 +232,7 @@ def hash_of(key: bytes) -> int:
 def stdlib_parts() -> list[str]:
     """The files of the language reference and of the standard library: about 9 MB in 400 files on every Python."""
     root = Path(sysconfig.get_path("stdlib"))
-    # Not the library proper (tests, an editor, tables of codecs), generated on this machine, or somebody else's:
+    # Not the library proper (tests, an editor, tables of codecs), generated on this machine, or third-party:
     other = r"(.*/)?(tests?|idlelib|lib2to3|encodings|turtledemo|(site|dist)-packages|__pycache__|_bundled|pydoc_data)/"
     other = re.compile(rf"{other}|config-|_sysconfigdata")
     paths = sorted(str(p) for p in root.rglob("*.py") if not other.match(p.relative_to(root).as_posix()))

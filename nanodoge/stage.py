@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn as nn
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Doge
@@ -71,6 +70,9 @@ class RunOptions:
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
     shard: bool = False  # divide weights, gradients and moments over the ranks: for a model too large for one GPU
     patience: Annotated[int, Range(1, 10**6)] = 600  # seconds to wait for a rank that does not answer
+    # A resumed run may change its cost, and where and how often it reports. The rest would make it another run.
+    may_change: ClassVar[str] = """resume out_dir overwrite keep_best log_every eval_every save_every sample_tokens
+        device dtype compile patience shard gradient_checkpointing"""
 
     def __post_init__(self):
         check_ranges(self)
@@ -100,13 +102,8 @@ class TuneOptions(RunOptions):
     eval_size: Count = 1000  # conversations, pairs or problems of a validation, always the first ones
     first: ClassVar[str] = """init_from data out_dir resume epochs max_steps learning_rate batch_size
         micro_batch_tokens device"""
+    may_change: ClassVar[str] = RunOptions.may_change + " eval_size micro_batch_tokens"
 
-
-# What a resumed tuning run may change: its cost, and where and how often it reports. The rest makes it another run.
-TUNE_MAY_CHANGE = set(
-    """resume out_dir overwrite keep_best log_every eval_every eval_size save_every sample_tokens device dtype
-    compile patience shard micro_batch_tokens gradient_checkpointing""".split()
-)
 
 # Options under the names that older training states have.
 RENAMED = {"batch_size": "micro_batch_size", "batch_rows": "batch_size", "micro_tokens": "micro_batch_tokens"}
@@ -117,17 +114,12 @@ def default_out_dir(data: str) -> str:
     return f"out/{Path(data).name}"
 
 
-def read_run_options(
-    cls: type,
-    argv: list[str],
-    may_change: set[str],
-    inherited: Callable[[str], dict[str, Any]] | None = None,
-) -> Any:
+def read_run_options(cls: type, argv: list[str], inherited: Callable | None = None) -> Any:
     """The options of a run: the class's defaults, then its recipe (in config/) if argv names no config file, then
-    argv. With --resume they are those of the run in out_dir, of which argv may change `may_change`.
+    argv. With --resume they are those of the run in out_dir, of which argv may change `cls.may_change`.
 
     --resume_or_start resumes if there is a run: torchrun --max-restarts and job queues repeat the same command line.
-    inherited(--init_from): options that a new run takes over from a checkpoint, in place of the recipe.
+    inherited(--init_from): the options that a new run takes over from a checkpoint, in place of the recipe.
     """
     config = HERE / "config" / cls.recipe
     asked = read_values(cls, argv, default_config=config)
@@ -135,22 +127,19 @@ def read_run_options(
     for name in ("resume", "resume_or_start"):
         if asked.get(name) and asked.get("overwrite"):
             raise ValueError(f"--overwrite replaces the run in --out_dir={out}, --{name} goes on with it: choose one")
-    holds = [
-        name
-        for name in ("training_state.pt", "model.safetensors", "config.json")
-        if checkpoint_file(out, name).is_file()
-    ]
-    if asked.get("resume") or (asked.get("resume_or_start") and "training_state.pt" in holds):
-        return resumed_options(cls, argv, out, may_change)
+    files = ("training_state.pt", "model.safetensors", "config.json")
+    can_resume, *others = (checkpoint_file(out, name).is_file() for name in files)
+    if asked.get("resume") or (asked.get("resume_or_start") and can_resume):
+        return resumed_options(cls, argv, out)
     base = inherited(asked["init_from"]) if inherited and asked.get("init_from") else {}
     options = parse_options(cls, argv, base=base, default_config=None if base else config)
-    if holds and not options.overwrite:
+    if (can_resume or any(others)) and not options.overwrite:
         advice = "--resume goes on with it, --overwrite replaces it, or choose another folder"
         raise ValueError(f"--out_dir={out} holds a run already: {advice}")
     return options
 
 
-def resumed_options(cls: type, argv: list[str], out: str, may_change: set[str]) -> Any:
+def resumed_options(cls: type, argv: list[str], out: str) -> Any:
     """The options of the run in the folder `out`, with the changes that argv names as --name=value; a config file only
     tells where the run is. Raises ValueError for a change that would make it another run."""
     state = load_training_state(out)
@@ -158,15 +147,14 @@ def resumed_options(cls: type, argv: list[str], out: str, may_change: set[str]) 
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
     saved, names = saved_options(cls, state), {field.name for field in dataclasses.fields(cls)}
     if other := saved.keys() - names:
-        raise ValueError(
-            f"--resume: the run in {out} is of another stage: it has the options {' '.join(sorted(other))}"
-        )
+        listed = " ".join(sorted(other))
+        raise ValueError(f"--resume: the run in {out} is of another stage: it has the options {listed}")
     _, given = split_argv(cls, argv)
     given.pop("config", None)
     base = saved | dict(out_dir=out, resume=True)
     options = parse_options(cls, [f"--{name}={text}" for name, text in given.items()], base=base)
     for name, before in saved.items():
-        if name not in may_change and (value := getattr(options, name)) != before:
+        if name not in cls.may_change.split() and (value := getattr(options, name)) != before:
             advice = "a resumed run cannot change it (--init_from starts a new run from its weights)"
             raise ValueError(f"--{name}={value}: the run in {out} has {before}; {advice}")
     return options
@@ -219,7 +207,7 @@ def count_steps(options: TuneOptions, count: int, machine: Machine) -> None:
 
 
 def good_steps(tokens: int, batch_tokens: int) -> int:
-    """The steps of a run on a text of so many tokens: six epochs, then the tiny model begins to know it by heart
+    """The steps of a run on a text of so many tokens: six epochs, after which the tiny model overfits
     (NOTES.md), between 20 steps and what takes minutes on a CPU."""
     return max(20, math.ceil(min(6 * tokens, 2_457_600) / batch_tokens))
 
@@ -240,11 +228,7 @@ def count_phases(options: Any) -> None:
 
 
 def profile_step(
-    machine: Machine,
-    model: nn.Module,
-    loss_of: Callable[[nn.Module], Tensor],
-    options: RunOptions,
-    size_option: str = "micro_batch_tokens",
+    machine: Machine, model: nn.Module, loss_of: Callable, options: RunOptions, size_option: str = "micro_batch_tokens"
 ) -> tuple[nn.Module, float, str]:
     """(network, seconds, compile_note): one micro-batch, loss_of(network), forward and backward, before the run.
 
@@ -263,9 +247,8 @@ def profile_step(
 
     network, compile_note = model, "eager (--compile=on tries torch.compile)"
     try:
-        if options.compile == "on" or (
-            options.compile == "auto" and machine.device.type == "cuda" and not options.shard
-        ):
+        is_usual = machine.device.type == "cuda" and not options.shard
+        if options.compile == "on" or (options.compile == "auto" and is_usual):
             try:
                 network = torch.compile(model)
                 seconds, compile_note = timed(network), "torch.compile"

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from random import Random
+from typing import Any
 
 WORLD = Path(__file__).with_name("stories.txt")
 HELD_OUT = "girls boys surnames pet_names towns foods items things sums greetings elsewhere".split()
 SMALL_WORDS = "a an and at by for in of on the to with".split()  # without a capital in a title
 CHAT_SEED, PREFERENCE_SEED = 1 << 32, 2 << 32  # rows about stories that pretraining never reads
-OUTSIDE = 0.12  # share of the conversations with a turn of somebody who does not know what can be asked
+OUTSIDE = 0.12  # share of the conversations with a turn of a user who does not know what can be asked
 HASTY = 0.6  # share of the worked sums without any working
 ARTICLE = re.compile(r"\b([Aa])n? (?=([aeio]|u(?!s[eiu]|ni)|hour|honest)|\w)", re.IGNORECASE)  # 2: "an" is right
 
@@ -63,7 +64,7 @@ def lexicon(split: str) -> dict[str, list]:
     return lists
 
 
-def choose(random: Random, options: Sequence):
+def choose(random: Random, options: Sequence) -> Any:
     """One of `options`. (Random.choice may change between Python versions; Random.random is promised not to.)"""
     return options[int(random.random() * len(options))]
 

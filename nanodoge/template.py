@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -69,7 +69,7 @@ class Generation(Extension):
 
 
 @lru_cache(maxsize=8)
-def compile_template(source: str):
+def compile_template(source: str) -> Template:
     """A chat template with the settings and helpers that transformers gives it. It is a program from outside, which the
     sandbox keeps away from files."""
 
@@ -87,6 +87,12 @@ def compile_template(source: str):
 def fix_surrogates(text: str) -> str:
     """`text` with half characters (lone surrogates, which JSON can contain) replaced by U+FFFD, as tiktoken does."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def with_thought(thought: str, content: str) -> str:
+    """What an assistant thought and said as one text: between the thought tags, then between the solution tags."""
+    content = content and f"\n\n<|begin_of_solution|>\n{content.strip()}\n<|end_of_solution|>"
+    return f"<|begin_of_thought|>\n{thought.strip()}\n<|end_of_thought|>{content}"
 
 
 def plain_messages(messages: list[dict], template: str) -> list[dict]:
@@ -110,8 +116,7 @@ def plain_messages(messages: list[dict], template: str) -> list[dict]:
             valid = f'like {{"role": "user", "content": "Hi"}}, with one of the roles {", ".join(ROLES)}'
             raise ValueError(f"message {i} must be {valid}, not {given!r:.200}")
         if thought.strip() and not knows_thoughts and "<|begin_of_thought|>" not in content:
-            content = content and f"\n\n<|begin_of_solution|>\n{content.strip()}\n<|end_of_solution|>"
-            content = f"<|begin_of_thought|>\n{thought.strip()}\n<|end_of_thought|>{content}"
+            content = with_thought(thought, content)
         message |= dict.fromkeys(REASONING_FIELDS[:2], thought) if thought and knows_thoughts else {}
         message |= {"tool_calls": list(map(plain_call, calls))} if calls else {}
         plain.append(message | {"content": content})
@@ -175,7 +180,7 @@ def written_parts(
         if any(len(message) > 2 for message in messages):  # a call begins before its first text: {"name": "lamp", ...
             other = run(lambda i, text: text, add_generation_prompt=not values["add_generation_prompt"])
             prompt = max(text, other, key=len).removeprefix(min(text, other, key=len))
-        yield from answers(marks, texts, roles, prompt, split)
+        yield from guessed_parts(marks, texts, roles, prompt, split)
         return
     role, learned = None, False
     for found, part in zip(marks, texts, strict=True):
@@ -186,7 +191,7 @@ def written_parts(
         yield part, role, learned
 
 
-def answers(
+def guessed_parts(
     marks: list[str], texts: list[str], roles: list[str], prompt: str, split: Callable[[str], list[str]]
 ) -> Iterator[tuple[str, str | None, bool]]:
     """The parts for a template without generation tags: learned is what the assistant says, what the template writes

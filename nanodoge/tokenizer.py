@@ -175,7 +175,7 @@ class Tokenizer:
             return cls(tokenizer_json.read_tiktoken(str(path)))
         data, folder = file.read_bytes(), Path(config_folder or file.parent)
         try:
-            return cls(tokenizer_json.read_tokenizer_json(data), read_config(folder), data)
+            return cls(tokenizer_json.read_tokenizer_json(data), read_tokenizer_config(folder), data)
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {one_line(error)}") from None
 
@@ -248,7 +248,7 @@ class Tokenizer:
 
         The mask marks what the model learns to write: what the template puts between its `generation` tags, else the
         assistant's words and the special token that ends its turn, EOS; not the header before them, and not the blank
-        lines after. A token belongs to whoever wrote its first byte: one that begins in the header and runs into the
+        lines after. A token belongs to the writer of its first byte: one that begins in the header and runs into the
         answer is not the assistant's, because at generation time the header is already there. Raises ValueError for
         unusable messages and for templates that rewrite them.
         """
@@ -287,7 +287,7 @@ def split_long_whitespace(text: str, limit: int = 500_000) -> list[str]:
     return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
-def read_config(folder: Path) -> dict:
+def read_tokenizer_config(folder: Path) -> dict:
     """tokenizer_config.json, with the chat template that newer transformers keep in a file of its own beside it."""
     file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = read_object(file.read_bytes(), file.name) if file.is_file() else {}

@@ -187,6 +187,7 @@ def check_merges(ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]], ign
     refuse_if(missing, f"its merges do not lead to its tokens {missing[:3]} in the order of ids")
 
 
+@functools.cache
 def check_pattern(pattern: str) -> None:
     """Raises ValueError for a regex that engines read differently, or that leaves out characters."""
     # Oniguruma, Hugging Face's engine, reads these in its own way: `$` and `^` at every line, `{1,3}+` as (...)+.

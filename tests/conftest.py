@@ -1,4 +1,5 @@
-"""The same random numbers in every run, no network, and one thread per test process: more of them only wait."""
+"""The same random numbers in every run, no network, one thread per test process (more of them only wait), and neither
+pictures of the loss nor waiting for the disk, which take longer than most runs here."""
 
 import os
 
@@ -12,3 +13,10 @@ import torch
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+    if "draws" not in request.keywords:
+        monkeypatch.setattr("nanodoge.run.plot_loss", lambda *paths: None)

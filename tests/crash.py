@@ -1,7 +1,7 @@
 """Kills training at random moments, a hundred times, and checks that nothing was lost.
 
     python tests/crash.py --out=results/crash.csv  all of it, by hand: some minutes
-    python tests/crash.py --kills=4 --only=train   what tests/test_crash.py runs
+    python tests/crash.py --kills=2 --only=train   what tests/test_crash.py runs
 
 Only trying shows what a crash does. A small model is trained, and its process is ended by SIGKILL, which nothing can
 catch: at any moment, while a checkpoint is written, or while a finished one is moved to its place. After every kill the

@@ -39,9 +39,9 @@ MUTATIONS = [
     ),
     Mutation(
         "mask: the EOS that ends an answer is not learned",
-        "nanodoge/tokenizer.py",
-        "end = 2 if is_answer and len(split) > 1 else 0",
-        "end = 0",
+        "nanodoge/template.py",
+        "{{- eos_token }}\n        {%- endgeneration %}",
+        "{%- endgeneration %}{{- eos_token }}",
         "test_tokenizer.py test_sft.py",
     ),
     Mutation(

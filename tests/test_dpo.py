@@ -56,11 +56,6 @@ def reference(base):
     return float64(base).requires_grad_(False)
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr("nanodoge.run.plot_loss", lambda *paths: None)  # tested elsewhere, and longer than these runs
-
-
 def selected(token_set, length=64):
     return dpo.select(token_set, dpo.DpoOptions(sequence_length=length))
 

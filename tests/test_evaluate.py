@@ -1,6 +1,7 @@
 """evaluate.py: the loss of token-by-token decoding is the loss of the model, and the benchmarks say what lm_eval's own
 way of running transformers says."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -22,6 +23,13 @@ from nanodoge.machine import Machine
 from nanodoge.run import read_log
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    """lm_eval lists all packages of the machine after every task, which takes longer than the tasks."""
+    with contextlib.suppress(ImportError):
+        monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="module")

@@ -484,18 +484,18 @@ def test_a_later_token_changes_no_earlier_logit_nor_do_other_rows(kind, monkeypa
         assert (after[0, place] - before[0, place]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("how", ["checkpoint", "checkpoint in slices", "slices", "compile"])
+@pytest.mark.parametrize("how", ["checkpoint", "checkpoint in slices", "slices"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputed_or_sliced_or_compiled_changes_no_gradient(how, kind, monkeypatch):
+def test_recomputed_or_sliced_changes_no_gradient(how, kind, monkeypatch):
     model, tokens = make(KINDS[kind]), torch.randint(0, 97, (2, 20))
     expected = gradients(model, tokens)
     monkeypatch.setattr(memory, "SLICE", 8 if "slices" in how else 1024)
     model.gradient_checkpointing = "checkpoint" in how
-    assert_all_close(gradients(torch.compile(model, backend="eager") if how == "compile" else model, tokens), expected)
+    assert_all_close(gradients(model, tokens), expected)
 
 
-@pytest.mark.parametrize("kind", ["dense", "beyond the window", "moe beyond"])
-def test_a_training_step_is_one_graph_for_the_compiler(kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_is_one_graph_for_the_compiler_and_computes_the_same(kind):
     model, tokens = make(KINDS[kind], num_hidden_layers=1), torch.randint(0, 97, (2, 20))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # a break would be an error
     assert_all_close(gradients(compiled, tokens), gradients(model, tokens))

@@ -248,6 +248,7 @@ def test_bits_per_byte_by_hand(data, tmp_path):
 # ---- Runs
 
 
+@pytest.mark.draws
 def test_the_loss_falls_and_the_log_is_complete(data, tmp_path):
     rows = run(data, tmp_path / "run", "--max_steps=60", "--learning_rate=1e-2")
     assert [int(row["step"]) for row in rows] == list(range(1, 61))
@@ -294,7 +295,7 @@ def test_a_run_killed_between_its_checkpoint_and_its_row_loses_no_row(data, whol
 
 def test_two_processes_go_on_where_one_was_stopped_and_one_where_they_were(data, tmp_path):
     """On the same rows in the same order, so the losses are those of one; the two divide the weights between them.
-    (Two and four from the start, each with all weights: tests/test_sft.py; kills: tests/crash.py.)"""
+    (Four from the start, each with all weights: tests/test_sft.py; kills: tests/crash.py.)"""
     alone, two = run(data, tmp_path / "one", "--optimizer=muon"), tmp_path / "two"
     with stopped_after(6):
         run(data, two, "--optimizer=muon")
