@@ -273,7 +273,7 @@ def test_bad_fields(post, body):
 @pytest.mark.parametrize("sent", [b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 50\r\n\r\n{"])
 def test_a_slow_client_gets_408(service, sent):
     with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=20) as slow:
-        slow.sendall(sent.replace(b"\r\n", b"\r\nHost: a\r\nContent-Type: application/json\r\n", 1))
+        slow.sendall(sent.replace(b"\r\n", b"\r\nHost: localhost\r\nContent-Type: application/json\r\n", 1))
         received = slow.recv(10000)
         assert received.startswith(b"HTTP/1.1 408") and b"close" in received.lower()
 
@@ -288,7 +288,7 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(checkpoi
         step, may_go_on = engine.step, threading.Event()
         engine.step = lambda: may_go_on.wait(0.02) and step() or step()  # so that 100 tokens take two seconds
         head = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         )
         address = "127.0.0.1", int(service.url.rpartition(":")[2])
         clients = [socket.create_connection(address) for _ in range(2)]
