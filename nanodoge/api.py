@@ -1,4 +1,4 @@
-"""What serve.py stands on: the thread that owns the engine, and the words of OpenAI's API.
+"""The words of OpenAI's API: what a client may send, and how tokens become its reply. (serve.py has the server.)
 
 A request body is a pydantic model, which checks it and describes it in /openapi.json. A Choice turns the tokens of a
 request into the fields of a reply, as many as have come since it was last asked: a chunk of a stream, or all.
@@ -7,14 +7,7 @@ request into the fields of a reply, as many as have come since it was last asked
 import asyncio
 import itertools
 import json
-import queue
 import re
-import threading
-import time
-import traceback
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -22,10 +15,8 @@ from fastapi import HTTPException, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 
-from nanodoge.engine import Engine, Request
+from nanodoge.engine import Request
 from nanodoge.tokenizer import REASONING_TAGS, Tokenizer
-
-PAUSE = 0.02  # seconds between two chunks of a stream: 50 a second read smoothly, and HTTP costs more than a token
 
 # ---- What clients send
 
@@ -212,74 +203,3 @@ def text_logprobs(coder: Tokenizer, scores: list, offset: int) -> dict:
     offsets = [*itertools.accumulate(map(len, tokens), initial=offset)][:-1]
     own = [score and score[0] for _, score in scores]
     return dict(tokens=tokens, token_logprobs=own, top_logprobs=top, text_offset=offsets)
-
-
-# ---- The engine's thread
-
-
-class EngineThread(threading.Thread):
-    """The only thread that touches the engine. Others leave calls in a queue; None ends it.
-
-    It makes the engine, too. OpenMP gives every thread that computes with torch a team of threads. If all teams
-    together have more threads than there are cores, they wait by sleeping instead of spinning, and a token takes 1.5
-    times as long.
-    """
-
-    def __init__(self, make: Callable[[], tuple[Engine, dict]]):
-        """Starts. `engine` and `about` are what make() returned. Raises what it raises."""
-        super().__init__(daemon=True)
-        self.calls, self.active, self.sums = queue.SimpleQueue(), set(), Counter()
-        self.loop: asyncio.AbstractEventLoop | None = None  # of the handlers
-        self.to_wake, self.last_wake = set(), 0.0
-        self.make, self.made = make, Future()
-        self.start()
-        self.engine, self.about = self.made.result()
-
-    def run(self) -> None:
-        try:
-            engine, about = self.make()
-        except BaseException as error:
-            return self.made.set_exception(error)
-        self.made.set_result((engine, about))
-        while True:
-            while not (self.active and self.calls.empty()):
-                if (call := self.calls.get()) is None:
-                    return
-                call()
-            try:
-                self.notify(engine.step())
-            except Exception as error:  # damaged weights, full memory: these requests fail, the server stays
-                traceback.print_exception(error)
-                for request in self.active:
-                    request.finish("error")
-                    engine.cancel(request)
-                self.notify([])
-
-    def notify(self, new: list[ClientRequest]) -> None:
-        """Wakes handlers: at a first token and at an end at once, else when PAUSE has passed. Once for all requests."""
-        ended = {request for request in self.active if request.finish_reason}
-        self.active -= ended
-        for request in new:
-            if request.wants_held and request.held is None:
-                request.held = self.engine.held(request)
-        for request in ended:
-            self.sums.update(prompt_tokens=len(request.prompt), reused_tokens=request.reused)
-        self.sums["generated_tokens"] += len(new)
-        self.to_wake.update(request.event for request in (*new, *ended) if request.streams or request in ended)
-        is_due = ended or time.monotonic() > self.last_wake + PAUSE or any(len(request.tokens) == 1 for request in new)
-        if self.to_wake and is_due:
-            events, self.to_wake, self.last_wake = self.to_wake, set(), time.monotonic()
-            self.loop.call_soon_threadsafe(lambda: [event.set() for event in events])
-
-    def stop(self) -> None:
-        self.calls.put(None)
-        self.join()
-
-    def add(self, request: ClientRequest) -> None:
-        self.active.add(request)
-        self.engine.add(request)
-
-    def cancel(self, request: ClientRequest) -> None:
-        if request in self.active:
-            self.engine.cancel(request)
-            self.notify([])
