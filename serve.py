@@ -42,7 +42,7 @@ try:
 
     from nanodoge import api
     from nanodoge.api import APIError, Chat, Completion, error_fields, error_reply, json_reply
-    from nanodoge.service import EngineThread, Service
+    from nanodoge.service import EngineThread, Service, refusing
 except ImportError as missing:
     print(f"error: serve.py needs two packages: pip install fastapi uvicorn ({one_line(missing)})", file=sys.stderr)
     sys.exit(2)
@@ -206,10 +206,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(tokens: Annotated[list[int], Body(embed=True)]):
-        try:
+        with refusing("tokens"):
             return json_reply(dict(prompt=service.coder.decode(tokens)))
-        except ValueError as error:
-            raise APIError(400, str(error), param="tokens") from None
 
     @app.get("/tokenizer_info")
     async def tokenizer_info():  # with this lm_eval needs no tokenizer of its own

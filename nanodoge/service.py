@@ -6,6 +6,7 @@ never waits for a client. A reply that is not streamed is the streamed one, coll
 """
 
 import asyncio
+import contextlib
 import json
 import queue
 import secrets
@@ -21,18 +22,8 @@ from fastapi import Request as Connection
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
-from nanodoge.api import (
-    SAMPLING,
-    UNSUPPORTED,
-    APIError,
-    Chat,
-    Choice,
-    ClientRequest,
-    Completion,
-    Message,
-    error_fields,
-    json_reply,
-)
+from nanodoge import api
+from nanodoge.api import APIError, Chat, Choice, ClientRequest, Completion, Message
 from nanodoge.engine import Engine
 from nanodoge.tokenizer import REASONING_TAGS
 
@@ -107,6 +98,15 @@ class EngineThread(threading.Thread):
             self.notify([])
 
 
+@contextlib.contextmanager
+def refusing(param: str):
+    """Within it a ValueError says what is wrong with a parameter."""
+    try:
+        yield
+    except ValueError as error:
+        raise APIError(400, str(error), param=param) from None
+
+
 class Service:
     """A model and the clients it serves."""
 
@@ -126,35 +126,26 @@ class Service:
         return ids if not add_bos or ids[:1] == [bos] else [bos, *ids]
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-        self.check_length(len(messages) * 4, "messages")  # each takes more than four tokens, and a template is slow
+        self.check(4 * [0] * len(messages), "messages", 0)  # each has four tokens or more, and a template is slow
         rows = []
         for message in messages:
             parts = message.content if isinstance(message.content, list) else ()
             content = "".join(part.text for part in parts) if parts else message.content or ""
             rows.append(dict(role=message.role.replace("developer", "system"), content=content))
-        try:
+        with refusing("messages"):
             return self.coder.render(rows, add_generation_prompt)[0]
-        except ValueError as error:
-            raise APIError(400, str(error), param="messages") from None
-
-    def check_length(self, length: int, param: str) -> None:
-        if length > self.context:
-            words = f"prompt and reply have {length} tokens or more, and the model's context is {self.context}"
-            raise APIError(400, words, "context_length_exceeded", param)
 
     def check(self, ids: list[int], param: str, new: int) -> None:
         """Raises APIError if the model cannot read these and write `new` tokens."""
-        self.check_length(len(ids) + new, param)
-        try:
+        if not 0 < len(ids) <= self.context - new:
+            words = f"the prompt has {len(ids)} tokens, and the context holds from 1 to {self.context}, reply included"
+            raise APIError(400, words, "context_length_exceeded" if ids else None, param)
+        with refusing(param):
             self.coder.decode(ids)
-        except ValueError as error:
-            raise APIError(400, str(error), param=param) from None
-        if not ids:
-            raise APIError(400, "the prompt is empty", param=param)
 
     def choices(self, body: Chat | Completion) -> list[Choice]:
         """What a chat or completion asks for. Raises APIError for what cannot be done."""
-        for name, harmless in UNSUPPORTED.items():
+        for name, harmless in api.UNSUPPORTED.items():
             if (value := body.model_extra.get(name)) and value not in harmless:
                 raise APIError(400, f"{name} is not supported", "unsupported_parameter", name)
         if isinstance(body, Chat):
@@ -167,7 +158,7 @@ class Service:
             limit, logprobs, echo = body.max_tokens, body.logprobs, bool(body.echo)
         if not 0 < len(given) * (body.n or 1) <= self.at_once:
             raise APIError(400, f"from 1 to {self.at_once} continuations in one request", param="prompt")
-        asked = {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
+        asked = {name: value for name in api.SAMPLING if (value := getattr(body, name)) is not None}
         common = dict(temperature=self.options.temperature, top_p=self.options.top_p) | asked
         if common["temperature"] < 1e-3:  # logits are divided by it
             common["temperature"] = 0.0
@@ -224,7 +215,7 @@ class Service:
         first = await anext(stream)  # what goes wrong before it has a status of its own
         if not body.stream:
             found = sorted([first, *[piece async for piece in stream]], key=lambda piece: piece["index"])
-            return json_reply(head | dict(choices=found, usage=self.usage(body, choices)))
+            return api.json_reply(head | dict(choices=found, usage=self.usage(body, choices)))
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         head |= dict(object=kind + ".chunk") if isinstance(body, Chat) else {}
         head |= dict(usage=None) if with_usage else {}
@@ -238,7 +229,7 @@ class Service:
                 async for piece in stream:
                     yield event(head | dict(choices=[piece]))
             except APIError as error:
-                yield event(error_fields(error))
+                yield event(api.error_fields(error))
                 return
             if with_usage:
                 yield event(head | dict(choices=[], usage=self.usage(body, choices)))
@@ -274,7 +265,7 @@ class Service:
         fields = {name: shape[name] for name in ("window", "layers", "kv_heads")} | dict(layer=layer)
         fields |= dict(object="nanodoge.kept", tokens=texts, possible=len(layers) * shape["kv_heads"])
         counts = {"kept": kept, "next": following}
-        return json_reply(fields | {name: [count[i] for i in range(len(ids))] for name, count in counts.items()})
+        return api.json_reply(fields | {name: [count[i] for i in range(len(ids))] for name, count in counts.items()})
 
     def info(self) -> dict:
         config, has_tags = self.engine.model.config, set(REASONING_TAGS) <= self.coder.special_tokens.keys()
