@@ -20,15 +20,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import torch
-
 from nanodoge import options as parsing
 from nanodoge.checkpoint import load_model, load_options
-from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, Count, NonNegative, Positive, Range, Share, Whole, one_line
-from sample import example
+from sample import example, make_decoder
 
 try:
     import uvicorn
@@ -75,6 +72,7 @@ class ServeOptions:
     keep_window_size: Whole = 0  # shrinks the model's window to so many keys, which is lossy; 0 = as it was trained
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of the weights; int8: a byte each, see decode.py
+    backend: Literal["torch", "onnx"] = "torch"  # onnx: faster on a CPU, needs pip install onnx onnxruntime
 
     def __post_init__(self):
         parsing.check_ranges(self)
@@ -91,7 +89,7 @@ def load_engine(options: ServeOptions) -> tuple[Engine, dict]:
         valid = f"at most the model's own, {config.keep_window_size}"
         raise ValueError(f"--keep_window_size={options.keep_window_size} must be {valid}")
     config.keep_window_size = options.keep_window_size or config.keep_window_size
-    decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype)
+    decoder = make_decoder(model, options.dtype, options.backend)
     engine = Engine(model, decoder, options.slots, tokenizer=tokenizer, piece=PIECE, reuse=True)
     trained = load_options(options.checkpoint[0])
     shown = example(engine, str(trained.get("data", "")))
