@@ -292,7 +292,7 @@ class OnnxDecoder:
             tensor.external_data.add(key="location", value="memory")
             proto.graph.initializer.append(tensor)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3  # 3: errors only
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in weights.values()]
         options.add_external_initializers(list(weights), values)
         self.session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
