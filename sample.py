@@ -22,6 +22,7 @@ import select
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from model import Doge
 from nanodoge import stories
 from nanodoge.answers import final_answer
 from nanodoge.checkpoint import load_model, load_options
@@ -71,6 +73,7 @@ class SampleOptions:
     # ---- Device
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of the weights; int8: a byte each, see decode.py
+    backend: Literal["torch", "onnx"] = "torch"  # onnx: faster on a CPU, needs pip install onnx onnxruntime
     compile: bool = False  # torch.compile: half a minute or more for every power of two in length, then faster
     attention: Literal["fast", "definition"] = "fast"  # definition: slow, as model.py defines it
 
@@ -80,6 +83,8 @@ class SampleOptions:
             raise ValueError(f"--temperature={self.temperature} must be 0 or at least 0.001")
         if self.attention == "definition" and (self.compile or self.dtype == "int8"):
             raise ValueError("--attention=definition is computed by model.py: without --compile and --dtype=int8")
+        if self.backend == "onnx" and (self.compile or self.attention == "definition"):
+            raise ValueError("--backend=onnx goes without --compile and --attention=definition")
         if self.system and not self.chat:
             raise ValueError("--system is the system message of a conversation: it needs --chat")
         if len(self.checkpoint) != 1:
@@ -210,6 +215,17 @@ def chat(engine: Engine, options: SampleOptions) -> None:
             limit = notice_length(request, limit)
 
 
+def make_decoder(model: Doge, dtype: str, backend: str, compile: bool = False) -> Callable:
+    """A Decoder, or an OnnxDecoder, for the device and dtype of the model, or for int8 if `dtype` says so. Raises
+    ValueError if --backend=onnx cannot run it."""
+    dtype = torch.int8 if dtype == "int8" else model.embed_tokens.weight.dtype
+    if backend == "torch":
+        return Decoder(model, dtype, compile)
+    from nanodoge.onnx_decode import OnnxDecoder
+
+    return OnnxDecoder(model, dtype)
+
+
 def main(argv: list[str]) -> None:
     options = parse_options(SampleOptions, argv, positional="checkpoint")
     machine = Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
@@ -220,7 +236,7 @@ def main(argv: list[str]) -> None:
     model = model.to(machine.device, machine.dtype)
     model.config.attention, decoder = options.attention, None
     if options.attention == "fast":
-        decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype, options.compile)
+        decoder = make_decoder(model, options.dtype, options.backend, options.compile)
     engine = Engine(model, decoder, slots=1, tokenizer=tokenizer)
     (chat if options.chat else complete)(engine, options)
 

@@ -5,7 +5,7 @@
 
 A client of OpenAI's API needs base_url=http://127.0.0.1:8000/v1 and any key. One thread owns the engine: between two
 steps it takes the calls that HTTP handlers left in a queue (add, cancel), and after a step it wakes the handlers whose
-requests have new text. So all requests share every step (see nanodoge/engine.py), and a handler only formats text. A
+requests have new text. So all requests share every step (see nanodoge/engine.py), and handlers never wait for a step. A
 reply that is not streamed is the streamed one, collected. Whoever disconnects frees their slot before the next step.
 """
 
@@ -13,27 +13,23 @@ import asyncio
 import base64
 import hmac
 import json
+import re
 import socket
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
-
-import torch
 
 from nanodoge import options as parsing
 from nanodoge.checkpoint import load_model, load_options
-from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, Count, NonNegative, Positive, Range, Share, Whole, one_line
-from sample import example
+from sample import example, make_decoder
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Response
+    from fastapi import Body, FastAPI, Response
     from fastapi import Request as Connection
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, PlainTextResponse
@@ -42,13 +38,14 @@ try:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from nanodoge import api
-    from nanodoge.api import APIError, error_fields, error_reply, json_reply
-    from nanodoge.service import EngineThread, Service
+    from nanodoge.api import APIError, Chat, Completion, error_fields, error_reply, json_reply
+    from nanodoge.service import EngineThread, Service, refusing
 except ImportError as missing:
     print(f"error: serve.py needs two packages: pip install fastapi uvicorn ({one_line(missing)})", file=sys.stderr)
     sys.exit(2)
 
 
+EVERYWHERE = ("0.0.0.0", "::")  # hosts that mean every address of this machine, whatever its name
 PIECE = 512  # prompt tokens read in a step (see Engine): a first token waits for two steps at most
 
 
@@ -75,6 +72,7 @@ class ServeOptions:
     keep_window_size: Whole = 0  # shrinks the model's window to so many keys, which is lossy; 0 = as it was trained
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of the weights; int8: a byte each, see decode.py
+    backend: Literal["torch", "onnx"] = "torch"  # onnx: faster on a CPU, needs pip install onnx onnxruntime
 
     def __post_init__(self):
         parsing.check_ranges(self)
@@ -82,8 +80,8 @@ class ServeOptions:
             raise ValueError(f"one checkpoint folder, not {len(self.checkpoint)}: {' '.join(self.checkpoint)}")
 
 
-def load_engine(options: ServeOptions, about: dict) -> Engine:
-    """The engine, tried out. about: gets what `info` says of the model (see Service)."""
+def load_engine(options: ServeOptions) -> tuple[Engine, dict]:
+    """The engine, and {chat: whether the model was tuned on conversations, example: a question it answers right}."""
     machine = Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
     model, tokenizer = load_model(options.checkpoint[0])
     model, config = model.to(machine.device, machine.dtype), model.config
@@ -91,93 +89,65 @@ def load_engine(options: ServeOptions, about: dict) -> Engine:
         valid = f"at most the model's own, {config.keep_window_size}"
         raise ValueError(f"--keep_window_size={options.keep_window_size} must be {valid}")
     config.keep_window_size = options.keep_window_size or config.keep_window_size
-    decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype)
+    decoder = make_decoder(model, options.dtype, options.backend)
     engine = Engine(model, decoder, options.slots, tokenizer=tokenizer, piece=PIECE, reuse=True)
     trained = load_options(options.checkpoint[0])
     shown = example(engine, str(trained.get("data", "")))
-    about["chat"] = "epochs" in trained if trained else bool(tokenizer.chat_template)
-    about["example"] = shown and shown[0]
     engine.allocate(config.max_position_embeddings + 2)  # `kept` wants two tokens more
     engine.generate([Request([tokenizer.bos_id], 2)])  # ValueError for damaged weights
-    return engine
+    is_chat = "epochs" in trained if trained else bool(tokenizer.chat_template)
+    return engine, dict(chat=is_chat, example=shown and shown[0])
 
 
 def load_service(options: ServeOptions) -> Service:
-    name, about = Path(options.checkpoint[0]).name, {}
-    thread = EngineThread(partial(load_engine, options, about))
-    defaults = dict(temperature=options.temperature, top_p=options.top_p)
-    return Service(thread, name, defaults, options.max_queue, options.timeout, about)
+    return Service(options, EngineThread(lambda: load_engine(options)))
 
 
 # ---- HTTP
 
 
-class Guard:
-    """Before the application (ASGI): the key, the size and pace of what arrives, and the server's end."""
-
-    def __init__(self, app, service: Service, options: ServeOptions):
-        self.app, self.service, self.options = app, service, options
-
-    def refusal(self, path: str, headers: dict[bytes, bytes]) -> APIError | None:
-        options, length = self.options, headers.get(b"content-length", b"0")
-        scheme, _, given = headers.get(b"authorization", b"").strip().partition(b" ")
-        if scheme.lower() == b"basic":  # of a browser, which asks for a password: user:password in base64
-            given = base64.urlsafe_b64decode(given + b"==").partition(b":")[2]
-        if path != "/health" and options.api_key and not hmac.compare_digest(given.strip(), options.api_key.encode()):
-            return APIError(401, "the API key is missing or wrong", "invalid_api_key", **{"WWW-Authenticate": "Basic"})
-        if self.service.is_stopping:
-            return APIError(503, "the server is stopping", "stopping", **{"Retry-After": "5", "Connection": "close"})
-        if length.isdigit() and int(length) > options.max_body:
-            return APIError(413, f"at most {options.max_body} bytes", "too_large")
-        return None
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        most, patience = self.options.max_body, self.options.patience
-        loop, size, is_whole = asyncio.get_running_loop(), 0, False
-        deadline = loop.time() + patience
-
-        async def receive_in_time():
-            nonlocal size, is_whole
-            if is_whole:  # what comes then is the disconnection
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), deadline - loop.time())
-            except asyncio.TimeoutError:
-                raise APIError(408, f"the body took more than {patience} s", "slow", Connection="close") from None
-            size, is_whole = size + len(message.get("body", b"")), not message.get("more_body", False)
-            if size > most:
-                raise APIError(413, f"at most {most} bytes", "too_large", Connection="close")
-            return message
-
-        async def count_and_send(message):
-            if message["type"] == "http.response.start":
-                self.service.statuses[message["status"]] += 1
-            await send(message)
-
-        refused = self.refusal(scope["path"], dict(scope["headers"]))
-        await (error_reply(refused) if refused else self.app)(scope, receive_in_time, count_and_send)
+def refusal(options: ServeOptions, is_stopping: bool, path: str, headers: dict[bytes, bytes]) -> APIError | None:
+    """What keeps a request from the application: its host, its key, its size, or the server's end."""
+    # A page of another host, whose name its owner points to this machine (DNS rebinding), comes with that name.
+    host = re.sub(r":\d*$", "", headers.get(b"host", b"localhost").decode("latin-1")).strip("[]").lower()
+    if options.host not in EVERYWHERE and host not in ("localhost", "127.0.0.1", "::1", options.host.lower()):
+        return APIError(403, f"this server is not {host[:80]!r}: see --host", "wrong_host")
+    scheme, _, given = headers.get(b"authorization", b"").strip().partition(b" ")
+    if scheme.lower() == b"basic":  # of a browser, which asks for a password: user:password in base64
+        given = base64.urlsafe_b64decode(given + b"==").partition(b":")[2]
+    if path != "/health" and options.api_key and not hmac.compare_digest(given.strip(), options.api_key.encode()):
+        return APIError(401, "the API key is missing or wrong", "invalid_api_key", **{"WWW-Authenticate": "Basic"})
+    if is_stopping:
+        return APIError(503, "the server is stopping", "stopping", **{"Retry-After": "5", "Connection": "close"})
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length[:20]) > options.max_body:
+        return APIError(413, f"at most {options.max_body} bytes", "too_large")
+    return None
 
 
-def make_app(service: Service, options: ServeOptions) -> FastAPI:
-    errors = {status: {"model": api.ErrorReply} for status in ("4XX", "5XX")}
+def guard(app, service: Service):
+    """An ASGI application: `app` behind `refusal`."""
+
+    async def guarded(scope, receive, send):
+        refused = None
+        if scope["type"] == "http":
+            refused = refusal(service.options, service.is_stopping, scope["path"], dict(scope["headers"]))
+        await (error_reply(refused) if refused else app)(scope, receive, send)
+
+    return guarded
+
+
+def make_app(service: Service) -> FastAPI:
+    errors = {status: dict(description="An error, in OpenAI's envelope") for status in ("4XX", "5XX")}
     app = FastAPI(title="nanoDoge", docs_url=None, redoc_url=None, responses=errors)
-    app.add_middleware(Guard, service=service, options=options)
-    if options.cors_origin:
-        headers = dict(allow_methods=["*"], allow_headers=["*"])
-        app.add_middleware(CORSMiddleware, allow_origins=[options.cors_origin], **headers)
+    app.add_middleware(guard, service=service)
+    if origin := service.options.cors_origin:
+        app.add_middleware(CORSMiddleware, allow_origins=[origin], allow_methods=["*"], allow_headers=["*"])
 
     @app.exception_handler(HTTPException)
-    async def http_error(_, error):
-        return error_reply(error)
-
     @app.exception_handler(RequestValidationError)
-    async def invalid(_, error):
-        first = error.errors()[0]
-        where = [str(place) for place in first["loc"] if place != "body"]
-        message = f"{'.'.join(where) or 'body'}: {first['msg']}"
-        return error_reply(APIError(400, message, "invalid", where[0] if where else None))
+    async def error_handler(_, error):
+        return error_reply(error)
 
     add_routes(app, service)
     return app
@@ -189,10 +159,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page():
-        path = HERE / "nanodoge" / "web" / "chat.html"
-        if not path.is_file():
-            raise APIError(404, "the page is missing")
-        return FileResponse(path)
+        return FileResponse(HERE / "nanodoge" / "web" / "chat.html")
 
     @app.get("/health")
     async def health():
@@ -212,33 +179,33 @@ def add_routes(app: FastAPI, service: Service) -> None:
             raise APIError(404, f"there is only {service.name}", "model_not_found", "model")
         return card
 
+    @app.post("/v1/chat/completions", responses=streams)
+    async def chat(body: Chat, connection: Connection):
+        return await service.reply(connection, body)
+
+    @app.post("/v1/completions", responses=streams)
+    async def completions(body: Completion, connection: Connection):
+        return await service.reply(connection, body)
+
     @app.get("/v1/nanodoge/info")
     async def info():
         return service.info()
 
-    @app.post("/v1/chat/completions", responses=streams)
-    async def chat(body: api.Chat, connection: Connection):
-        return await service.reply(connection, body)
-
-    @app.post("/v1/completions", responses=streams)
-    async def completions(body: api.Completion, connection: Connection):
-        return await service.reply(connection, body)
-
     @app.post("/v1/nanodoge/kept")
-    async def kept(body: api.Kept, connection: Connection):
-        return await service.kept(connection, body)
+    async def kept(
+        connection: Connection, messages: Annotated[api.Messages, Body()], layer: Annotated[api.Whole, Body()] = None
+    ):
+        return await service.kept(connection, messages, layer)
 
     @app.post("/tokenize")
-    async def tokenize(body: api.Text):
-        ids = await asyncio.to_thread(service.encode, body.prompt, body.add_special_tokens)
+    async def tokenize(prompt: Annotated[str, Body()], add_special_tokens: Annotated[bool, Body()] = True):
+        ids = await asyncio.to_thread(service.encode, prompt, add_special_tokens)
         return dict(tokens=ids, count=len(ids), max_model_len=service.context)
 
     @app.post("/detokenize")
-    async def detokenize(body: api.Tokens):
-        try:
-            return json_reply(dict(prompt=service.coder.decode(body.tokens)))
-        except ValueError as error:
-            raise APIError(400, str(error), param="tokens") from None
+    async def detokenize(tokens: Annotated[list[int], Body(embed=True)]):
+        with refusing("tokens"):
+            return json_reply(dict(prompt=service.coder.decode(tokens)))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info():  # with this lm_eval needs no tokenizer of its own
@@ -246,36 +213,50 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 class Patient(H11Protocol):
-    """A connection that is closed if a request's first line and headers do not arrive in time."""
+    """A connection whose request must arrive in time and not be too large, and whose client must read the reply."""
 
-    patience, late = 20.0, None
+    patience, max_size = 20.0, 0
+    late, stuck, size = None, None, 0
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self.late = self.loop.call_later(self.patience, self.give_up)
+        self.late = self.loop.call_later(self.patience, self.refuse, 408, "the request did not arrive in time")
 
     def data_received(self, data: bytes) -> None:
+        self.size += len(data)
         super().data_received(data)
-        is_waiting = self.cycle is None or self.cycle.response_complete  # for the rest of the headers
-        if self.late and not is_waiting:
-            self.late.cancel()
-        self.late = (self.late or self.loop.call_later(self.patience, self.give_up)) if is_waiting else None
+        if self.cycle and not (self.cycle.response_complete or self.cycle.more_body):  # the request is there
+            self.late = self.late and self.late.cancel()
+            self.size = 0
+        elif self.size > self.max_size:
+            self.refuse(413, "the request is too large")
+        elif not self.late:
+            self.late = self.loop.call_later(self.patience, self.refuse, 408, "the request did not arrive in time")
 
-    def give_up(self) -> None:
+    def refuse(self, status: int, message: str) -> None:
         if not self.transport.is_closing():
-            body = json.dumps(error_fields(APIError(408, "the headers did not arrive in time", "slow")))
-            head = f"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            body = json.dumps(error_fields(APIError(status, message)))
+            head = f"HTTP/1.1 {status} Refused\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
             self.transport.write(f"{head}\r\nConnection: close\r\n\r\n{body}".encode())
             self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stuck = self.loop.call_later(self.patience, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.stuck.cancel()
 
 
 class Server(uvicorn.Server):
     """uvicorn, but on a signal it first lets the running requests end. On a second one it ends at once."""
 
     def __init__(self, service: Service, options: ServeOptions):
-        protocol = type("Protocol", (Patient,), dict(patience=options.patience))
+        most = options.max_body + 2**17  # with headers
+        protocol = type("Protocol", (Patient,), dict(patience=options.patience, max_size=most))
         common = dict(ws="none", log_level="error", timeout_graceful_shutdown=1)
-        super().__init__(uvicorn.Config(make_app(service, options), http=protocol, **common))
+        super().__init__(uvicorn.Config(make_app(service), http=protocol, **common))
         self.service, self.grace, self.deadline = service, options.grace, 0.0
 
     def handle_exit(self, sig: int, frame) -> None:

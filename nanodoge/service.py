@@ -1,11 +1,12 @@
 """A model and its clients: the thread that owns the engine, and what an HTTP handler does for a request.
 
-An HTTP handler turns what it was sent into Requests, leaves these to the engine's thread as calls in a queue, waits for
-an event that the thread sets after a step, and formats what has come. So handlers never wait for a step, and the engine
+A handler turns what it was sent into Requests, leaves these to the engine's thread as a call in a queue, waits for an
+event that the thread sets after a step, and formats what has come. So handlers never wait for a step, and the engine
 never waits for a client. A reply that is not streamed is the streamed one, collected.
 """
 
 import asyncio
+import contextlib
 import json
 import queue
 import secrets
@@ -15,30 +16,18 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from functools import partial
+from pathlib import Path
 
 from fastapi import Request as Connection
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
-from nanodoge.api import (
-    SAMPLING,
-    UNSUPPORTED,
-    APIError,
-    Chat,
-    Choice,
-    ClientRequest,
-    Completion,
-    Kept,
-    Message,
-    Piece,
-    choice_fields,
-    error_fields,
-    join_pieces,
-    json_reply,
-)
+from nanodoge import api
+from nanodoge.api import APIError, Chat, Choice, ClientRequest, Completion, Message
 from nanodoge.engine import Engine
 from nanodoge.tokenizer import REASONING_TAGS
+
+PAUSE = 0.02  # seconds between two chunks of a stream: 50 a second read smoothly, and HTTP costs more than a token
 
 
 class EngineThread(threading.Thread):
@@ -49,25 +38,25 @@ class EngineThread(threading.Thread):
     times as long.
     """
 
-    def __init__(self, make: Callable[[], Engine]):
-        """Starts. `engine` is what make() returned. Raises what it raises."""
+    def __init__(self, make: Callable[[], tuple[Engine, dict]]):
+        """Starts. `engine` and `about` are what make() returned. Raises what it raises."""
         super().__init__(daemon=True)
         self.calls, self.active, self.sums = queue.SimpleQueue(), set(), Counter()
         self.loop: asyncio.AbstractEventLoop | None = None  # of the handlers
+        self.to_wake, self.last_wake = set(), 0.0
         self.make, self.made = make, Future()
         self.start()
-        self.engine = self.made.result()
+        self.engine, self.about = self.made.result()
 
     def run(self) -> None:
         try:
-            engine = self.make()
+            engine, about = self.make()
         except BaseException as error:
             return self.made.set_exception(error)
-        self.made.set_result(engine)
+        self.made.set_result((engine, about))
         while True:
-            while not self.calls.empty() or not (engine.live or engine.waiting or engine.reader):
-                call = self.calls.get()
-                if call is None:
+            while not (self.active and self.calls.empty()):
+                if (call := self.calls.get()) is None:
                     return
                 call()
             try:
@@ -79,12 +68,8 @@ class EngineThread(threading.Thread):
                     engine.cancel(request)
                 self.notify([])
 
-    def stop(self) -> None:
-        self.calls.put(None)
-        self.join()
-
     def notify(self, new: list[ClientRequest]) -> None:
-        """Wakes the handlers of requests with a new token that is streamed, and of those that have ended."""
+        """Wakes handlers: at a first token and at an end at once, else when PAUSE has passed. Once for all requests."""
         ended = {request for request in self.active if request.finish_reason}
         self.active -= ended
         for request in new:
@@ -93,9 +78,15 @@ class EngineThread(threading.Thread):
         for request in ended:
             self.sums.update(prompt_tokens=len(request.prompt), reused_tokens=request.reused)
         self.sums["generated_tokens"] += len(new)
-        events = {request.event for request in (*new, *ended) if request.streams or request in ended}
-        if events:
+        self.to_wake.update(request.event for request in (*new, *ended) if request.streams or request in ended)
+        is_due = ended or time.monotonic() > self.last_wake + PAUSE or any(len(request.tokens) == 1 for request in new)
+        if self.to_wake and is_due:
+            events, self.to_wake, self.last_wake = self.to_wake, set(), time.monotonic()
             self.loop.call_soon_threadsafe(lambda: [event.set() for event in events])
+
+    def stop(self) -> None:
+        self.calls.put(None)
+        self.join()
 
     def add(self, request: ClientRequest) -> None:
         self.active.add(request)
@@ -107,19 +98,25 @@ class EngineThread(threading.Thread):
             self.notify([])
 
 
+@contextlib.contextmanager
+def refusing(param: str):
+    """Within it a ValueError says what is wrong with a parameter."""
+    try:
+        yield
+    except ValueError as error:
+        raise APIError(400, str(error), param=param) from None
+
+
 class Service:
     """A model and the clients it serves."""
 
-    def __init__(self, thread: EngineThread, name: str, defaults: dict, max_queue: int, timeout: float, about: dict):
-        """defaults: temperature and top_p of a request that has none. max_queue, timeout: see ServeOptions. about: what
-        `info` says besides: chat, whether the model was tuned on conversations; example, a question it answers."""
-        self.thread, self.name, self.defaults, self.timeout, self.about = thread, name, defaults, timeout, about
-        engine, self.coder = thread.engine, thread.engine.tokenizer
-        self.config, self.context = engine.model.config, engine.model.config.max_position_embeddings
-        self.pending, self.at_once = 0, engine.slots + max_queue
-        self.is_stopping, self.statuses = False, Counter()  # which the server sets and counts
-
-    # ---- From what a client sent to requests of the engine
+    def __init__(self, options, thread: EngineThread):
+        """options: serve.py's ServeOptions."""
+        self.options, self.name, self.thread = options, Path(options.checkpoint[0]).name, thread
+        self.engine, self.coder = thread.engine, thread.engine.tokenizer
+        self.context = self.engine.model.config.max_position_embeddings
+        self.pending, self.at_once = 0, options.slots + options.max_queue  # requests that run or wait; most of them
+        self.is_stopping = False  # set by the server
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Special tokens written in a text are these tokens, and BOS stands in front, as evaluate.py has it."""
@@ -129,90 +126,66 @@ class Service:
         return ids if not add_bos or ids[:1] == [bos] else [bos, *ids]
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-        if len(messages) > self.context // 4:  # each takes more than four tokens; a template is slow
-            raise self.too_long(f"{len(messages)} messages", "messages")
+        self.check(4 * [0] * len(messages), "messages", 0)  # each has four tokens or more, and a template is slow
         rows = []
         for message in messages:
             parts = message.content if isinstance(message.content, list) else ()
             content = "".join(part.text for part in parts) if parts else message.content or ""
             rows.append(dict(role=message.role.replace("developer", "system"), content=content))
-        try:
+        with refusing("messages"):
             return self.coder.render(rows, add_generation_prompt)[0]
-        except ValueError as error:
-            raise APIError(400, str(error), param="messages") from None
 
-    def too_long(self, what: str, param: str) -> APIError:
-        words = f"the prompt has {what}, and with its reply must fit the model's context of {self.context} tokens"
-        return APIError(400, words, "context_length_exceeded", param)
-
-    def check(self, ids: list[int], param: str, new: int = 1) -> list[int]:
-        """The prompt. Raises APIError if the model cannot read it and write `new` tokens."""
-        if not ids or len(ids) + new > self.context:
-            raise (
-                self.too_long(f"{len(ids)} tokens", param) if ids else APIError(400, "the prompt is empty", None, param)
-            )
-        try:
+    def check(self, ids: list[int], param: str, new: int) -> None:
+        """Raises APIError if the model cannot read these and write `new` tokens."""
+        if not 0 < len(ids) <= self.context - new:
+            words = f"the prompt has {len(ids)} tokens, and the context holds from 1 to {self.context}, reply included"
+            raise APIError(400, words, "context_length_exceeded" if ids else None, param)
+        with refusing(param):
             self.coder.decode(ids)
-        except ValueError as error:
-            raise APIError(400, str(error), param=param) from None
-        return ids
-
-    def prompts(self, body: Chat | Completion) -> list[tuple[list[int], str]]:
-        """[(ids, what `echo` shows of them)]."""
-        if isinstance(body, Chat):
-            return [(self.render(body.messages, True), "")]
-        is_one = isinstance(body.prompt, str) or (bool(body.prompt) and isinstance(body.prompt[0], int))
-        given = [body.prompt] if is_one else body.prompt
-        if not 0 < len(given) * (body.n or 1) <= self.at_once:
-            raise APIError(400, f"from 1 to {self.at_once} continuations in one request", param="prompt")
-        ids = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
-        new = 0 if body.max_tokens == 0 else 1
-        decode = self.coder.decode
-        pairs = [(self.check(row, "prompt", new), text) for row, text in zip(ids, given, strict=True)]
-        return [(row, (text if isinstance(text, str) else decode(row)) if body.echo else "") for row, text in pairs]
 
     def choices(self, body: Chat | Completion) -> list[Choice]:
         """What a chat or completion asks for. Raises APIError for what cannot be done."""
-        for name, harmless in UNSUPPORTED.items():
+        for name, harmless in api.UNSUPPORTED.items():
             if (value := body.model_extra.get(name)) and value not in harmless:
                 raise APIError(400, f"{name} is not supported", "unsupported_parameter", name)
-        sampling = self.defaults | {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
-        if sampling["temperature"] < 1e-3:  # logits are divided by it
-            sampling["temperature"] = 0.0
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        common = dict(
-            stop=stop,
-            stop_ids=[] if body.ignore_eos else [self.coder.eos_id],
-            event=asyncio.Event(),
-            streams=bool(body.stream),
-        )
-        is_chat, limit = isinstance(body, Chat), body.max_tokens
-        if is_chat:
-            limit = limit if body.max_completion_tokens is None else body.max_completion_tokens
-            logprobs = body.top_logprobs or 0 if body.logprobs else None
+        if isinstance(body, Chat):
+            given, param, kind = [self.render(body.messages, True)], "messages", "delta" if body.stream else "message"
+            limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+            logprobs, echo = body.top_logprobs or 0 if body.logprobs else None, False
         else:
-            logprobs = body.logprobs
-            common["echo"] = bool(body.echo) and logprobs is not None
+            is_one = isinstance(body.prompt, str) or bool(body.prompt) and isinstance(body.prompt[0], int)
+            given, param, kind = [body.prompt] if is_one else body.prompt, "prompt", "text"
+            limit, logprobs, echo = body.max_tokens, body.logprobs, bool(body.echo)
+        if not 0 < len(given) * (body.n or 1) <= self.at_once:
+            raise APIError(400, f"from 1 to {self.at_once} continuations in one request", param="prompt")
+        asked = {name: value for name in api.SAMPLING if (value := getattr(body, name)) is not None}
+        common = dict(temperature=self.options.temperature, top_p=self.options.top_p) | asked
+        if common["temperature"] < 1e-3:  # logits are divided by it
+            common["temperature"] = 0.0
+        common |= dict(stop=[body.stop] if isinstance(body.stop, str) else body.stop or [], logprobs=logprobs)
+        common |= dict(stop_ids=[] if body.ignore_eos else [self.coder.eos_id], echo=echo and logprobs is not None)
+        common |= dict(event=asyncio.Event(), streams=bool(body.stream))
         seed, found = secrets.randbits(62) if body.seed is None else body.seed, []
-        for ids, echoed in self.prompts(body):
-            room = self.context - len(self.check(ids, "messages" if is_chat else "prompt", 0 if limit == 0 else 1))
-            new = room if limit is None else min(limit, room)
+        for prompt in given:
+            ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+            self.check(ids, param, 0 if limit == 0 else 1)
+            room = self.context - len(ids)
+            new, echoed = room if limit is None else min(limit, room), ""
+            if echo:
+                echoed = prompt if isinstance(prompt, str) else self.coder.decode(ids)
             for i in range(body.n or 1):
-                request = ClientRequest(ids, max(new, 1), **sampling, **common, seed=seed + i, logprobs=logprobs)
-                found.append(Choice(len(found), request, new, is_chat, echoed))
+                request = ClientRequest(ids, max(new, 1), **common, seed=seed + i)
+                found.append(Choice(len(found), request, new, kind, echoed))
         return found
 
-    # ---- Replies
-
-    async def follow(self, connection: Connection, choices: list[Choice]) -> AsyncIterator[Piece]:
-        """Yields the pieces of choices as they come. Leaving it cancels them, as does the client that disconnects."""
+    async def pieces(self, connection: Connection, choices: list[Choice]) -> AsyncIterator[dict]:
+        """What choices have to say, as it comes. Leaving it cancels them, as does the client that disconnects."""
         requests, thread, loop = [choice.request for choice in choices], self.thread, asyncio.get_running_loop()
         if self.pending + len(requests) > self.at_once:
             raise APIError(429, "too many requests are waiting", "queue_full", **{"Retry-After": "1"})
 
         def cancel():
-            for request in requests:
-                thread.calls.put(partial(thread.cancel, request))
+            thread.calls.put(lambda: [thread.cancel(request) for request in requests])
 
         async def watch():
             while (await connection.receive())["type"] != "http.disconnect":
@@ -220,15 +193,14 @@ class Service:
             cancel()
 
         thread.loop, self.pending, event = loop, self.pending + len(requests), requests[0].event
-        watcher, timer = asyncio.create_task(watch()), loop.call_later(self.timeout, cancel)
+        watcher, timer = asyncio.create_task(watch()), loop.call_later(self.options.timeout, cancel)
         try:
-            for request in requests:
-                thread.calls.put(partial(thread.add, request))
+            thread.calls.put(lambda: [thread.add(request) for request in requests])
             while not all(choice.ended for choice in choices):
                 await event.wait()
                 event.clear()
                 for choice in choices:
-                    for piece in () if choice.ended else choice.pieces():
+                    if not choice.ended and (piece := choice.take(self.coder)):
                         yield piece
         finally:
             watcher.cancel(), timer.cancel(), cancel()
@@ -236,43 +208,34 @@ class Service:
 
     async def reply(self, connection: Connection, body: Chat | Completion) -> Response:
         """The reply to a chat or completion, streamed or collected."""
-        choices, is_chat = await asyncio.to_thread(self.choices, body), isinstance(body, Chat)
-        kind = "chat.completion" if is_chat else "text_completion"
+        choices = await asyncio.to_thread(self.choices, body)
+        kind = "chat.completion" if isinstance(body, Chat) else "text_completion"
         head = dict(id=f"{kind[:4]}-{secrets.token_hex(12)}", object=kind, created=int(time.time()), model=self.name)
-        stream, found = self.follow(connection, choices), [[] for _ in choices]
+        stream = self.pieces(connection, choices)
         first = await anext(stream)  # what goes wrong before it has a status of its own
-        if body.stream:
-            return StreamingResponse(self.events(head, body, choices, first, stream), media_type="text/event-stream")
-        found[first.index].append(first)
-        async for piece in stream:
-            found[piece.index].append(piece)
-        field = "message" if is_chat else "text"
-        whole = [choice_fields(self.coder, join_pieces(pieces), field) for pieces in found]
-        return json_reply(head | dict(choices=whole, usage=self.usage(body, choices)))
-
-    async def events(self, head: dict, body, choices, first: Piece, stream) -> AsyncIterator[str]:
-        """The server-sent events of a streamed reply."""
-        is_chat, with_usage = isinstance(body, Chat), bool(body.stream_options and body.stream_options.include_usage)
-        head |= dict(object=head["object"] + ".chunk") if is_chat else {}
+        if not body.stream:
+            found = sorted([first, *[piece async for piece in stream]], key=lambda piece: piece["index"])
+            return api.json_reply(head | dict(choices=found, usage=self.usage(body, choices)))
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        head |= dict(object=kind + ".chunk") if isinstance(body, Chat) else {}
         head |= dict(usage=None) if with_usage else {}
 
-        def event(*chosen, **fields):
-            return f"data: {json.dumps(head | dict(choices=chosen) | fields)}\n\n"
+        async def events():
+            def event(fields):
+                return f"data: {json.dumps(fields)}\n\n"
 
-        def chunk(piece):
-            return event(choice_fields(self.coder, piece, "delta" if is_chat else "text"))
+            yield event(head | dict(choices=[first]))
+            try:
+                async for piece in stream:
+                    yield event(head | dict(choices=[piece]))
+            except APIError as error:
+                yield event(api.error_fields(error))
+                return
+            if with_usage:
+                yield event(head | dict(choices=[], usage=self.usage(body, choices)))
+            yield "data: [DONE]\n\n"
 
-        try:
-            for choice in choices if is_chat else ():
-                yield event(dict(index=choice.index, delta=dict(role="assistant", content=""), finish_reason=None))
-            yield chunk(first)
-            async for piece in stream:
-                yield chunk(piece)
-        except APIError as error:
-            yield f"data: {json.dumps(error_fields(error))}\n\n"
-            return
-        yield event(usage=self.usage(body, choices)) if with_usage else ""
-        yield "data: [DONE]\n\n"
+        return StreamingResponse(events(), media_type="text/event-stream")
 
     def usage(self, body: Chat | Completion, choices: list[Choice]) -> dict:
         prompts = [choice.request for choice in choices[:: body.n or 1]]
@@ -281,41 +244,40 @@ class Service:
         counts = dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
         return counts | dict(prompt_tokens_details=dict(cached_tokens=reused))
 
-    async def kept(self, connection: Connection, body: Kept) -> Response:
+    async def kept(self, connection: Connection, messages: list[Message], layer: int | None) -> Response:
         """For each token of a conversation, how many (layer, key/value head) caches hold it after reading all."""
-        ids = self.check(await asyncio.to_thread(self.render, body.messages, False), "messages", 0)
-        shape = self.info() | dict(object="nanodoge.kept", layer=body.layer)
-        if body.layer is not None and body.layer >= shape["layers"]:
-            raise APIError(400, f"layer {body.layer} must be below {shape['layers']}", param="layer")
+        ids, shape = await asyncio.to_thread(self.render, messages, False), self.info()
+        self.check(ids, "messages", 0)
+        if layer is not None and layer >= shape["layers"]:
+            raise APIError(400, f"layer {layer} must be below {shape['layers']}", param="layer")
         request = ClientRequest(ids, 2, temperature=0.0, wants_held=True)
-        async for _ in self.follow(connection, [Choice(0, request, 2)]):
+        async for _ in self.pieces(connection, [Choice(0, request, 2)]):
             pass
         kept, following, feed = Counter(), Counter(), self.coder.stream()
-        layers = request.held if body.layer is None else [request.held[body.layer]]
-        for positions, scores in (pair for layer in layers for pair in zip(*(x.tolist() for x in layer), strict=True)):
+        layers = request.held if layer is None else [request.held[layer]]
+        for positions, scores in (pair for each in layers for pair in zip(*(x.tolist() for x in each), strict=True)):
             keys = [(score, at) for score, at in zip(scores, positions, strict=True) if at >= 0]
             kept.update(at for _, at in keys)
             if len(keys) == shape["window"]:
                 following[min(keys)[1]] += 1  # the weakest; of equal ones the oldest
         texts = [feed(id) for id in ids]
         texts[-1] += feed(None)
-        fields = {name: shape[name] for name in ("object", "window", "layers", "kv_heads", "layer")}
-        fields |= dict(tokens=texts, possible=len(layers) * shape["kv_heads"])
+        fields = {name: shape[name] for name in ("window", "layers", "kv_heads")} | dict(layer=layer)
+        fields |= dict(object="nanodoge.kept", tokens=texts, possible=len(layers) * shape["kv_heads"])
         counts = {"kept": kept, "next": following}
-        return json_reply(fields | {name: [count[i] for i in range(len(ids))] for name, count in counts.items()})
+        return api.json_reply(fields | {name: [count[i] for i in range(len(ids))] for name, count in counts.items()})
 
     def info(self) -> dict:
-        shape, has_tags = self.config, set(REASONING_TAGS) <= self.coder.special_tokens.keys()
-        sizes = dict(context=self.context, window=shape.keep_window_size, layers=shape.num_hidden_layers)
-        sizes |= dict(kv_heads=shape.num_key_value_heads, reasoning=has_tags)
-        return dict(model=self.name, defaults=self.defaults | dict(max_tokens=None)) | sizes | self.about
+        config, has_tags = self.engine.model.config, set(REASONING_TAGS) <= self.coder.special_tokens.keys()
+        sizes = dict(context=self.context, window=config.keep_window_size, layers=config.num_hidden_layers)
+        sizes |= dict(kv_heads=config.num_key_value_heads, reasoning=has_tags)
+        defaults = dict(temperature=self.options.temperature, top_p=self.options.top_p, max_tokens=None)
+        return dict(model=self.name, defaults=defaults) | sizes | self.thread.about
 
     def metrics(self) -> str:
         """In Prometheus's format."""
-        engine, sums = self.thread.engine, self.thread.sums
-        numbers = dict(slots=engine.slots, running=len(engine.live), waiting=len(engine.waiting), pending=self.pending)
-        rows = [(name, "gauge", value) for name, value in numbers.items()]
-        rows += [(f"{name}_total", "counter", value) for name, value in sums.items()]
-        text = "".join(f"# TYPE nanodoge_{name} {kind}\nnanodoge_{name} {value}\n" for name, kind, value in rows)
-        replies = [f'nanodoge_replies_total{{status="{code}"}} {n}\n' for code, n in sorted(self.statuses.items())]
-        return text + "".join(["# TYPE nanodoge_replies_total counter\n", *replies])
+        engine, sums = self.engine, self.thread.sums
+        rows = dict(slots=engine.slots, running=len(engine.live), waiting=len(engine.waiting), pending=self.pending)
+        rows |= {f"{name}_total": sums[name] for name in ("prompt_tokens", "reused_tokens", "generated_tokens")}
+        kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in rows}
+        return "".join(f"# TYPE nanodoge_{x} {kinds[x]}\nnanodoge_{x} {n}\n" for x, n in rows.items())

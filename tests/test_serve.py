@@ -273,7 +273,7 @@ def test_bad_fields(post, body):
 @pytest.mark.parametrize("sent", [b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 50\r\n\r\n{"])
 def test_a_slow_client_gets_408(service, sent):
     with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=20) as slow:
-        slow.sendall(sent.replace(b"\r\n", b"\r\nHost: a\r\nContent-Type: application/json\r\n", 1))
+        slow.sendall(sent.replace(b"\r\n", b"\r\nHost: localhost\r\nContent-Type: application/json\r\n", 1))
         received = slow.recv(10000)
         assert received.startswith(b"HTTP/1.1 408") and b"close" in received.lower()
 
@@ -287,13 +287,11 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(checkpoi
         )
         step, may_go_on = engine.step, threading.Event()
         engine.step = lambda: may_go_on.wait(0.02) and step() or step()  # so that 100 tokens take two seconds
-        head = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        )
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         address = "127.0.0.1", int(service.url.rpartition(":")[2])
         clients = [socket.create_connection(address) for _ in range(2)]
         for client in clients:
-            client.sendall(head % len(body) + body)
+            client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_for(lambda: engine.live and engine.waiting)
         full = httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a"))
         assert full.status_code == 429 and full.headers["Retry-After"] == "1"
@@ -303,6 +301,29 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(checkpoi
         wait_for(lambda: service.pending == 0 and not engine.live and not engine.waiting)
         assert running.finish_reason == "cancelled" and len(running.tokens) < 100
         may_go_on.set()
+        assert httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a", max_tokens=2)).status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_left(checkpoint):
+    """Its connection is closed after --patience, and its place is free."""
+    with served(checkpoint, "--patience=0.2", "--slots=1", "--max_queue=0") as service:
+        protocol = service.server.config.http_protocol_class
+        made, protocol.connection_made = (
+            protocol.connection_made,
+            lambda self, transport: (
+                made(self, transport),
+                transport.set_write_buffer_limits(0),
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1),
+            ),
+        )
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            client.connect(("127.0.0.1", int(service.url.rpartition(":")[2])))
+            body = json.dumps(dict(prompt="a", max_tokens=100, logprobs=20, stream=True, ignore_eos=True)).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            wait_for(lambda: service.pending == 1)
+            wait_for(lambda: service.pending == 0)
         assert httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a", max_tokens=2)).status_code == 200
 
 
@@ -338,6 +359,22 @@ def test_the_key_is_needed_everywhere_but_for_health(checkpoint):
         for origin, allowed in (("https://friend.example", True), ("https://other.example", False)):
             reply = httpx.get(f"{service.url}/v1/models", headers=good | {"Origin": origin})
             assert ("access-control-allow-origin" in reply.headers) == allowed
+
+
+@pytest.mark.parametrize("host", ["other.example", "other.example:80", "localhost.other"])
+def test_a_host_that_is_not_ours_gets_403(service, host):
+    """DNS rebinding: a page of another host, whose name leads to this machine, could use the API."""
+    reply = httpx.get(f"{service.url}/v1/models", headers={"Host": host})
+    assert reply.status_code == 403 and reply.json()["error"]["code"] == "wrong_host"
+
+
+@pytest.mark.parametrize("listens", ["127.0.0.1", "box.example", "0.0.0.0"])
+def test_hosts_that_are_ours(listens):
+    options = serve.ServeOptions(host=listens)
+    for host in ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", listens]:
+        assert serve.refusal(options, False, "/", {b"host": host.encode()}) is None
+    for host in [b"other.example", b"\xff"]:
+        assert bool(serve.refusal(options, False, "/", {b"host": host})) == (listens != "0.0.0.0")
 
 
 def test_without_cors_origin_no_page_of_another_origin_gets_anything(service, post):

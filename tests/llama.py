@@ -1,0 +1,82 @@
+"""llama.cpp beside us: a model of the same shape with random weights, and its batched decoding without HTTP.
+
+Takes `pip install llama-cpp-python gguf`. The model is a Llama (whose layer has the same products as Doge's, and no
+dynamic mask); llama.cpp is only asked for logits, so that it need not draw tokens.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from model import DogeConfig
+
+
+def write_gguf(path: Path, config: DogeConfig, kind: str) -> None:
+    """A GGUF file of random weights. kind: F32, BF16, F16 or Q8_0, of the matrices."""
+    import gguf
+
+    C, M, V, D = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_tokenizer_model("none")
+    file.add_vocab_size(V)
+    file.add_context_length(config.max_position_embeddings)
+    file.add_embedding_length(C)
+    file.add_feed_forward_length(M)
+    file.add_block_count(config.num_hidden_layers)
+    file.add_head_count(heads)
+    file.add_head_count_kv(key_heads)
+    file.add_key_length(D)
+    file.add_value_length(D)
+    file.add_rope_dimension_count(D)
+    file.add_layer_norm_rms_eps(1e-6)
+    shapes = {"attn_q": (heads * D, C), "attn_k": (key_heads * D, C), "attn_v": (key_heads * D, C)}
+    shapes |= {"attn_output": (C, heads * D), "ffn_gate": (M, C), "ffn_up": (M, C), "ffn_down": (C, M)}
+    shapes |= {"attn_norm": (C,), "ffn_norm": (C,)}
+    blocks = {f"blk.{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in shapes.items()}
+    draw, quant = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
+    for name, shape in ({"token_embd": (V, C), "output_norm": (C,)} | blocks).items():
+        weight = draw.normal(0, 0.02, shape).astype(np.float32) if len(shape) == 2 else np.ones(shape, np.float32)
+        if len(shape) == 1 or kind == "F32":
+            file.add_tensor(f"{name}.weight", weight)
+        else:
+            file.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, quant), raw_dtype=quant)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+def llama_speed(path: Path, rows: int, prompt: int, new: int, threads: int) -> float:
+    """Tokens per second of `rows` texts of `new` tokens, prompts of `prompt` tokens included."""
+    import llama_cpp as llama
+
+    llama.llama_backend_init()
+    silent = llama.llama_log_callback(lambda *_: None)
+    llama.llama_log_set(silent, None)
+    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    assert model, f"llama.cpp does not read {path}"
+    params = llama.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = rows * (prompt + new), 2048, 512, rows
+    params.n_threads = params.n_threads_batch = threads
+    context, batch = llama.llama_init_from_model(model, params), llama.llama_batch_init(max(2048, rows), 0, 1)
+
+    def read(places):
+        """places: [(row, position, whether its logits are wanted)], in one batch."""
+        batch.n_tokens = len(places)
+        for i, (row, position, is_last) in enumerate(places):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = 300 + i, position, 1, is_last
+            batch.seq_id[i][0] = row
+        assert llama.llama_decode(context, batch) == 0
+
+    start = time.perf_counter()
+    every = [(row, i, i == prompt - 1) for row in range(rows) for i in range(prompt)]
+    for i in range(0, len(every), 2048):
+        read(every[i : i + 2048])
+    for i in range(new - 1):
+        read([(row, prompt + i, True) for row in range(rows)])
+    llama.llama_synchronize(context)
+    seconds = time.perf_counter() - start
+    llama.llama_batch_free(batch), llama.llama_free(context), llama.llama_model_free(model)
+    return rows * new / seconds

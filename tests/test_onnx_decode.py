@@ -1,0 +1,91 @@
+"""Decoding by onnxruntime, against the engine without it and against float32."""
+
+import pytest
+import torch
+from helpers import make_checkpoint
+
+import sample
+from model import Doge, DogeConfig
+from nanodoge.decode import Decoder
+from nanodoge.engine import Engine, Request
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnx", reason="onnx is not installed")
+
+DENSE = dict(vocab_size=300, hidden_size=64, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64)
+DENSE |= dict(num_attention_heads=4, num_key_value_heads=2, keep_window_size=8)
+SHAPES = {
+    "dense": DENSE,
+    "moe": DENSE | dict(is_moe=True, num_experts=16, num_experts_per_tok=4),
+    "wide": DENSE | dict(keep_window_size=2048, qk_norm=False, tie_word_embeddings=False, num_hidden_layers=1),
+    "scaled": DENSE | dict(rope_factor=2.0),
+}
+
+
+def make(name):
+    """A model whose scores differ from key to key, so that which keys are kept matters."""
+    torch.manual_seed(0)
+    model = Doge(DogeConfig(**SHAPES[name])).eval()
+    for block in model.layers:
+        torch.nn.init.normal_(block.self_attn.A, std=2.0)
+        torch.nn.init.normal_(block.self_attn.dt_proj.weight)
+    return model
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("name", SHAPES)
+def test_greedy_text_is_that_of_the_model(name, slots):
+    """Beyond five windows, rows of unequal length, which leave and join."""
+    from nanodoge.onnx_decode import OnnxDecoder
+
+    model, prompts = make(name), [([1, 2, 3, 4, 5], 40), ([9] * 3, 13), (list(range(30)), 30), ([7], 20)]
+    requests = [[Request(ids, n, temperature=0) for ids, n in prompts] for _ in range(2)]
+    expected = Engine(model, slots=slots).generate(requests[0])
+    assert Engine(model, OnnxDecoder(model), slots=slots).generate(requests[1]) == expected
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_int8_logits_are_near_those_of_float32(name):
+    """As near as those of torch's int8, whose inputs are not rounded, within a factor of two."""
+    from nanodoge.onnx_decode import OnnxDecoder
+
+    model = make(name)
+
+    def logits(decoder):
+        cache = model.new_cache(1, 64)
+        rows = []
+        for i, token in enumerate(torch.arange(40)[:, None]):
+            cache.used, cache.evicts = (i + 1, False) if i < 8 else (None, True)
+            rows.append(decoder(token, cache).clone())
+        return torch.stack(rows)
+
+    exact = logits(Decoder(model))
+    mine, theirs = ((logits(d(model, torch.int8)) - exact).std() / exact.std() for d in (OnnxDecoder, Decoder))
+    assert mine < 2 * theirs + 0.01
+
+
+def test_sample_writes_the_same_text(tmp_path, capsys):
+    """sample.py --backend=onnx; and what it cannot run is refused in one line."""
+    make_checkpoint(tmp_path / "model", hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    texts = []
+    for backend in ("torch", "onnx"):
+        sample.main([str(tmp_path / "model"), "--prompt=the", "--max_new_tokens=20", f"--backend={backend}"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    with pytest.raises(ValueError, match="^--backend=onnx goes without --compile"):
+        sample.main([str(tmp_path / "model"), "--backend=onnx", "--compile"])
+    with pytest.raises(ValueError, match="^--backend=onnx computes on a CPU"):
+        sample.main([str(tmp_path / "model"), "--backend=onnx", "--dtype=bfloat16"])
+
+
+def test_the_server_writes_the_same_text(tmp_path):
+    """serve.py --backend=onnx: several slots, rows kept for the next turn."""
+    pytest.importorskip("fastapi", reason="fastapi is not installed")
+    import serve
+
+    make_checkpoint(tmp_path / "model", hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    texts = []
+    for backend in ("torch", "onnx"):
+        engine, _ = serve.load_engine(serve.ServeOptions([str(tmp_path / "model")], backend=backend, slots=3))
+        texts.append(engine.generate([Request(list(range(9, 9 + n)), 12, temperature=0) for n in (3, 40, 7, 43)]))
+    assert texts[0] == texts[1]
