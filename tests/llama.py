@@ -66,7 +66,7 @@ def llama_speed(path: Path, rows: int, prompt: int, new: int, threads: int) -> f
         """places: [(row, position, whether its logits are wanted)], in one batch."""
         batch.n_tokens = len(places)
         for i, (row, position, is_last) in enumerate(places):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = 300 + i, position, 1, is_last
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = i % 200, position, 1, is_last
             batch.seq_id[i][0] = row
         assert llama.llama_decode(context, batch) == 0
 

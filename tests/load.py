@@ -1,6 +1,6 @@
 """serve.py under load, and against its own description. For hand and hour, not for the test suite.
 
-    python tests/load.py out/doge20m --dtype=int8                  the table results/load.csv
+    python tests/load.py out/doge20m --dtype=bfloat16 --llama=BF16,Q8_0    adds to results/load.csv
     python tests/load.py out/stories --requests=200 --out=         a rehearsal
     python tests/load.py out/stories --cases=2000                  schemathesis: never a 500, never a hang
 
@@ -18,9 +18,11 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -44,8 +46,9 @@ class LoadOptions:
     new_tokens: Count = 64  # a request of the measurement of speed
     slots: Count = 64  # of the server
     rounds: Count = 3  # of the measurement of speed, of which the median counts
+    llama: str = ""  # kinds of weights, like F32,BF16,Q8_0, of llama.cpp beside it (see llama.py); empty: none
     cases: Whole = 0  # only schemathesis, so many cases
-    out: str = "results/load.csv"  # the table; empty: none
+    out: str = "results/load.csv"  # the table, to which rows are added; empty: none
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the weights
     seed: Whole = 0  # of lengths and prompts
 
@@ -160,15 +163,50 @@ def engine_speed(engine: Engine, prompts: list[list[int]], new: int) -> float:
     return sum(map(len, engine.generate(requests))) / (time.perf_counter() - start)
 
 
-async def server_speed(url: str, prompts: list[list[int]], new: int) -> float:
-    """The same by the server. Greedy requests that are not streamed, all at once."""
-    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=200)) as client:
-        await asyncio.gather(*(client.get(f"{url}/health") for _ in prompts))  # connections are there
-        start = time.perf_counter()
-        bodies = [dict(prompt=prompt, max_tokens=new, temperature=0, ignore_eos=True) for prompt in prompts]
-        replies = await asyncio.gather(*(client.post(f"{url}/v1/completions", json=body) for body in bodies))
-        seconds = time.perf_counter() - start
-    return sum(reply.json()["usage"]["completion_tokens"] for reply in replies) / seconds
+async def complete(url: str, body: dict) -> bytes:
+    """The raw reply. (The client shares the server's cores, and httpx would take as much of them as the server.)"""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    data, head = json.dumps(body).encode(), b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    writer.write(head + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    reply = await reader.read()
+    writer.close()
+    return reply
+
+
+async def server_speed(url: str, prompts: list[list[int]], new: int, streams: bool) -> float:
+    """The same by the server, all at once."""
+    common = dict(max_tokens=new, temperature=0, ignore_eos=True, stream=streams)
+    common |= dict(stream_options=dict(include_usage=True)) if streams else {}
+    start = time.perf_counter()
+    replies = await asyncio.gather(*(complete(url, dict(prompt=prompt) | common) for prompt in prompts))
+    seconds = time.perf_counter() - start
+    return sum(int(re.search(rb'"completion_tokens": (\d+)', reply)[1]) for reply in replies) / seconds
+
+
+def speed_rows(options: LoadOptions, url: str, model, decoder: Decoder, prompts: list[list[int]]) -> list[tuple]:
+    """Tokens per second at 1, 4, 16, 64 clients. All see the same machine: they take turns."""
+    rows, ways = [], {}
+    for count in (1, 4, 16, 64):
+        some, new, engine = prompts[:count], options.new_tokens, Engine(model, decoder, slots=count)
+        engine.allocate(model.config.max_position_embeddings + 2)
+        ways["engine"] = partial(engine_speed, engine, some, new)
+        for name, streams in (("server", False), ("server, streaming", True)):
+            ways[name] = lambda streams=streams: asyncio.run(server_speed(url, some, new, streams))  # noqa: B023
+        for kind in options.llama.split(",") if options.llama else ():
+            import llama
+
+            path = Path(tempfile.gettempdir(), f"{Path(options.checkpoint[0]).name}-{kind}.gguf")
+            if not path.exists():
+                llama.write_gguf(path, model.config, kind)
+            shape = path, count, len(some[0]), new, torch.get_num_threads()
+            ways[f"llama.cpp, {kind}"] = partial(llama.llama_speed, *shape)
+        found = {name: [] for name in ways}
+        for _ in range(options.rounds):
+            for name, measure in ways.items():
+                found[name].append(measure())
+        rows += [(f"tokens/s, {count} clients, {name}", round(median(speeds))) for name, speeds in found.items()]
+    return rows
 
 
 async def first_token(url: str, short: list[int], long: list[int] | None) -> float:
@@ -249,15 +287,8 @@ def main(argv: list[str]) -> None:
         rows += [("requests", len(bodies)), ("clients", options.clients), ("left midway", left)]
         rows += [("seconds", round(seconds, 1)), ("same text as alone", same), ("other text", other)]
         rows += [(f"memory, MB, {name[:-3]}", round(found[name])) for name in ("first_mb", "last_mb", "most_mb")]
-        for count in (1, 4, 16, 64):
-            prompts, engine = [body["prompt"][:32] for body in bodies[:count]], Engine(model, decoder, slots=count)
-            engine.allocate(context + 2)
-            own, served = [], []
-            for _ in range(options.rounds):  # in turns, so that both see the same machine
-                own.append(engine_speed(engine, prompts, options.new_tokens))
-                served.append(asyncio.run(server_speed(url, prompts, options.new_tokens)))
-            rows += [(f"tokens/s, {count} clients, engine", round(median(own)))]
-            rows += [(f"tokens/s, {count} clients, server", round(median(served)))]
+        prompts = [(body["prompt"] * 32)[:32] for body in bodies[:64]]
+        rows += speed_rows(options, url, model, decoder, prompts)
         long = [256 + i % (tokenizer.vocab_size - 256) for i in range(context - 2)]
         for name, prompt in (("alone", None), (f"while {len(long)} tokens are read", long)):
             times = [asyncio.run(first_token(url, [300 + i], prompt)) for i in range(options.rounds)]
@@ -265,8 +296,12 @@ def main(argv: list[str]) -> None:
     for name, value in rows:
         print(f"{name:<45}{value:>10}")
     if options.out:
-        with open(options.out, "w", newline="") as file:
-            csv.writer(file).writerows([("what", "figure"), *rows])
+        is_new, about = not Path(options.out).exists(), [f"{Path(options.checkpoint[0]).name}, {options.dtype}"]
+        about += ["tests/load.py " + " ".join(argv)]
+        with open(options.out, "a", newline="") as file:
+            csv.writer(file).writerows(
+                [("model", "command", "what", "figure")] * is_new + [[*about, *row] for row in rows]
+            )
 
 
 if __name__ == "__main__":
