@@ -77,7 +77,7 @@ PARSED_ONLY = {  # why the rest of the command is not run
 }
 NOT_OURS = {  # first words of commands of other programs, or of scripts whose own tests run them
     r"pip|uv |git|npm|source|docker|brew|apt|python3 -m venv": "installs something",
-    r"python -m (http\.server|pytest)|ruff|lm_eval|curl|jupyter|ollama": "another program, or this one",
+    r"python (-m (http\.server|pytest)|-c)|ruff|cmp|lm_eval|curl|jupyter|ollama": "another program, or this one",
     r"python tests/\w+\.py": "takes minutes; tests/test_crash.py, test_fuzz.py and test_serve.py run parts",
     r"python examples/\w+\.py": "takes minutes",
     r"python exports/\w+/run\.py": "tests/test_export.py runs it",
@@ -170,6 +170,7 @@ def world(tmp_path_factory):
 )
 def test_command(page, words, world, monkeypatch):
     """Every command of README.md and docs/ parses, and runs, scaled down, unless a list above says why it does not."""
+    words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))  # NAME=value COMMAND
     line = " ".join(words)
     if any(re.match(pattern, line) for pattern in NOT_OURS):
         assert not words[0].startswith("python") or "/" not in words[1] or words[1].startswith(("tests", "ex", "-"))
@@ -235,12 +236,13 @@ def defined_in(path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_code_that_a_table_points_to_is_there(name):
-    """In the second cell of `| ... | `a` and `b` in file.py |` the names are of that file."""
-    for cell in re.findall(
-        r"^\| [^|]+ \| ((?:[^|]*`[\w.]+`[^|]*) in [\w/]+\.py[^|]*) \|$", (HERE / name).read_text(), re.M
-    ):
-        for part in re.findall(r"((?:`[\w.]+`(?:, | and |、|和)?)+) (?:in|在) ([\w/]+\.py)", cell):
-            assert set(re.findall(r"`([\w.]+)`", part[0])) <= defined_in(HERE / part[1]), f"{name}: {cell}"
+    """A cell "`a` and `b` in file.py" or, in Chinese, "file.py 中的 `a`": the names are defined in that file."""
+    text, listed = (HERE / name).read_text(encoding="utf-8"), r"`[\w.]+`(?:(?:, | and | 和 )`[\w.]+`)*"
+    found = re.findall(rf"({listed}) in ([\w/]+\.py)", text)
+    found += [pair[::-1] for pair in re.findall(rf"([\w/]+\.py) 中的 ({listed})", text)]
+    for names, file in found:
+        assert set(re.findall(r"`([\w.]+)`", names)) <= defined_in(HERE / file), f"{name}: {names} in {file}"
+    assert len(found) > 5 or not name.startswith("README")
 
 
 def test_spelling(capsys):
@@ -385,7 +387,32 @@ TABLES = dict(models=models, speed=speed, sizes=sizes, chain=chain, load=load)
 TABLES |= {
     what: lambda what=what: measured(what) for what in "decode prefill train attention moe tokenizer data".split()
 }
-CHINESE = {}
+CHINESE = {
+    "model": "模型",
+    "parameters": "参数量",
+    "training tokens": "训练词元",
+    "MB to run, float32 and int8": "运行内存 MB（float32、int8）",
+    "GB to train": "训练内存 GB",
+    "GPU hours": "GPU 小时",
+    "what, with the 20M model": "项目（20M 模型）",
+    "ours": "本项目",
+    "ratio": "倍数",
+    "writing 128 tokens": "生成 128 个词元",
+    "... int8, compiled, against its better format": "……int8，编译，对方取较快的格式",
+    "a prompt of 8,192 tokens": "读入 8,192 个词元的提示",
+    "a training step of 2,048 tokens": "2,048 个词元的一个训练步",
+    "16,384 experts of the 320M model, with backward": "320M 模型的 16,384 个专家，含反向传播",
+    "a token after 32,768 others, and after 2,048": "前文 32,768 与 2,048 个词元时，生成一个词元",
+    "command": "命令",
+    "what is counted": "统计的内容",
+    "before": "之前",
+    "after": "之后",
+    "bits per byte of held-out text": "留出文本上每字节的比特数",
+    "answers about a story right to the last word, of 972": "关于故事的回答逐词正确，共 972 个",
+    "pairs in which the better answer has the larger reward, of 972": "较好回答的奖励更大，共 972 对",
+    "log-probability of the better answer, nats": "较好回答的对数概率，nat",
+    "sums worked out right, of 200": "算术题答对，共 200 道",
+}
 MARKED = re.compile(r"(<!-- [^>]+: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
