@@ -281,7 +281,7 @@ def seconds_of(value):
 
 def models():
     """What each recipe takes, from config/ alone."""
-    yield "model", "parameters", "training tokens", "MB to run, float32 and int8", "GB to train", "GPU hours"
+    yield "model", "parameters", "training tokens", "MB to run, float32 and int8", "GB to train", "GPU hours, computed"
     for size, moe in itertools.product((20, 60, 160, 320), ("", "_moe")):
         files = [f"config/doge{size}m.py"] + [f"config/doge{size}m_moe.py"] * bool(moe)
         options = train.read_options(["--overwrite", *(str(HERE / file) for file in files)])
@@ -393,7 +393,7 @@ CHINESE = {
     "training tokens": "训练词元",
     "MB to run, float32 and int8": "运行内存 MB（float32、int8）",
     "GB to train": "训练内存 GB",
-    "GPU hours": "GPU 小时",
+    "GPU hours, computed": "GPU 小时（计算值）",
     "what, with the 20M model": "项目（20M 模型）",
     "ours": "本项目",
     "ratio": "倍数",
