@@ -16,6 +16,7 @@ import shutil
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -37,8 +38,7 @@ from model import Doge, DogeConfig  # noqa: E402
 from nanodoge import stage  # noqa: E402
 from nanodoge.options import parse_options  # noqa: E402
 
-PAGES = sorted([*HERE.glob("*.md"), *HERE.glob("docs/**/*.md")])
-PAGES = [page for page in PAGES if page.name != "NOTES.md"]
+PAGES = sorted({*HERE.glob("*.md"), *HERE.glob("docs/**/*.md")} - {HERE / "NOTES.md"})
 NAMES = [str(page.relative_to(HERE)) for page in PAGES]
 
 
@@ -53,17 +53,29 @@ def blocks(language):
 
 # ---- Commands
 
+
+def parsed_by(options, positional):
+    return lambda argv: parse_options(options, argv, positional=positional)
+
+
+def parsed_by_stage(module):
+    """The stage's own main, up to where it would start to train."""
+
+    def read(argv):
+        with patch.object(stage, "run_stage"), patch.object(train, "run_stage"):
+            module.main(argv + ["--overwrite"] * (not any("--resume" in word for word in argv)))
+
+    return read
+
+
 PARSERS = {  # program: what reads its options
-    "bench.py": lambda argv: parse_options(bench.BenchOptions, argv, positional="what"),
-    "convert.py": lambda argv: parse_options(convert.ConvertOptions, argv, positional="paths"),
-    "dpo.py": lambda argv: stage.read_run_options(dpo.DpoOptions, argv, stage.TUNE_MAY_CHANGE),
-    "evaluate.py": lambda argv: parse_options(evaluate.EvaluateOptions, argv, positional="checkpoint"),
-    "grpo.py": lambda argv: stage.read_run_options(grpo.GrpoOptions, argv, stage.TUNE_MAY_CHANGE),
-    "prepare_data.py": lambda argv: parse_options(prepare_data.PrepareOptions, argv, positional="sources"),
-    "sample.py": lambda argv: parse_options(sample.SampleOptions, argv, positional="checkpoint"),
-    "serve.py": lambda argv: parse_options(serve.ServeOptions, argv, positional="checkpoint"),
-    "sft.py": lambda argv: stage.read_run_options(sft.SftOptions, argv, stage.TUNE_MAY_CHANGE),
-    "train.py": train.read_options,
+    "bench.py": parsed_by(bench.BenchOptions, "what"),
+    "convert.py": parsed_by(convert.ConvertOptions, "paths"),
+    "evaluate.py": parsed_by(evaluate.EvaluateOptions, "checkpoint"),
+    "prepare_data.py": parsed_by(prepare_data.PrepareOptions, "sources"),
+    "sample.py": parsed_by(sample.SampleOptions, "checkpoint"),
+    "serve.py": parsed_by(serve.ServeOptions, "checkpoint"),
+    **{f"{module.__name__}.py": parsed_by_stage(module) for module in (train, sft, dpo, grpo)},
 }
 PARSED_ONLY = {  # why the rest of the command is not run
     r"torchrun|nnodes": "several processes: tests/test_train.py runs them",
@@ -180,8 +192,6 @@ def test_command(page, words, world, monkeypatch):
     argv = list(words[words.index(program) + 1 :])
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello.\n"))
     if any(re.search(pattern, line) for pattern in PARSED_ONLY):
-        if program in ("train.py", "sft.py", "dpo.py", "grpo.py"):
-            argv += ["--overwrite"] * ("--resume" not in line)
         PARSERS[program](argv)
     else:
         out = ("data" if program == "prepare_data.py" else "out") + f"/run-{abs(hash(line))}"
