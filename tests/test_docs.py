@@ -152,9 +152,7 @@ def world(tmp_path_factory):
     sets["labels"] = make_set(Path("data/labels"), "out/stories", "labels", rows=labels, labels=["bad", "good"])
     shutil.copytree(sets["chat"], "data/sums-chat")
     lines = [" ".join(words) for _, words in commands()] + [text for _, text in blocks("python")]
-    for line in sorted(
-        lines, key=lambda line: "prepare_data.py" in line
-    ):  # who reads a folder says of which kind it is
+    for line in sorted(lines, key=lambda line: "prepare_data.py" in line):  # the stage says of which kind a folder is
         kind = "labels" if "kind=labels" in line else "preferences" if "dpo.py" in line else "chat"
         for place in re.findall(r"\b(?:out|data|SmallDoge)/[\w.-]+", line):
             tunes = place.startswith("data/") and re.search(r"(sft|dpo)\.py", line)
