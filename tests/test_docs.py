@@ -381,14 +381,14 @@ def chain():
 
 
 def load():
-    """Tokens per second of the engine and of the server, by clients."""
-    rows = rows_of_csv("load.csv")
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    yield "clients", *(f"{name}: {side}" for name in names for side in ("engine", "server"))
-    figures = {(row["model"], row["what"]): row["figure"] for row in rows}
-    for clients in (1, 4, 16, 64):
-        keys = [(name, f"tokens/s, {clients} clients, {side}") for name in names for side in ("engine", "server")]
-        yield str(clients), *(f"{float(figures[key]):,.0f}" for key in keys)
+    """Tokens per second by model, way and number of clients."""
+    speeds = {}
+    for row in rows_of_csv("load.csv"):
+        if found := re.match(r"tokens/s, (\d+) clients, (.+)", row["what"]):
+            speeds.setdefault((row["model"], found[2]), {})[found[1]] = f"{float(row['figure']):,.0f}"
+    yield "model", "", "1 client", "4 clients", "16 clients", "64 clients"
+    for way, by_clients in speeds.items():
+        yield *way, *(by_clients.get(count, "") for count in ("1", "4", "16", "64"))
 
 
 TABLES = dict(models=models, speed=speed, sizes=sizes, chain=chain, load=load)
