@@ -67,6 +67,7 @@ def test_notebooks_are_small_and_have_no_paths_of_a_machine():
         assert len(text) < 600_000 and not re.search(r"/home/|/work/|/root/|/Users/|Traceback", text), path.name
 
 
+@pytest.mark.draws
 def test_the_loss_curve_of_a_stage_leaves_the_backend_of_a_notebook_alone(tmp_path):
     from nanodoge.run import plot_loss  # here, since as a program this file does not find it
 
