@@ -18,7 +18,8 @@ WHAT is one or more of:
 MB is what a step takes beside the weights; of `data`, the memory of the whole process.
 
 The peer is measured at its best: with each of transformers' two ways to attend (above 4,096 tokens only sdpa: eager
-takes minutes), and beside int8 in float32 and in bfloat16. The fastest counts and is named.
+takes minutes), and beside int8 in float32 and in bfloat16. The fastest counts and is named. With `decode
+--peer=llama.cpp` it is a Llama of the same shape, beside int8 in Q8_0 and in BF16 (pip install llama-cpp-python gguf).
 """
 
 import dataclasses
@@ -41,13 +42,15 @@ import prepare_data
 from model import CDMoE, Doge, DogeConfig
 from nanodoge import measure, sources, stories
 from nanodoge.attention import dynamic_mask_attention
-from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
+from nanodoge.llama import llama_writer
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, Count, NonNegative, Whole, check_ranges, parse_options, read_config, run_command
 from nanodoge.tokenizer import train_bpe
+from sample import make_decoder
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # per weight
+LLAMA_KINDS = {"float32": ["F32"], "bfloat16": ["BF16"], "int8": ["Q8_0", "BF16"]}  # llama.cpp's formats beside ours
 LENGTHS = {"decode": [0], "train": [2048], "prefill": [2048, 8192], "attention": [2048, 8192], "moe": [2048]}
 PEER_LONGEST = {"decode": 0, "train": 8192, "prefill": 16384}  # beyond, its T x T masks take minutes and tens of GB
 PROMPT, PIECE = 32, 4096  # tokens of decode's prompt; tokens of a prompt that are read together
@@ -60,7 +63,7 @@ class BenchOptions:
     """Options"""
 
     what: list[str] = field(default_factory=list)  # what to measure, see below
-    peer: bool = False  # measure the peer beside ours
+    peer: Literal["", "transformers", "llama.cpp"] = ""  # measure it beside ours; --peer alone: transformers
     model: list[str] = field(default_factory=list)  # 20m, 320m_moe, ..., or config files; empty: 20m (moe: 20m_moe)
     dtype: list[str] = field(default_factory=lambda: ["float32"])  # float32, bfloat16, and int8 (decode only)
     length: list[str] = field(default_factory=list)  # tokens; empty: what a laptop does in a minute or two
@@ -68,6 +71,7 @@ class BenchOptions:
     new_tokens: Count = 128  # decode: tokens to write
     temperature: NonNegative = 0.0  # decode: 0 takes the likeliest tokens, above 0 tokens are drawn
     compile: bool = False  # torch.compile (train and decode)
+    backend: Literal["torch", "onnx"] = "torch"  # decode: what computes a step, as in sample.py
     rounds: Whole = 0  # turns; 0: five, and one of what takes over 20 seconds
     vocab_size: Count = 32768  # tokenizer and data: the vocabulary
     megabytes: Count = 100  # data: how much text
@@ -84,8 +88,10 @@ class BenchOptions:
             for value in getattr(self, name) or [""]:
                 if value not in valid:
                     raise ValueError(f"{name} {value!r}: must be one or more of {', '.join(valid)}")
-        if "int8" in self.dtype and self.what != ["decode"]:
-            raise ValueError("--dtype=int8 is for decode")
+        given = [*(f"--dtype={dtype}" for dtype in self.dtype), f"--peer={self.peer}", f"--backend={self.backend}"]
+        for option in given:
+            if option in ("--dtype=int8", "--peer=llama.cpp", "--backend=onnx") and self.what != ["decode"]:
+                raise ValueError(f"{option} is for decode")
         for length in self.length:
             if not length.isdecimal() or int(length) < 1:
                 raise ValueError(f"--length={length} must be a whole number from 1 up")
@@ -162,7 +168,7 @@ def peer_model(case: Case, dtype: str) -> nn.Module:
 
 def peer_steps(case: Case, make_step: Callable[[nn.Module], Callable]) -> dict[str, Callable]:
     """{"sdpa float32": a step of transformers' Doge with the weights of ours, ...}, or {} if the case has no peer."""
-    if not case.peer:
+    if not case.peer or case.options.peer == "llama.cpp":
         return {}
     importlib.import_module("transformers").logging.set_verbosity_error()
     steps = {}
@@ -185,7 +191,7 @@ def peer_steps(case: Case, make_step: Callable[[nn.Module], Callable]) -> dict[s
 def decode(case: Case) -> Task:
     """The prompt and the new tokens, as sample.py writes them; behind a text of case.length the new ones alone."""
     (model, prompt), o = make_model(case), case.options
-    engine = Engine(model, Decoder(model, case.torch_dtype, o.compile), slots=o.batch_size)
+    engine = Engine(model, make_decoder(model, case.dtype, o.backend, o.compile), slots=o.batch_size)
     sampling = dict(do_sample=True, temperature=o.temperature, top_k=0) if o.temperature else dict(do_sample=False)
     sampling |= dict(max_new_tokens=o.new_tokens, pad_token_id=0, eos_token_id=None)
 
@@ -205,8 +211,10 @@ def decode(case: Case) -> Task:
         while len(engine.live) < o.batch_size:
             engine.step()
         note = f"cache {sum(x.nbytes for slots in engine.cache.layers for x in slots) / 1e6:.1f} MB"
-    mask = torch.ones_like(prompt)
+    mask, shape = torch.ones_like(prompt), (o.batch_size, PROMPT, o.new_tokens, torch.get_num_threads())
     peers = peer_steps(case, lambda peer: lambda: peer.generate(prompt, attention_mask=mask, **sampling))
+    if case.peer and o.peer == "llama.cpp":
+        peers = {kind: llama_writer(case.config, kind, *shape) for kind in LLAMA_KINDS[case.dtype]}
     size = model.flops_per_token(1) / 6 * BYTES[case.dtype]  # bytes of the weights that a token passes through
     return Task({"ours": ours} | peers, o.batch_size * o.new_tokens, size * o.new_tokens, "bytes", note)
 
@@ -332,16 +340,17 @@ def make_cases(options: BenchOptions) -> Iterator[Case]:
     parts = {"decode": ["decoder"], "moe": ["layer", "experts"]}
     for what in options.what:
         if what not in LENGTHS:
-            yield Case(what, what, options, peer=options.peer)
+            yield Case(what, what, options, peer=bool(options.peer))
             continue
         models = options.model or ["20m_moe" if what == "moe" else "20m"]
         lengths = [int(length) for length in options.length] or LENGTHS[what]
         for model, dtype, part, length in itertools.product(models, options.dtype, parts.get(what, [""]), lengths):
             size = f"{options.batch_size}x{length or f'{PROMPT}+{options.new_tokens}'}"
             how = ["compiled"] * (options.compile and what in ("train", "decode"))
+            how += ["onnx"] * (options.backend == "onnx")
             how += ["drawn"] * (options.temperature > 0 and what == "decode")
             name = " ".join(filter(None, [what, Path(model).stem, dtype, part, *how, size]))
-            peer = options.peer and length <= PEER_LONGEST.get(what, length)
+            peer = bool(options.peer) and length <= PEER_LONGEST.get(what, length)
             yield Case(what, name, options, Path(model).stem, config_of(model), dtype, length, part, peer)
 
 
@@ -356,7 +365,7 @@ def measure_case(case: Case) -> dict[str, Any]:
     seconds = measure.alternate({name: task.steps[name] for name in names}, case.options.rounds, device)
     row = {name: getattr(case, name) for name in ("what", "name", "model", "dtype", "length")}
     row |= dict(batch_size=case.options.batch_size, rounds=len(seconds["ours"]), tokens=task.tokens, unit=task.unit)
-    row["note"] = task.note if case.peer == case.options.peer else "no peer at this length"
+    row["note"] = task.note if case.peer == bool(case.options.peer) else "no peer at this length"
     row["reached"] = task.amount / median(seconds["ours"])
     if task.amount and task.unit != "text":
         size = int(task.amount / case.options.new_tokens)  # of the weights, if the unit is bytes
@@ -396,12 +405,13 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    argv = ["--peer=transformers" if word == "--peer" else word for word in argv]
     options = parse_options(BenchOptions, argv, positional="what")
     if options.what == ["gpu"]:
         import bench_gpu
 
         return bench_gpu.run(options.device, options.minutes, options.out)
-    if options.peer and not importlib.util.find_spec("transformers"):
+    if options.peer == "transformers" and not importlib.util.find_spec("transformers"):
         raise ValueError("--peer needs transformers, which is not installed here")
     cases, machine = list(make_cases(options)), measure.conditions()
     if options.csv:

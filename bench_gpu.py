@@ -75,7 +75,7 @@ def plan() -> list[tuple[float, list[Trial]]]:
             attend.append(Trial(f"attention {way.__name__} {T} window {W}", gpu.attention_speed, (way, T, W)))
 
     def step(model: str, batch: int, how: str, changes: dict[str, Any] = {}) -> Trial:  # noqa: B006
-        options = dict(compile="compiled" in how, peer="peer" in how)
+        options = dict(compile="compiled" in how, peer="transformers" * ("peer" in how))
         inputs = "train", model, 2048, batch
         return Trial(f"train {model} {batch} x 2048 {how}", gpu.measured, inputs, options, changes, seconds=120)
 
@@ -100,12 +100,12 @@ def plan() -> list[tuple[float, list[Trial]]]:
     constants += [step("160m", 8, f"eager, {name}", changes) for name, changes in gpu.OPTIMIZERS.items()]
 
     for batch, dtype, model in itertools.product((1, 64, 256), ("bfloat16", "int8"), ("20m", "320m")):
-        options = dict(dtype=dtype, peer=(batch, dtype, model) == (1, "bfloat16", "20m"))
+        options = dict(dtype=dtype, peer="transformers" * ((batch, dtype, model) == (1, "bfloat16", "20m")))
         writing.append(Trial(f"decode {model} {dtype} x {batch}", gpu.measured, ("decode", model, 0, batch), options))
         if dtype == "bfloat16":
             writing.append(Trial(f"decode {model} x {batch}, CUDA graph", gpu.decode_by_graph, (model, batch)))
     for T in (2048, 8192, 65536):
-        options = dict(peer=T == 2048)
+        options = dict(peer="transformers" * (T == 2048))
         writing.append(Trial(f"prefill 20m {T}", gpu.measured, ("prefill", "20m", T), options))
     experiments = right, resumed, attend, steps, constants, writing, start
     return list(zip((0.17, 0.03, 0.17, 0.28, 0.05, 0.1, 0.2), experiments, strict=True))

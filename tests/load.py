@@ -18,8 +18,8 @@ import random
 import re
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ import torch
 from nanodoge.checkpoint import load_model
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
+from nanodoge.llama import llama_writer
 from nanodoge.options import HERE, Count, Whole, check_ranges, parse_options, run_command
 
 
@@ -46,7 +47,7 @@ class LoadOptions:
     new_tokens: Count = 64  # a request of the measurement of speed
     slots: Count = 64  # of the server
     rounds: Count = 3  # of the measurement of speed, of which the median counts
-    llama: str = ""  # kinds of weights, like F32,BF16,Q8_0, of llama.cpp beside it (see llama.py); empty: none
+    llama: str = ""  # kinds of weights, like F32,BF16,Q8_0, of llama.cpp beside it (see nanodoge/llama.py); empty: none
     cases: Whole = 0  # only schemathesis, so many cases
     out: str = "results/load.csv"  # the table, to which rows are added; empty: none
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the weights
@@ -163,6 +164,13 @@ def engine_speed(engine: Engine, prompts: list[list[int]], new: int) -> float:
     return sum(map(len, engine.generate(requests))) / (time.perf_counter() - start)
 
 
+def llama_speed(step: Callable, tokens: int) -> float:
+    """Tokens per second of llama.cpp's batched decoding, prompts included."""
+    start = time.perf_counter()
+    step()
+    return tokens / (time.perf_counter() - start)
+
+
 async def complete(url: str, body: dict) -> bytes:
     """The raw reply. (The client shares the server's cores, and httpx would take as much of them as the server.)"""
     host, port = url.removeprefix("http://").split(":")
@@ -194,13 +202,8 @@ def speed_rows(options: LoadOptions, url: str, model, decoder: Decoder, prompts:
         for name, streams in (("server", False), ("server, streaming", True)):
             ways[name] = lambda streams=streams: asyncio.run(server_speed(url, some, new, streams))  # noqa: B023
         for kind in options.llama.split(",") if options.llama else ():
-            import llama
-
-            path = Path(tempfile.gettempdir(), f"{Path(options.checkpoint[0]).name}-{kind}.gguf")
-            if not path.exists():
-                llama.write_gguf(path, model.config, kind)
-            shape = path, count, len(some[0]), new, torch.get_num_threads()
-            ways[f"llama.cpp, {kind}"] = partial(llama.llama_speed, *shape)
+            step = llama_writer(model.config, kind, count, len(some[0]), new, torch.get_num_threads())
+            ways[f"llama.cpp, {kind}"] = partial(llama_speed, step, count * new)
         found = {name: [] for name in ways}
         for _ in range(options.rounds):
             for name, measure in ways.items():

@@ -327,3 +327,18 @@ def test_flop_of_a_step_agree_with_those_torch_counts():
         F.cross_entropy(model(tokens)[0].flatten(0, 1), tokens.flatten()).backward()
     pairs = 12 * 32 * 2 * (T - (T + 1) / 2)  # 12 C per pair and layer
     assert counter.get_total_flops() == pytest.approx((model.flops_per_token(T) + pairs) * 2 * T, rel=0.02)
+
+
+def test_llama_cpp_is_a_peer(shape, tmp_path, capsys, quick):
+    """A file of the same shape is written, read and run; the row names its format."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    [row], printed = table(tmp_path, capsys, "decode", "--peer=llama.cpp", shape, "--new_tokens=3", "--batch_size=2")
+    assert row["peer"] == "F32" and float(row["peer_seconds"]) > 0 and row["speedup"] and "F32" in printed
+
+
+def test_llama_cpp_is_asked_for_where_it_has_something_to_do(monkeypatch):
+    with pytest.raises(ValueError, match="^--peer=llama.cpp is for decode$"):
+        bench.main(["train", "--peer=llama.cpp"])
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ValueError, match="^llama.cpp needs two packages: pip install llama-cpp-python gguf$"):
+        bench.main(["decode", "--peer=llama.cpp"])

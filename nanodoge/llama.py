@@ -4,7 +4,8 @@ Takes `pip install llama-cpp-python gguf`. The model is a Llama (whose layer has
 dynamic mask); llama.cpp is only asked for logits, so that it need not draw tokens.
 """
 
-import time
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +49,20 @@ def write_gguf(path: Path, config: DogeConfig, kind: str) -> None:
     file.close()
 
 
-def llama_speed(path: Path, rows: int, prompt: int, new: int, threads: int) -> float:
-    """Tokens per second of `rows` texts of `new` tokens, prompts of `prompt` tokens included."""
-    import llama_cpp as llama
+def llama_writer(config: DogeConfig, kind: str, rows: int, prompt: int, new: int, threads: int) -> Callable[[], None]:
+    """A step of bench.py: each call writes `rows` texts of `new` tokens after prompts of `prompt` tokens. The prompts
+    are read together, then one token of every row at a time. Raises ValueError without the two packages."""
+    try:
+        import llama_cpp as llama
 
-    llama.llama_backend_init()
-    silent = llama.llama_log_callback(lambda *_: None)
-    llama.llama_log_set(silent, None)
-    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
-    assert model, f"llama.cpp does not read {path}"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.gguf")
+            write_gguf(path, config, kind)
+            llama.llama_backend_init()
+            llama.llama_log_set(silent := llama.llama_log_callback(lambda *_: None), None)
+            model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    except ImportError:
+        raise ValueError("llama.cpp needs two packages: pip install llama-cpp-python gguf") from None
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = rows * (prompt + new), 2048, 512, rows
     params.n_threads = params.n_threads_batch = threads
@@ -70,13 +76,14 @@ def llama_speed(path: Path, rows: int, prompt: int, new: int, threads: int) -> f
             batch.seq_id[i][0] = row
         assert llama.llama_decode(context, batch) == 0
 
-    start = time.perf_counter()
-    every = [(row, i, i == prompt - 1) for row in range(rows) for i in range(prompt)]
-    for i in range(0, len(every), 2048):
-        read(every[i : i + 2048])
-    for i in range(new - 1):
-        read([(row, prompt + i, True) for row in range(rows)])
-    llama.llama_synchronize(context)
-    seconds = time.perf_counter() - start
-    llama.llama_batch_free(batch), llama.llama_free(context), llama.llama_model_free(model)
-    return rows * new / seconds
+    def step():
+        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        every = [(row, i, i == prompt - 1) for row in range(rows) for i in range(prompt)]
+        for i in range(0, len(every), 2048):
+            read(every[i : i + 2048])
+        for i in range(new - 1):
+            read([(row, prompt + i, True) for row in range(rows)])
+        llama.llama_synchronize(context)
+
+    step.kept = silent, model  # Python must not free what C calls
+    return step
