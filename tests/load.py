@@ -302,7 +302,7 @@ def main(argv: list[str]) -> None:
         is_new, about = not Path(options.out).exists(), [f"{Path(options.checkpoint[0]).name}, {options.dtype}"]
         about += ["tests/load.py " + " ".join(argv)]
         with open(options.out, "a", newline="") as file:
-            csv.writer(file).writerows(
+            csv.writer(file, lineterminator="\n").writerows(
                 [("model", "command", "what", "figure")] * is_new + [[*about, *row] for row in rows]
             )
 

@@ -30,13 +30,23 @@ HOSTILE = """<script>document.title = 'owned'</script> <img src=x onerror="docum
 MARKDOWN = (
     "# Head\n\nOne *two* **three** `four` [five](https://a.test/b)\n\n- six\n  - seven\n- eight\n\n```python\nx = 1\n"
 )
+BLOCKS = """3. nine
+4. ten
+
+> quoted *one*
+> <b>two</b>
+
+Head | <i>Cost</i>
+---|:--:
+`a` | [5](https://a.test/c)
+[x](javascript:alert(1)) | <img src=x onerror="document.title='owned'">"""
 INFO = dict(model="tiny", context=256, window=8, layers=2, kv_heads=1, chat=True, reasoning=False)
 INFO |= dict(defaults=dict(temperature=0.7, top_p=0.95, max_tokens=100))
-REPLIES = {"html": HOSTILE, "markdown": MARKDOWN, "slow": "word " * 2000}
+REPLIES = {"html": HOSTILE, "markdown": MARKDOWN, "blocks": BLOCKS, "slow": "word " * 2000}
 
 
 class Stub(BaseHTTPRequestHandler):
-    """Answers "html", "markdown" and "slow" with the texts above, and anything else with the same text in capitals."""
+    """Answers the keys of REPLIES with the texts above, and anything else with the same text in capitals."""
 
     def send(self, body, status=200, kind="application/json"):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -222,12 +232,26 @@ def test_markdown_and_thoughts(page):
     for tag, words in dict(h3="Head", em="two", strong="three", a="five", pre="x = 1").items():
         assert text.locator(tag).inner_text().strip() == words
     assert text.locator("p code").inner_text() == "four" and text.locator("li li").inner_text() == "seven"
-    assert text.locator("> ul > li").count() == 2 and text.locator("a").get_attribute("rel") == "noreferrer"
+    assert text.locator("> ul > li").count() == 2 and text.locator("a").get_attribute("rel") == "noopener noreferrer"
     send(page, "think")
     expect(page.locator("#log .text").last).to_have_text("THINK")
     assert page.locator("details").last.get_attribute("open") is None
     page.locator("summary").last.click()
     expect(page.locator("details div").last).to_have_text("hm ")
+
+
+def test_tables_quotes_and_numbered_lists(page):
+    send(page, "blocks")
+    expect(page.locator("#send")).to_have_text("Send")
+    text = page.locator("#log .assistant .text")
+    assert text.locator("ol").get_attribute("start") == "3" and text.locator("ol li").all_inner_texts() == [
+        "nine",
+        "ten",
+    ]
+    assert text.locator("blockquote").inner_text() == "quoted one\n<b>two</b>"
+    assert text.locator("blockquote em, td code, td a").all_inner_texts() == ["one", "a", "5"]
+    assert text.locator("th").all_inner_texts() == ["Head", "<i>Cost</i>"]
+    assert text.locator("tr").count() == 3 and text.locator("img, b, i, [href^=javascript]").count() == 0
 
 
 def test_what_the_model_kept(page, server):
