@@ -126,7 +126,8 @@ def experts_experiment(lab: Lab, seed: int) -> None:
     def mixing() -> Learner:
         learner = lab.model(seed, **experts)
         for layer in learner.model.layers:
-            layer.mlp.router_gate = replaced(layer.mlp.router_gate, MixingRouter(64, 32, bias=False))
+            old = layer.mlp.router_gate
+            layer.mlp.router_gate = replaced(old, MixingRouter(old.in_features, old.out_features, bias=False))
         return lab.learner(learner.model)
 
     def measure(model: Doge) -> dict[str, float]:
