@@ -40,8 +40,8 @@ class Lab:
 
     def text(self, source: str) -> Sequences:
         """The text of a SOURCE of prepare_data.py, in tokens of one tokenizer, which is trained on stories and text."""
-        folder = Path(self.options.data)
-        both, name = folder / f"both-{Path(self.options.text).stem}", Path(source).stem
+        folder = Path(self.options.data) / Path(self.options.text).stem  # another text has another tokenizer
+        both, name = folder / "both", Path(source).stem
         common = dict(stories=5000, vocab_size=1024, piece_chars=8192)
         if not both.is_dir():
             self.prepare(["stories", self.options.text], both, tokens=1_000_000, **common)
