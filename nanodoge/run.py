@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Doge
+from nanodoge.card import write_card
 from nanodoge.checkpoint import (
     clear,
     finish_interrupted_save,
@@ -85,17 +86,19 @@ def in_megabytes(row: dict) -> dict:
 
 
 def plot_loss(log_path: Path, picture_path: Path) -> None:
-    """Draws training and validation loss over the tokens seen. The part in which a loss is that of copies is shaded."""
+    """Draws training and validation loss over the tokens seen. The loss of copy steps is another, so it has its own
+    points, and the part that has copy steps is shaded."""
     from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the notebook that calls a stage
 
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
-    for column, style in (("loss", "-"), ("val_loss", "o-"), ("copy_loss", ".")):
+    labels = dict(loss="loss of all tokens", val_loss="validation loss", copy_loss="copy_loss: copies only")
+    for (column, label), style in zip(labels.items(), ("-", "o-", "."), strict=True):
         points = [(int(row["tokens"]), float(row[column])) for row in read_log(log_path) if row.get(column)]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=column, linewidth=1, markersize=3)
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
         if points and column == "copy_loss":
-            axes.axvspan(0, points[-1][0], alpha=0.1, label="copy steps")
+            axes.axvspan(0, points[-1][0], alpha=0.1, label="copy steps, mixed with others")
     axes.set(xlabel="tokens", ylabel="loss", title=str(Path(log_path).parent))
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -197,10 +200,13 @@ class Run:
         self.machine.print("finishing this step, then saving (once more to stop at once)")
 
     def finish(self) -> None:
-        """Draws the loss curve. If a signal ended the loop, says how to go on and ends the process."""
+        """Draws the loss curve and writes the model card. If a signal ended the loop, says how to go on instead of the
+        card, and ends the process."""
         self.machine.barrier()
         if self.machine.is_main:
             plot_loss(self.folder / "log.csv", self.folder / "loss.png")
+            if not self.stop:
+                write_card(self, read_log(self.folder / "log.csv"))
         if self.stop:
             again = f"python {Path(sys.argv[0]).name} --out_dir={self.folder} --resume"
             self.machine.print(f"stopped and saved after step {self.step}; to go on: {again}")
