@@ -255,7 +255,7 @@ def load_model(source: str | Path, device: str = "cpu", labels: tuple | None = N
         kinds = ["a classifier of " + ", ".join(names) if names else "a language model" for names in (has, wants)]
         kinds[1] = "a classifier" if labels == () else kinds[1]
         raise ValueError(f"{folder} is {kinds[0]}, and what is needed here is {kinds[1]}")
-    with torch.device("meta"):
+    with layouts.Shapes():
         model = Doge(layout.config, wants)
     with naming(main, " "):
         weights = layouts.convert(layout, device)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model import Doge, DogeConfig
 from nanodoge.decode import pack
@@ -167,6 +168,17 @@ def dequantise(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: w for name, w in plain.items() if not (name.endswith(SCALE) and name[: -len(SCALE)] in plain)}
 
 
+class Shapes(TorchFunctionMode):
+    """Within it a model is made on the meta device, of shapes alone. torch.nn.init does nothing: on that device it
+    would import the compiler, which takes a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        with torch.device("meta"):
+            return func(*args, **(kwargs or {}))
+
+
 def convert(layout: Layout, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """The state dict of model.py's Doge, float32. Raises ValueError, naming the tensor, unless the checkpoint has
     exactly the tensors of the model that its config.json describes."""
@@ -182,7 +194,7 @@ def convert(layout: Layout, device: str | torch.device = "cpu") -> dict[str, Ten
             raise ValueError(f"has {name} that differs from the embedding, and config.json says tie_word_embeddings")
     config, repeat = layout.config, layout.repeat
     narrow = dataclasses.replace(config, num_key_value_heads=config.num_key_value_heads // repeat)
-    with torch.device("meta"):
+    with Shapes():
         expected = {name: list(w.shape) for name, w in Doge(narrow, layout.labels).state_dict().items()}
     for name, shape in expected.items():
         shape[0] *= repeat if name.endswith((".A", "dt_proj.weight")) else 1

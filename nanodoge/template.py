@@ -17,10 +17,6 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from nanodoge.options import one_line
 from nanodoge.tokenizer_json import refuse_if
 
@@ -56,22 +52,24 @@ CHAT_TEMPLATE = """{{- bos_token }}
 PROGRAM_ERRORS = ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
 
 
-class Generation(Extension):
-    """The tag {% generation %} ... {% endgeneration %}: two marks, around what the assistant writes."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        marks = (nodes.Output([nodes.Name(name, "load")]) for name in ("generation_begin", "generation_end"))
-        return nodes.Scope([next(marks), *body, next(marks)], lineno=line)
-
-
 @lru_cache(maxsize=8)
-def compile_template(source: str) -> Template:
+def compile_template(source: str) -> Any:
     """A chat template with the settings and helpers that transformers gives it. It is a program from outside, which the
     sandbox keeps away from files."""
+    from jinja2 import TemplateError, nodes  # imported where used: many texts need no template
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag {% generation %} ... {% endgeneration %}: two marks, around what the assistant writes."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            marks = (nodes.Output([nodes.Name(name, "load")]) for name in ("generation_begin", "generation_end"))
+            return nodes.Scope([next(marks), *body, next(marks)], lineno=line)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -148,6 +146,8 @@ def written_parts(
 
     split: splits a text at the special tokens, [text, token, text, ...]. values: what else the template is given.
     """
+    from jinja2 import TemplateError
+
     messages = plain_messages(messages, template)
     roles = [message["role"] for message in messages] + ["tool"]  # the last one wrote `tools`
 

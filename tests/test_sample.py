@@ -8,6 +8,7 @@ import math
 import os
 import re
 import select
+import subprocess
 import sys
 import time
 import types
@@ -23,7 +24,7 @@ from nanodoge import stories
 from nanodoge.answers import final_answer
 from nanodoge.checkpoint import load_model
 from nanodoge.engine import Engine, TextStream
-from nanodoge.options import parse_options
+from nanodoge.options import HERE, parse_options
 from nanodoge.tokenizer import Tokenizer
 
 
@@ -38,6 +39,15 @@ def checkpoint(tmp_path_factory):
 def outputs(checkpoint, *options, capsys):
     sample.main([str(checkpoint), "--device=cpu", *options])
     return capsys.readouterr()
+
+
+def test_a_continuation_imports_nothing_slow(checkpoint):
+    """The compiler alone takes longer than torch without it."""
+    slow = {"torch._dynamo", "torch._inductor", "sympy", "jinja2", "datasets", "requests", "matplotlib", "transformers"}
+    code = f"import sys, sample; sample.main(sys.argv[1:]); print('slow:', sorted({slow} & set(sys.modules)))"
+    argv = [sys.executable, "-c", code, str(checkpoint), "--prompt=the red", "--max_new_tokens=1", "--device=cpu"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=HERE)
+    assert done.stdout.endswith("slow: []\n"), done.stderr
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch):
