@@ -1,0 +1,363 @@
+"""One step of generation as an ONNX graph, and a decoder that runs it.
+
+    decoder = OnnxDecoder(model, torch.int8)          # in place of nanodoge.decode.Decoder: faster without a compiler
+    logits = decoder(token, cache)
+
+The graph takes one token per row and the state, and gives the logits and the state with the token in it. The state of
+Doge has a constant size (see nanodoge/attention.py): of each layer k, v, s and position, in at most W + 1 slots, the
+last of which is a spare. So one graph generates text of any length.
+
+Why it is fast: onnxruntime starts an operation in 0.4 us, where torch takes 2 to 5; most of a layer are operations that
+it has as one; the new state is written over the old one, so that nothing is copied at a token; and a product with int8
+weights rounds its inputs to int8 as well, with a scale for each row and each BLOCK of inputs.
+
+Shapes as in model.py: B batch, C hidden size, H heads, K key/value heads, D head size. And L layers, G = H / K, N
+slots, R = B K: to the graph, each key/value head is a row of its own, with G heads.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from model import CDMoE, Doge, RMSNorm, rotary_frequencies
+from nanodoge.attention import LARGEST, NEVER, Cache
+from nanodoge.layouts import quantise
+
+try:
+    import onnx
+    import onnxruntime
+    from onnx import GraphProto, TensorProto, helper, numpy_helper
+except ImportError:
+    raise ValueError("ONNX needs two packages: pip install onnx onnxruntime") from None
+
+BLOCK = 256  # the most that onnxruntime takes; with 32 large products take twice as long
+LARGEST_FILE = 1_900_000_000  # bytes of weights: an ONNX file ends at 2 GiB; more go to a file beside it
+FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+FUSED = {"SkipSimplifiedLayerNormalization", "GroupQueryAttention", "MatMulNBits", "QuickGelu"}  # onnxruntime's own
+
+
+class Matrix(NamedTuple):
+    """A matrix of weights (out, in) in a graph."""
+
+    inputs: int
+    values: str  # name of: (out, in) fp32, fp16 or int8; for MatMulNBits uint8 (out, blocks, block), with 128 for 0
+    scale: Tensor | None = None  # of int8: (out, 1) fp32
+    block: int = 0  # of MatMulNBits
+
+
+class Graph:
+    """Nodes and weights of an ONNX graph. expand: int8 becomes float32 when the graph is loaded, for runtimes whose
+    int8 product is slower (in a browser by ten times)."""
+
+    def __init__(self, dtype: torch.dtype, expand: bool):
+        self.dtype, self.expand, self.nodes, self.constants, self.weights, self.names = dtype, expand, [], [], {}, 0
+
+    def name(self) -> str:
+        self.names += 1
+        return f"x{self.names}"
+
+    def add(self, operator: str, *inputs, outputs: int | list[str] = 1, **attributes) -> str | list[str]:
+        """Adds a node -> the name of its output, or those of several. inputs: names, weights, or plain numbers."""
+        inputs = [x if isinstance(x, str) else self.store(x) for x in inputs]
+        outputs = [self.name() for _ in range(outputs)] if isinstance(outputs, int) else outputs
+        domain = "com.microsoft" if operator in FUSED else ""
+        self.nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def store(self, value: Tensor | float | list[int]) -> str:
+        """Stores weights, or numbers as float32 or int64 -> their name."""
+        name = self.name()
+        if isinstance(value, Tensor):
+            self.weights[name] = value.detach().contiguous().numpy()
+        else:  # the shapes of other tensors may depend on it
+            self.constants.append(numpy_helper.from_array(torch.tensor(value).numpy(), name))
+        return name
+
+    def matrix(self, *weights: Tensor) -> Matrix:
+        """The rows of all weights (out, in), one after another."""
+        weight = torch.cat([w.detach().float() for w in weights])
+        inputs = weight.shape[1]
+        block = math.gcd(inputs, BLOCK)
+        if self.dtype != torch.int8 or block < 16:  # the smallest that onnxruntime takes
+            return Matrix(
+                inputs, self.store(weight.to(torch.float16 if self.dtype == torch.float16 else torch.float32))
+            )
+        values, scale = quantise({"w": weight}).values()
+        if self.expand:
+            return Matrix(inputs, self.store(values), scale[:, None])
+        values = (values.int() + 128).to(torch.uint8).unflatten(1, (-1, block))
+        return Matrix(inputs, self.store(values), scale[:, None], block)
+
+    def product(self, x: str, matrix: Matrix, outputs: int | list[str] = 1) -> str:
+        """x (n, in) fp32 -> (n, out)."""
+        if not matrix.block:
+            return self.add("Gemm", x, self.floats(matrix, matrix.values, matrix.scale), transB=1, outputs=outputs)
+        scale = matrix.scale.repeat(1, matrix.inputs // matrix.block)
+        sizes = dict(K=matrix.inputs, N=len(scale), bits=8, block_size=matrix.block, accuracy_level=4)  # 4: x as int8
+        return self.add("MatMulNBits", x, matrix.values, scale, **sizes, outputs=outputs)
+
+    def rows(self, matrix: Matrix, index: str) -> str:
+        """index (n,) -> (n, in) fp32."""
+        scale = None if matrix.scale is None else self.add("Gather", matrix.scale, index)
+        return self.floats(matrix, self.add("Gather", matrix.values, index), scale)
+
+    def floats(self, matrix: Matrix, values: str, scale: str | Tensor | None) -> str:
+        """All rows or some as fp32, from their values and scales."""
+        x = values if self.dtype == torch.float32 else self.add("Cast", values, to=FLOAT)
+        if matrix.block:
+            x = self.add("Reshape", self.add("Sub", x, 128.0), [-1, matrix.inputs])
+        return x if scale is None else self.add("Mul", x, scale)
+
+
+class Shared(NamedTuple):
+    """What the layers of one step share, or have been given at once: names, of lists one for each layer."""
+
+    rotary: list[str]  # cos and sin (R, 1, D / 2)
+    position: str  # (R, 1, 1, 1): of the new key
+    slots: str  # (1,): N
+    spare: str  # (1,): N - 1
+    at: str  # (R, 1, 1, 1): where GroupQueryAttention puts the new key: the next slot, or the spare one of a full row
+    at32: str  # the same, (R,) int32
+    least: list[str]  # (R, 1, 1, 1): the score of the key that a full row loses to a stronger one. Of others: NEVER
+    leaving: list[str]  # (R, 1, 1, 1): its slot; the spare one
+    kept: list[str]  # (R, 1, 1, 1): the slot of a new key that is kept
+
+
+def begin_step(graph: Graph, L: int, K: int) -> Shared:
+    """The nodes before the first layer: rotary embedding, and which keys full rows may lose (attention.remember)."""
+    add = graph.add
+    length = add("Reshape", add("Tile", add("Unsqueeze", "length", [1]), [1, K]), [-1, 1, 1, 1])  # (R, 1, 1, 1)
+    angles = add("Mul", add("Reshape", add("Cast", length, to=FLOAT), [-1, 1]), "frequencies")  # (R, D / 2)
+    slots = add("Shape", "s0", start=3)
+    spare = add("Sub", slots, [1])
+    at = add("Min", length, spare)
+    every = add("Tile", at, [L, 1, 1, 1])  # (L R, 1, 1, 1), as what follows: of all layers at once
+    full = add("Equal", every, spare)
+    some_full = add("Cast", add("ReduceMax", add("Cast", full, to=INT32), keepdims=0), to=TensorProto.BOOL)
+    least, oldest = add("If", some_full, outputs=2, **weakest_branches(graph, L, spare, every))
+
+    def per_layer(x):
+        parts = add("Split", x, axis=0, outputs=L, num_outputs=L)
+        return parts if L > 1 else [parts]
+
+    return Shared(
+        rotary=[add("Unsqueeze", add(name, angles), [1]) for name in ("Cos", "Sin")],
+        position=length,
+        slots=add("Cast", slots, to=INT32),
+        spare=spare,
+        at=at,
+        at32=add("Reshape", add("Cast", at, to=INT32), [-1]),
+        least=per_layer(add("Where", full, least, NEVER)),
+        leaving=per_layer(add("Where", full, oldest, spare)),
+        kept=per_layer(add("Where", full, oldest, every)),
+    )
+
+
+def weakest_branches(graph: Graph, L: int, spare: str, every: str) -> dict[str, GraphProto]:
+    """The branches of an If: where a row is full, `least` and `oldest` (L R, 1, 1, 1) are the smallest score that a row
+    holds and the slot of the oldest key that has it. Searching all slots takes time, so it is done only there."""
+    add, begin, branches = graph.add, len(graph.nodes), {}
+    kinds = (("least", FLOAT), ("oldest", INT64))
+    outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds]
+    for branch in ("then_branch", "else_branch"):
+        if branch == "then_branch":
+            s, position = (
+                add("Slice", add("Concat", *(f"{name}{i}" for i in range(L)), axis=0), [0], spare, [3])
+                for name in ("s", "position")
+            )
+            least = add("ReduceMin", s, [3], outputs=["least"])
+            position = add("Where", add("Equal", s, least), position, torch.iinfo(torch.int64).max)
+            add("ArgMin", position, axis=3, outputs=["oldest"])
+        else:
+            add("Expand", NEVER, add("Shape", every), outputs=["least"])
+            add("Identity", every, outputs=["oldest"])
+        branches[branch] = helper.make_graph(graph.nodes[begin:], branch, [], outputs)
+        del graph.nodes[begin:]
+    return branches
+
+
+def attention(graph: Graph, i: int, layer: nn.Module, h: str, shared: Shared, eps: float) -> tuple[str, str]:
+    """The nodes of DynamicMaskAttention for one token: h (B, C) -> (B, C), and the slot (R, 1, 1, 1) of the new key."""
+    add, K, D = graph.add, len(layer.A), layer.head_dim
+    G = layer.q_proj.out_features // (K * D)
+    qkv = torch.cat([x.weight.unflatten(0, (K, -1)) for x in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=1)
+    heads = add("Reshape", graph.product(h, graph.matrix(*qkv)), [-1, G + 2, D])  # (R, G + 2, D)
+    qk, v = add("Split", heads, [G + 1, 1], axis=1, outputs=2)
+    if isinstance(layer.q_norm, RMSNorm):
+        weights = torch.cat((layer.q_norm.weight.expand(G, D), layer.k_norm.weight[None]))
+        qk = add("Mul", add("RMSNormalization", qk, torch.ones(D), axis=-1, epsilon=eps), weights)
+    qk = add("RotaryEmbedding", add("Reshape", qk, [-1, 1, (G + 1) * D]), *shared.rotary, num_heads=G + 1)
+    q, k = add("Split", qk, [G * D, D], axis=2, outputs=2)
+    dt = add("Softplus", add("Gemm", add("Reshape", v, [-1, K * D]), layer.dt_proj.weight, transB=1))  # (B, K)
+    score = add("Reshape", add("Exp", add("Min", add("Mul", dt, layer.A), LARGEST)), [-1, 1, 1, 1])
+
+    # The new key is appended at `at`. Of a full row one key is not seen: the weakest, or the new one if it is weaker.
+    loses = add("Less", score, shared.least[i])
+    new, old = add("Where", loses, NEVER, score), add("Where", loses, shared.least[i], NEVER)
+    slot = add("Where", loses, shared.spare, shared.kept[i])
+    seen = add("ScatterElements", f"s{i}", shared.leaving[i], old, axis=3)
+    seen = add("ScatterElements", seen, shared.at, new, axis=3)
+    inputs = q, k, v, f"k{i}", f"v{i}", shared.at32, shared.slots, "", "", "", seen
+    names = [graph.name(), f"new_k{i}", f"new_v{i}"]
+    found, *_ = add("GroupQueryAttention", *inputs, num_heads=G, kv_num_heads=1, outputs=names)
+    add("ScatterElements", f"s{i}", slot, new, axis=3, outputs=[f"new_s{i}"])
+    add("ScatterElements", f"position{i}", slot, shared.position, axis=3, outputs=[f"new_position{i}"])
+    return graph.product(add("Reshape", found, [-1, K * G * D]), graph.matrix(layer.o_proj.weight)), slot
+
+
+def feed_forward(graph: Graph, mlp: nn.Module, h: str) -> str:
+    """The nodes of MLP or CDMoE for one token: h (B, C) -> (B, C)."""
+    add, matrix = graph.add, graph.matrix
+    both = graph.product(h, matrix(mlp.gate_proj.weight, mlp.up_proj.weight))
+    gate, up = add("Split", both, axis=1, outputs=2, num_outputs=2)
+    y = graph.product(add("Mul", add("QuickGelu", gate, alpha=1.0), up), matrix(mlp.down_proj.weight))  # SiLU
+    if not isinstance(mlp, CDMoE):
+        return y
+    C, n, k = mlp.gate_proj.in_features, mlp.num_keys, mlp.top_k  # see CDMoE.route
+    logits = add("Reshape", add("Gemm", h, mlp.router_gate.weight, transB=1), [-1, 2, n])
+    best, index = add("TopK", logits, [min(k, n)], axis=2, outputs=2)  # (B, 2, k)
+    i, j = (graph.store(ranks) for ranks in mlp.pairs)
+    sums = (add("Gather", add("Gather", best, half, axis=1), ranks, axis=1) for half, ranks in ((0, i), (1, j)))
+    scores, pair = add("TopK", add("Add", *sums), [k], axis=1, outputs=2)  # (B, k)
+    x, y_ = (
+        add("GatherElements", add("Gather", index, half, axis=1), add("Gather", ranks, pair), axis=1)
+        for half, ranks in ((0, i), (1, j))
+    )
+    experts = add("Reshape", add("Add", add("Mul", x, n), y_), [-1])  # (B k,)
+    tables = (graph.rows(matrix(table.weight), experts) for table in (mlp.down_embed, mlp.up_embed))
+    down, up = (add("Reshape", rows, [-1, k, C]) for rows in tables)
+    hidden = add("QuickGelu", add("MatMul", down, add("Unsqueeze", h, [2])), alpha=1.0)  # (B, k, 1)
+    hidden = add("Mul", hidden, add("Unsqueeze", add("Softmax", scores, axis=1), [2]))
+    return add("Add", y, add("ReduceSum", add("Mul", hidden, up), [1], keepdims=0))
+
+
+def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = False):
+    """The graph as a ModelProto without its weights, and these by name. dtype: of the matrices, float32, float16 or
+    int8. vocab_size: tokens that have logits. Raises ValueError for heads that onnxruntime cannot attend with.
+
+    Inputs: token and length (B,), the tokens before it; frequencies (R or 1, D / 2) of the rotary embedding; and of
+    each layer k, v (R, 1, N, D), s and position (R, 1, 1, N). There must be a free slot beside the spare one, or W + 1
+    slots. Outputs: logits (B, V), new_k ... of each layer, and slot (L, R). The new key of a full row is in the last
+    slot of new_k and new_v: the caller copies it from there to `slot`.
+    """
+    config, graph = model.config, Graph(dtype, expand)
+    L, K, D, eps = config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.rms_norm_eps
+    if D % 8:
+        raise ValueError(f"ONNX: heads of {D} numbers; onnxruntime takes multiples of 8")
+    embedding = graph.matrix(model.embed_tokens.weight[:vocab_size])
+    head = embedding if config.tie_word_embeddings else graph.matrix(model.lm_head.weight[:vocab_size])
+    shared, slots = begin_step(graph, L, K), []
+    x = graph.rows(embedding, "token")
+    h = graph.add("RMSNormalization", x, model.layers[0].input_layernorm.weight, axis=-1, epsilon=eps)
+
+    def add_norm(y, x, residual, norm):
+        """residual x + y, and its norm."""
+        x = graph.add("Mul", x, residual)
+        h, _, _, x = graph.add("SkipSimplifiedLayerNormalization", y, x, norm.weight, epsilon=eps, outputs=4)
+        return x, h
+
+    following = [block.input_layernorm for block in model.layers[1:]] + [model.norm]
+    for i, (block, norm) in enumerate(zip(model.layers, following, strict=True)):
+        y, slot = attention(graph, i, block.self_attn, h, shared, eps)
+        slots.append(slot)
+        x, h = add_norm(y, x, block.input_residual, block.post_attention_layernorm)
+        x, h = add_norm(feed_forward(graph, block.mlp, h), x, block.post_attention_residual, norm)
+    graph.add("Reshape", graph.add("Concat", *slots, axis=0), [L, -1], outputs=["slot"])
+    graph.product(h, head, outputs=["logits"])
+
+    def tensors(prefix):
+        kinds = dict(k=(FLOAT, ["R", 1, "N", D]), v=(FLOAT, ["R", 1, "N", D]))
+        kinds |= dict(s=(FLOAT, ["R", 1, 1, "N"]), position=(INT64, ["R", 1, 1, "N"]))
+        return [info(f"{prefix}{name}{i}", *kind) for i in range(L) for name, kind in kinds.items()]
+
+    info = helper.make_tensor_value_info
+    inputs = [info("token", INT64, ["B"]), info("length", INT64, ["B"]), info("frequencies", FLOAT, ["F", D // 2])]
+    outputs = [info("logits", FLOAT, ["B", vocab_size]), info("slot", INT64, [L, "R"])]
+    proto = helper.make_graph(graph.nodes, "step", inputs + tensors(""), outputs + tensors("new_"), graph.constants)
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(proto, opset_imports=opsets, ir_version=11), graph.weights
+
+
+def save_step(model: Doge, path: Path, dtype: torch.dtype, vocab_size: int, expand: bool) -> None:
+    """Writes the graph and its weights, with the rotary frequencies as one of these."""
+    proto, weights = step_model(model, dtype, vocab_size, expand)
+    config = model.config
+    weights["frequencies"] = rotary_frequencies(config.head_dim, config.rope_theta)[
+        None, config.head_dim // 2 :
+    ].numpy()
+    [given] = [x for x in proto.graph.input if x.name == "frequencies"]
+    proto.graph.input.remove(given)
+    proto.graph.initializer.extend(numpy_helper.from_array(w, name) for name, w in weights.items())
+    beside = sum(w.nbytes for w in weights.values()) > LARGEST_FILE
+    onnx.save_model(proto, path, save_as_external_data=beside, location=f"{path.name}.data")
+
+
+class OnnxDecoder:
+    """Decoder of nanodoge/decode.py, by onnxruntime on a CPU. It works on the memory of a Cache in float32.
+
+    decoder(token (B,), cache) -> logits (B, V) fp32, valid until the next call, and the cache holds the token. dtype:
+    float32 or int8.
+    """
+
+    compiled = False
+
+    def __init__(self, model: Doge, dtype: torch.dtype = torch.float32):
+        if model.embed_tokens.weight.device.type != "cpu" or dtype not in (torch.float32, torch.int8):
+            raise ValueError("--backend=onnx computes on a CPU, with --dtype=float32 or int8")
+        proto, weights = step_model(model, dtype, model.config.vocab_size)
+        for name, w in weights.items():  # ONNX files end at 2 GB, so the weights are given as they lie in memory
+            kind = helper.np_dtype_to_tensor_dtype(w.dtype)
+            tensor = TensorProto(name=name, data_type=kind, dims=w.shape, data_location=TensorProto.EXTERNAL)
+            tensor.external_data.add(key="location", value="memory")
+            proto.graph.initializer.append(tensor)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in weights.values()]
+        options.add_external_initializers(list(weights), values)
+        self.session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+        self.weights, self.vocab_size, self.cache = weights, model.config.vocab_size, None
+
+    def room(self, length: int) -> int:
+        return length
+
+    def bind(self, cache: Cache) -> None:
+        """Makes the memory of a cache the inputs and outputs of the graph."""
+        self.cache, self.binding, B = cache, self.session.io_binding(), len(cache.length)
+        K, N, D = cache.layers[0].k.shape[1:]
+        self.logits, self.slot = (
+            torch.empty(B, self.vocab_size),
+            torch.empty(len(cache.layers), B * K, dtype=torch.long),
+        )
+        frequencies = cache.frequencies.view(-1, D)[:, D // 2 :]
+        self.frequencies = frequencies.repeat_interleave(K if len(frequencies) > 1 else 1, dim=0)
+        bound = dict(length=cache.length, frequencies=self.frequencies, logits=self.logits, slot=self.slot)
+        for i, slots in enumerate(cache.layers):
+            for name, x in slots._asdict().items():
+                bound[f"{name}{i}"] = bound[f"new_{name}{i}"] = x.view(B * K, 1, *((N, D) if name in "kv" else (1, N)))
+        for side in (self.binding.bind_input, self.binding.bind_output):
+            names = self.session.get_inputs() if side == self.binding.bind_input else self.session.get_outputs()
+            for name in (x.name for x in names if x.name != "token"):
+                self.bind_tensor(side, name, bound[name])
+
+    def bind_tensor(self, side, name: str, x: Tensor) -> None:
+        side(name, "cpu", 0, np.float32 if x.dtype == torch.float32 else np.int64, x.shape, x.data_ptr())
+
+    @torch.inference_mode()
+    def __call__(self, token: Tensor, cache: Cache) -> Tensor:
+        if cache is not self.cache:
+            self.bind(cache)
+        self.bind_tensor(self.binding.bind_input, "token", token)
+        self.session.run_with_iobinding(self.binding)
+        if cache.evicts:  # the keys of full rows are in the last slot
+            for slot, slots in zip(self.slot, cache.layers, strict=True):
+                K, N, _ = slots.k.shape[1:]
+                at, rows = cache.length.clamp(max=N - 1).repeat_interleave(K), torch.arange(len(slot))
+                for x in (slots.k.flatten(0, 1), slots.v.flatten(0, 1)):
+                    x[rows, slot] = x[rows, at]
+        cache.length += 1
+        return self.logits
