@@ -75,6 +75,7 @@ class ServeOptions:
     keep_window_size: Whole = 0  # shrinks the model's window to so many keys, which is lossy; 0 = as it was trained
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of the weights; int8: a byte each, see decode.py
+    backend: Literal["torch", "onnx"] = "torch"  # onnx: new tokens by onnxruntime, on a CPU; faster, above all in int8
 
     def __post_init__(self):
         parsing.check_ranges(self)
@@ -91,7 +92,12 @@ def load_engine(options: ServeOptions, about: dict) -> Engine:
         valid = f"at most the model's own, {config.keep_window_size}"
         raise ValueError(f"--keep_window_size={options.keep_window_size} must be {valid}")
     config.keep_window_size = options.keep_window_size or config.keep_window_size
-    decoder = Decoder(model, torch.int8 if options.dtype == "int8" else machine.dtype)
+    kind = Decoder
+    if options.backend == "onnx":
+        from nanodoge.onnx_step import OnnxDecoder
+
+        kind = OnnxDecoder
+    decoder = kind(model, torch.int8 if options.dtype == "int8" else machine.dtype)
     engine = Engine(model, decoder, options.slots, tokenizer=tokenizer, piece=PIECE, reuse=True)
     trained = load_options(options.checkpoint[0])
     shown = example(engine, str(trained.get("data", "")))

@@ -308,7 +308,7 @@ class OnnxDecoder:
 
     def __init__(self, model: Doge, dtype: torch.dtype = torch.float32):
         if model.embed_tokens.weight.device.type != "cpu" or dtype not in (torch.float32, torch.int8):
-            raise ValueError("--backend=onnx computes on a CPU, with --dtype=float32 or int8")
+            raise ValueError("--backend=onnx computes on a CPU: --device=cpu, with --dtype=float32 or int8")
         proto, weights = step_model(model, dtype, model.config.vocab_size)
         for name, w in weights.items():  # ONNX files end at 2 GB, so the weights are given as they lie in memory
             kind = helper.np_dtype_to_tensor_dtype(w.dtype)
