@@ -221,7 +221,7 @@ def make_decoder(model: Doge, dtype: str, backend: str, compile: bool = False) -
     dtype = torch.int8 if dtype == "int8" else model.embed_tokens.weight.dtype
     if backend == "torch":
         return Decoder(model, dtype, compile)
-    from nanodoge.onnx_decode import OnnxDecoder
+    from nanodoge.onnx_step import OnnxDecoder
 
     return OnnxDecoder(model, dtype)
 

@@ -18,12 +18,13 @@ import torch
 from helpers import make_checkpoint
 
 import convert
+import sample
 from nanodoge.checkpoint import load_model
 from nanodoge.engine import Engine, Request
 from nanodoge.export import WEB, chat_parts, portable_pattern
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+pytest.importorskip("onnx", reason="onnx is not installed")
 
 CHROMIUM = "/usr/bin/chromium"
 DENSE = dict(keep_window_size=8, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
@@ -81,10 +82,40 @@ def test_the_exported_step_writes_what_the_engine_writes(exports, name):
         tokens.append(int(logits.argmax()))
         logits = runner.read(tokens[-1])
     assert tokens == expected[0]
-    assert runner.state["s"].shape[2] == min(model.config.keep_window_size + 1, 64)
+    assert runner.state["s"].shape[-1] == min(model.config.keep_window_size + 1, 64)
     with torch.inference_mode():
         theirs = model(torch.tensor([[*prompt, *tokens]]))[0][0, -1, : tokenizer.vocab_size]
     np.testing.assert_allclose(logits, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_onnx_backend_writes_what_torch_does_in_several_rows(exports, name):
+    from nanodoge.onnx_step import OnnxDecoder
+
+    source, _ = exports[name]
+    model, tokenizer = load_model(source)
+
+    def written(decoder, slots):
+        prompts = [tokenizer.bos_id, 9, 8], [tokenizer.bos_id, *range(5, 30)], [tokenizer.bos_id]
+        return Engine(model, decoder, slots=slots).generate([Request(ids, 30, temperature=0) for ids in prompts])
+
+    expected = written(None, slots=1)
+    assert written(OnnxDecoder(model), slots=1) == written(OnnxDecoder(model), slots=2) == expected
+
+
+def test_sample_writes_the_same_with_the_onnx_backend(exports, capfd):
+    words = [str(exports["dense"][0]), "--prompt=the red cat", "--max_new_tokens=40", "--device=cpu", "--num_samples=2"]
+    texts = []
+    for backend in ("torch", "onnx"):
+        sample.main([*words, f"--backend={backend}", "--dtype=float32"])
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) > 40
+
+
+@pytest.mark.parametrize("words", ["--compile=true", "--attention=definition", "--dtype=bfloat16"])
+def test_what_the_onnx_backend_cannot_is_refused(exports, words):
+    with pytest.raises(ValueError, match="^--backend=onnx computes"):
+        sample.main([str(exports["dense"][0]), "--backend=onnx", "--device=cpu", words])
 
 
 def test_an_int8_export_computes_what_our_int8_folder_does(exports, tmp_path, capsys):

@@ -21,11 +21,30 @@ class Model:
         self.__dict__ |= json.loads((folder / "export.json").read_text(encoding="utf-8"))
         if hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest() != self.sha256:
             raise ValueError("model.onnx is not the file that was exported")
-        self.step, self.length = onnxruntime.InferenceSession(folder / "model.onnx"), 0
+        self.session, self.length, self.state = onnxruntime.InferenceSession(folder / "model.onnx"), 0, {}
         self.bytes = [token.encode("latin-1") for token in self.tokens]
         self.ranks = {token: id for id, token in enumerate(self.bytes) if token and id not in self.special}
-        shapes = {name: (self.layers, self.heads, 0, self.head_dim)[: 3 + (name in "kv")] for name in EMPTY}
-        self.state = {name: np.zeros(shapes[name], np.int64 if name == "position" else np.float32) for name in EMPTY}
+        self.token, self.before = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self.logits = np.zeros((1, len(self.tokens)), np.float32)
+        self.slot = np.zeros((self.layers, self.heads), np.int64)
+        self.resize(min(64, self.window + 1))
+
+    def resize(self, slots: int) -> None:
+        """More slots for keys. The new state of a step is written over the old one: both are the same memory."""
+        for name, empty in EMPTY.items():
+            shape = self.layers, self.heads, 1, *((slots, self.head_dim) if name in "kv" else (1, slots))
+            new = np.full(shape, empty, np.int64 if name == "position" else np.float32)
+            if name in self.state:
+                used = [slice(size) for size in self.state[name].shape]
+                new[tuple(used)] = self.state[name]
+            self.state[name] = new
+        arrays = {f"{name}{i}": x[i] for name, x in self.state.items() for i in range(self.layers)}
+        self.binding = self.session.io_binding()
+        for name, x in (arrays | {"token": self.token, "length": self.before}).items():
+            self.binding.bind_input(name, "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)
+        arrays = {f"new_{name}": x for name, x in arrays.items()}
+        for name, x in (arrays | {"logits": self.logits, "slot": self.slot}).items():
+            self.binding.bind_output(name, "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)
 
     def encode(self, parts):
         """Yields the ids of texts, each between special tokens, which are given by their ids."""
@@ -43,20 +62,18 @@ class Model:
 
     def read(self, token: int):
         """The logits of the next token. The state then holds this one."""
-        slots = self.state["s"].shape[2]
-        if self.length == slots <= self.window:  # all are taken: twice as many, at most W + 1
-            for name, x in self.state.items():
-                shape = *x.shape[:2], min(max(slots, 64), self.window + 1 - slots), *x.shape[3:]
-                self.state[name] = np.concatenate((x, np.full(shape, EMPTY[name], x.dtype)), axis=2)
-        feeds = {f"{kind}{i}": self.state[kind][i] for kind in "kv" for i in range(self.layers)}
-        feeds |= {"s": self.state["s"], "position": self.state["position"]}
-        feeds |= {"token": np.array([token]), "length": np.array([self.length])}
-        logits, k, v, s, slot = self.step.run(None, feeds)
-        layer, head = np.ogrid[: self.layers, : self.heads]
-        for name, new in {"k": k, "v": v, "s": s, "position": self.length}.items():
-            self.state[name][layer, head, slot] = new
+        slots = self.state["s"].shape[-1]
+        if self.length == slots - 1 < self.window:
+            slots = min(2 * slots, self.window + 1)
+            self.resize(slots)
+        self.token[0], self.before[0] = token, self.length
+        self.session.run_with_iobinding(self.binding)
+        if self.length >= slots - 1:  # the new key is in the last slot, and goes where another left
+            layer, head = np.ogrid[: self.layers, : self.heads]
+            for x in (self.state["k"], self.state["v"]):
+                x[layer, head, 0, self.slot] = x[:, :, 0, -1]
         self.length += 1
-        return logits
+        return self.logits[0].copy()
 
     def write(self, parts, limit: int, temperature: float) -> None:
         """Prints what follows, as it is made."""

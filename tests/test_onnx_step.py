@@ -36,7 +36,7 @@ def make(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_greedy_text_is_that_of_the_model(name, slots):
     """Beyond five windows, rows of unequal length, which leave and join."""
-    from nanodoge.onnx_decode import OnnxDecoder
+    from nanodoge.onnx_step import OnnxDecoder
 
     model, prompts = make(name), [([1, 2, 3, 4, 5], 40), ([9] * 3, 13), (list(range(30)), 30), ([7], 20)]
     requests = [[Request(ids, n, temperature=0) for ids, n in prompts] for _ in range(2)]
@@ -47,7 +47,7 @@ def test_greedy_text_is_that_of_the_model(name, slots):
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_int8_logits_are_near_those_of_float32(name):
     """As near as those of torch's int8, whose inputs are not rounded, within a factor of two."""
-    from nanodoge.onnx_decode import OnnxDecoder
+    from nanodoge.onnx_step import OnnxDecoder
 
     model = make(name)
 

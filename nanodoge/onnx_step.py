@@ -1,23 +1,22 @@
-"""Decoding by onnxruntime: one step of generation as an ONNX graph, faster on a CPU than torch without a compiler.
+"""One step of generation as an ONNX graph, and a decoder that runs it.
 
-    decoder = OnnxDecoder(model, torch.int8)  # in place of nanodoge.decode.Decoder
-    logits = decoder(token, cache)            # the prompt is read by the model itself
+    decoder = OnnxDecoder(model, torch.int8)          # in place of nanodoge.decode.Decoder: faster without a compiler
+    logits = decoder(token, cache)
 
 The graph takes one token per row and the state, and gives the logits and the state with the token in it. The state of
 Doge has a constant size (see nanodoge/attention.py): of each layer k, v, s and position, in at most W + 1 slots, the
 last of which is a spare. So one graph generates text of any length.
 
 Why it is fast: onnxruntime starts an operation in 0.4 us, where torch takes 2 to 5; most of a layer are operations that
-it has as one; the new state is written over the old one, in the memory of the Cache, so that nothing is copied; and a
-product with int8 weights rounds its inputs to int8 as well, with a scale for each row and each BLOCK of inputs. That
-last rounding is the one difference from Decoder: float32 writes the same text, int8 may choose another token where two
-are nearly as likely.
+it has as one; the new state is written over the old one, so that nothing is copied at a token; and a product with int8
+weights rounds its inputs to int8 as well, with a scale for each row and each BLOCK of inputs.
 
-Shapes as in model.py: B batch, C hidden size, H heads, K key/value heads, D head size. And L layers, N slots,
-G = H / K, R = B K: to the graph, each key/value head is a row of its own, with G heads.
+Shapes as in model.py: B batch, C hidden size, H heads, K key/value heads, D head size. And L layers, G = H / K, N
+slots, R = B K: to the graph, each key/value head is a row of its own, with G heads.
 """
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,18 +24,19 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from model import CDMoE, Doge, RMSNorm
+from model import CDMoE, Doge, RMSNorm, rotary_frequencies
 from nanodoge.attention import LARGEST, NEVER, Cache
-from nanodoge.decode import pack
+from nanodoge.layouts import quantise
 
 try:
+    import onnx
     import onnxruntime
     from onnx import GraphProto, TensorProto, helper, numpy_helper
 except ImportError:
-    raise ValueError("--backend=onnx needs two packages: pip install onnx onnxruntime") from None
+    raise ValueError("ONNX needs two packages: pip install onnx onnxruntime") from None
 
 BLOCK = 256  # the most that onnxruntime takes; with 32 large products take twice as long
-LEAST_BLOCK = 16  # the least; matrices of fewer inputs stay in float32
+LARGEST_FILE = 1_900_000_000  # bytes of weights: an ONNX file ends at 2 GiB; more go to a file beside it
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 FUSED = {"SkipSimplifiedLayerNormalization", "GroupQueryAttention", "MatMulNBits", "QuickGelu"}  # onnxruntime's own
 
@@ -45,16 +45,17 @@ class Matrix(NamedTuple):
     """A matrix of weights (out, in) in a graph."""
 
     inputs: int
-    values: str  # name of: (out, in) fp32; of int8 uint8 (out, blocks, block), with 128 for 0
+    values: str  # name of: (out, in) fp32, fp16 or int8; for MatMulNBits uint8 (out, blocks, block), with 128 for 0
     scale: Tensor | None = None  # of int8: (out, 1) fp32
-    block: int = 0  # of int8
+    block: int = 0  # of MatMulNBits
 
 
 class Graph:
-    """Nodes and weights of an ONNX graph. dtype: of its matrices, float32 or int8."""
+    """Nodes and weights of an ONNX graph. expand: int8 becomes float32 when the graph is loaded, for runtimes whose
+    int8 product is slower (in a browser by ten times)."""
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self.nodes, self.constants, self.weights, self.names = dtype, [], [], {}, 0
+    def __init__(self, dtype: torch.dtype, expand: bool):
+        self.dtype, self.expand, self.nodes, self.constants, self.weights, self.names = dtype, expand, [], [], {}, 0
 
     def name(self) -> str:
         self.names += 1
@@ -82,27 +83,35 @@ class Graph:
         weight = torch.cat([w.detach().float() for w in weights])
         inputs = weight.shape[1]
         block = math.gcd(inputs, BLOCK)
-        if self.dtype == torch.float32 or block < LEAST_BLOCK:
-            return Matrix(inputs, self.store(weight))
-        values, scale = pack(weight, torch.int8, compiled=True)
+        if self.dtype != torch.int8 or block < 16:  # the smallest that onnxruntime takes
+            return Matrix(
+                inputs, self.store(weight.to(torch.float16 if self.dtype == torch.float16 else torch.float32))
+            )
+        values, scale = quantise({"w": weight}).values()
+        if self.expand:
+            return Matrix(inputs, self.store(values), scale[:, None])
         values = (values.int() + 128).to(torch.uint8).unflatten(1, (-1, block))
         return Matrix(inputs, self.store(values), scale[:, None], block)
 
     def product(self, x: str, matrix: Matrix, outputs: int | list[str] = 1) -> str:
         """x (n, in) fp32 -> (n, out)."""
         if not matrix.block:
-            return self.add("Gemm", x, matrix.values, transB=1, outputs=outputs)
+            return self.add("Gemm", x, self.floats(matrix, matrix.values, matrix.scale), transB=1, outputs=outputs)
         scale = matrix.scale.repeat(1, matrix.inputs // matrix.block)
         sizes = dict(K=matrix.inputs, N=len(scale), bits=8, block_size=matrix.block, accuracy_level=4)  # 4: x as int8
         return self.add("MatMulNBits", x, matrix.values, scale, **sizes, outputs=outputs)
 
     def rows(self, matrix: Matrix, index: str) -> str:
         """index (n,) -> (n, in) fp32."""
-        x = self.add("Gather", matrix.values, index)
-        if not matrix.block:
-            return x
-        x = self.add("Reshape", self.add("Sub", self.add("Cast", x, to=FLOAT), 128.0), [-1, matrix.inputs])
-        return self.add("Mul", x, self.add("Gather", matrix.scale, index))
+        scale = None if matrix.scale is None else self.add("Gather", matrix.scale, index)
+        return self.floats(matrix, self.add("Gather", matrix.values, index), scale)
+
+    def floats(self, matrix: Matrix, values: str, scale: str | Tensor | None) -> str:
+        """All rows or some as fp32, from their values and scales."""
+        x = values if self.dtype == torch.float32 else self.add("Cast", values, to=FLOAT)
+        if matrix.block:
+            x = self.add("Reshape", self.add("Sub", x, 128.0), [-1, matrix.inputs])
+        return x if scale is None else self.add("Mul", x, scale)
 
 
 class Shared(NamedTuple):
@@ -112,10 +121,10 @@ class Shared(NamedTuple):
     position: str  # (R, 1, 1, 1): of the new key
     slots: str  # (1,): N
     spare: str  # (1,): N - 1
-    at: str  # (R,): where GroupQueryAttention puts the new key: the next free slot, or the spare one of a full row
-    at32: str  # the same, int32
+    at: str  # (R, 1, 1, 1): where GroupQueryAttention puts the new key: the next slot, or the spare one of a full row
+    at32: str  # the same, (R,) int32
     least: list[str]  # (R, 1, 1, 1): the score of the key that a full row loses to a stronger one. Of others: NEVER
-    leaving: list[str]  # (R,): its slot; the spare one
+    leaving: list[str]  # (R, 1, 1, 1): its slot; the spare one
     kept: list[str]  # (R, 1, 1, 1): the slot of a new key that is kept
 
 
@@ -132,8 +141,8 @@ def begin_step(graph: Graph, L: int, K: int) -> Shared:
     some_full = add("Cast", add("ReduceMax", add("Cast", full, to=INT32), keepdims=0), to=TensorProto.BOOL)
     least, oldest = add("If", some_full, outputs=2, **weakest_branches(graph, L, spare, every))
 
-    def per_layer(x, shape):
-        parts = add("Split", add("Reshape", x, shape), axis=0, outputs=L, num_outputs=L)
+    def per_layer(x):
+        parts = add("Split", x, axis=0, outputs=L, num_outputs=L)
         return parts if L > 1 else [parts]
 
     return Shared(
@@ -141,11 +150,11 @@ def begin_step(graph: Graph, L: int, K: int) -> Shared:
         position=length,
         slots=add("Cast", slots, to=INT32),
         spare=spare,
-        at=(flat := add("Reshape", at, [-1])),
-        at32=add("Cast", flat, to=INT32),
-        least=per_layer(add("Where", full, least, NEVER), [-1, 1, 1, 1]),
-        leaving=per_layer(add("Where", full, oldest, spare), [-1]),
-        kept=per_layer(add("Where", full, oldest, every), [-1, 1, 1, 1]),
+        at=at,
+        at32=add("Reshape", add("Cast", at, to=INT32), [-1]),
+        least=per_layer(add("Where", full, least, NEVER)),
+        leaving=per_layer(add("Where", full, oldest, spare)),
+        kept=per_layer(add("Where", full, oldest, every)),
     )
 
 
@@ -173,7 +182,7 @@ def weakest_branches(graph: Graph, L: int, spare: str, every: str) -> dict[str, 
 
 
 def attention(graph: Graph, i: int, layer: nn.Module, h: str, shared: Shared, eps: float) -> tuple[str, str]:
-    """The nodes of DynamicMaskAttention for one token: h (B, C) -> (B, C), and the slot (R,) of the new key."""
+    """The nodes of DynamicMaskAttention for one token: h (B, C) -> (B, C), and the slot (R, 1, 1, 1) of the new key."""
     add, K, D = graph.add, len(layer.A), layer.head_dim
     G = layer.q_proj.out_features // (K * D)
     qkv = torch.cat([x.weight.unflatten(0, (K, -1)) for x in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=1)
@@ -190,14 +199,14 @@ def attention(graph: Graph, i: int, layer: nn.Module, h: str, shared: Shared, ep
     # The new key is appended at `at`. Of a full row one key is not seen: the weakest, or the new one if it is weaker.
     loses = add("Less", score, shared.least[i])
     new, old = add("Where", loses, NEVER, score), add("Where", loses, shared.least[i], NEVER)
-    slot = add("Reshape", add("Where", loses, shared.spare, shared.kept[i]), [-1])
-    seen = add("TensorScatter", f"s{i}", old, shared.leaving[i], axis=3)
-    seen = add("TensorScatter", seen, new, shared.at, axis=3)
+    slot = add("Where", loses, shared.spare, shared.kept[i])
+    seen = add("ScatterElements", f"s{i}", shared.leaving[i], old, axis=3)
+    seen = add("ScatterElements", seen, shared.at, new, axis=3)
     inputs = q, k, v, f"k{i}", f"v{i}", shared.at32, shared.slots, "", "", "", seen
     names = [graph.name(), f"new_k{i}", f"new_v{i}"]
     found, *_ = add("GroupQueryAttention", *inputs, num_heads=G, kv_num_heads=1, outputs=names)
-    add("TensorScatter", f"s{i}", new, slot, axis=3, outputs=[f"new_s{i}"])
-    add("TensorScatter", f"position{i}", shared.position, slot, axis=3, outputs=[f"new_position{i}"])
+    add("ScatterElements", f"s{i}", slot, new, axis=3, outputs=[f"new_s{i}"])
+    add("ScatterElements", f"position{i}", slot, shared.position, axis=3, outputs=[f"new_position{i}"])
     return graph.product(add("Reshape", found, [-1, K * G * D]), graph.matrix(layer.o_proj.weight)), slot
 
 
@@ -227,20 +236,21 @@ def feed_forward(graph: Graph, mlp: nn.Module, h: str) -> str:
     return add("Add", y, add("ReduceSum", add("Mul", hidden, up), [1], keepdims=0))
 
 
-def step_model(model: Doge, dtype: torch.dtype):
-    """The graph as a ModelProto without its weights, and these by name. dtype: of the matrices, float32 or int8.
-    Raises ValueError for heads that onnxruntime cannot attend with.
+def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = False):
+    """The graph as a ModelProto without its weights, and these by name. dtype: of the matrices, float32, float16 or
+    int8. vocab_size: tokens that have logits. Raises ValueError for heads that onnxruntime cannot attend with.
 
     Inputs: token and length (B,), the tokens before it; frequencies (R or 1, D / 2) of the rotary embedding; and of
-    each layer k, v (R, 1, N, D), s and position (R, 1, 1, N). Outputs: logits (B, V), new_k ... of each layer, and slot
-    (L R,). The new key of a full row is in the last slot of new_k and new_v: the caller copies it from there to `slot`.
+    each layer k, v (R, 1, N, D), s and position (R, 1, 1, N). There must be a free slot beside the spare one, or W + 1
+    slots. Outputs: logits (B, V), new_k ... of each layer, and slot (L, R). The new key of a full row is in the last
+    slot of new_k and new_v: the caller copies it from there to `slot`.
     """
-    config, graph = model.config, Graph(dtype)
+    config, graph = model.config, Graph(dtype, expand)
     L, K, D, eps = config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.rms_norm_eps
     if D % 8:
-        raise ValueError(f"--backend=onnx: onnxruntime takes heads of a multiple of 8 numbers, and these have {D}")
-    embedding = graph.matrix(model.embed_tokens.weight)
-    head = embedding if config.tie_word_embeddings else graph.matrix(model.lm_head.weight)
+        raise ValueError(f"ONNX: heads of {D} numbers; onnxruntime takes multiples of 8")
+    embedding = graph.matrix(model.embed_tokens.weight[:vocab_size])
+    head = embedding if config.tie_word_embeddings else graph.matrix(model.lm_head.weight[:vocab_size])
     shared, slots = begin_step(graph, L, K), []
     x = graph.rows(embedding, "token")
     h = graph.add("RMSNormalization", x, model.layers[0].input_layernorm.weight, axis=-1, epsilon=eps)
@@ -257,7 +267,7 @@ def step_model(model: Doge, dtype: torch.dtype):
         slots.append(slot)
         x, h = add_norm(y, x, block.input_residual, block.post_attention_layernorm)
         x, h = add_norm(feed_forward(graph, block.mlp, h), x, block.post_attention_residual, norm)
-    graph.add("Concat", *slots, axis=0, outputs=["slot"])
+    graph.add("Reshape", graph.add("Concat", *slots, axis=0), [L, -1], outputs=["slot"])
     graph.product(h, head, outputs=["logits"])
 
     def tensors(prefix):
@@ -267,10 +277,24 @@ def step_model(model: Doge, dtype: torch.dtype):
 
     info = helper.make_tensor_value_info
     inputs = [info("token", INT64, ["B"]), info("length", INT64, ["B"]), info("frequencies", FLOAT, ["F", D // 2])]
-    outputs = [info("logits", FLOAT, ["B", "V"]), info("slot", INT64, ["LR"])]
+    outputs = [info("logits", FLOAT, ["B", vocab_size]), info("slot", INT64, [L, "R"])]
     proto = helper.make_graph(graph.nodes, "step", inputs + tensors(""), outputs + tensors("new_"), graph.constants)
-    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(proto, opset_imports=opsets, ir_version=11), graph.weights
+
+
+def save_step(model: Doge, path: Path, dtype: torch.dtype, vocab_size: int, expand: bool) -> None:
+    """Writes the graph and its weights, with the rotary frequencies as one of these."""
+    proto, weights = step_model(model, dtype, vocab_size, expand)
+    config = model.config
+    weights["frequencies"] = rotary_frequencies(config.head_dim, config.rope_theta)[
+        None, config.head_dim // 2 :
+    ].numpy()
+    [given] = [x for x in proto.graph.input if x.name == "frequencies"]
+    proto.graph.input.remove(given)
+    proto.graph.initializer.extend(numpy_helper.from_array(w, name) for name, w in weights.items())
+    beside = sum(w.nbytes for w in weights.values()) > LARGEST_FILE
+    onnx.save_model(proto, path, save_as_external_data=beside, location=f"{path.name}.data")
 
 
 class OnnxDecoder:
@@ -284,15 +308,15 @@ class OnnxDecoder:
 
     def __init__(self, model: Doge, dtype: torch.dtype = torch.float32):
         if model.embed_tokens.weight.device.type != "cpu" or dtype not in (torch.float32, torch.int8):
-            raise ValueError("--backend=onnx computes on a CPU, with --dtype=float32 or int8")
-        proto, weights = step_model(model, dtype)
+            raise ValueError("--backend=onnx computes on a CPU: --device=cpu, with --dtype=float32 or int8")
+        proto, weights = step_model(model, dtype, model.config.vocab_size)
         for name, w in weights.items():  # ONNX files end at 2 GB, so the weights are given as they lie in memory
             kind = helper.np_dtype_to_tensor_dtype(w.dtype)
             tensor = TensorProto(name=name, data_type=kind, dims=w.shape, data_location=TensorProto.EXTERNAL)
             tensor.external_data.add(key="location", value="memory")
             proto.graph.initializer.append(tensor)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3  # 3: errors only
+        options.intra_op_num_threads = torch.get_num_threads()
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in weights.values()]
         options.add_external_initializers(list(weights), values)
         self.session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
@@ -311,7 +335,7 @@ class OnnxDecoder:
         )
         frequencies = cache.frequencies.view(-1, D)[:, D // 2 :]
         self.frequencies = frequencies.repeat_interleave(K if len(frequencies) > 1 else 1, dim=0)
-        bound = dict(length=cache.length, frequencies=self.frequencies, logits=self.logits, slot=self.slot.view(-1))
+        bound = dict(length=cache.length, frequencies=self.frequencies, logits=self.logits, slot=self.slot)
         for i, slots in enumerate(cache.layers):
             for name, x in slots._asdict().items():
                 bound[f"{name}{i}"] = bound[f"new_{name}{i}"] = x.view(B * K, 1, *((N, D) if name in "kv" else (1, N)))
