@@ -404,9 +404,14 @@ def show(row: dict[str, Any]) -> None:
         print("  ".join([cells, *more]).rstrip(), flush=True)
 
 
-def main(argv: list[str]) -> None:
+def read_options(argv: list[str]) -> BenchOptions:
+    """The options of a command line, in which --peer alone is transformers."""
     argv = ["--peer=transformers" if word == "--peer" else word for word in argv]
-    options = parse_options(BenchOptions, argv, positional="what")
+    return parse_options(BenchOptions, argv, positional="what")
+
+
+def main(argv: list[str]) -> None:
+    options = read_options(argv)
     if options.what == ["gpu"]:
         import bench_gpu
 

@@ -84,7 +84,7 @@ class SampleOptions:
         if self.attention == "definition" and (self.compile or self.dtype == "int8"):
             raise ValueError("--attention=definition is computed by model.py: without --compile and --dtype=int8")
         if self.backend == "onnx" and (self.compile or self.attention == "definition"):
-            raise ValueError("--backend=onnx goes without --compile and --attention=definition")
+            raise ValueError("--backend=onnx computes by itself: without --compile and --attention=definition")
         if self.system and not self.chat:
             raise ValueError("--system is the system message of a conversation: it needs --chat")
         if len(self.checkpoint) != 1:

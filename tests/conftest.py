@@ -16,7 +16,7 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
-def quick(request, monkeypatch):
+def without_waiting(request, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda number: None)
     if "draws" not in request.keywords:
         monkeypatch.setattr("nanodoge.run.plot_loss", lambda *paths: None)

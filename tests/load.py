@@ -31,10 +31,10 @@ import httpx
 import torch
 
 from nanodoge.checkpoint import load_model
-from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.llama import llama_writer
 from nanodoge.options import HERE, Count, Whole, check_ranges, parse_options, run_command
+from sample import make_decoder
 
 
 @dataclass
@@ -51,6 +51,7 @@ class LoadOptions:
     cases: Whole = 0  # only schemathesis, so many cases
     out: str = "results/load.csv"  # the table, to which rows are added; empty: none
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the weights
+    backend: Literal["torch", "onnx"] = "torch"  # as in serve.py
     seed: Whole = 0  # of lengths and prompts
 
     def __post_init__(self):
@@ -61,7 +62,13 @@ class LoadOptions:
 def server(options: LoadOptions):
     """Within it a server runs; gives (address, process)."""
     argv = [sys.executable, "serve.py", options.checkpoint[0], "--port=0", f"--dtype={options.dtype}"]
-    argv += [f"--slots={options.slots}", f"--max_queue={options.clients}", "--temperature=0", "--patience=5"]
+    argv += [
+        f"--backend={options.backend}",
+        f"--slots={options.slots}",
+        f"--max_queue={options.clients}",
+        "--temperature=0",
+        "--patience=5",
+    ]
     process = subprocess.Popen(argv, cwd=HERE, stdout=subprocess.PIPE, text=True)
     try:
         yield re.search(r"http://[\d.:]+", process.stdout.readline()).group(), process
@@ -192,7 +199,7 @@ async def server_speed(url: str, prompts: list[list[int]], new: int, streams: bo
     return sum(int(re.search(rb'"completion_tokens": (\d+)', reply)[1]) for reply in replies) / seconds
 
 
-def speed_rows(options: LoadOptions, url: str, model, decoder: Decoder, prompts: list[list[int]]) -> list[tuple]:
+def speed_rows(options: LoadOptions, url: str, model, decoder: Callable, prompts: list[list[int]]) -> list[tuple]:
     """Tokens per second at 1, 4, 16, 64 clients. All see the same machine: they take turns."""
     rows, ways = [], {}
     for count in (1, 4, 16, 64):
@@ -280,7 +287,7 @@ def main(argv: list[str]) -> None:
             return
         model, tokenizer = load_model(options.checkpoint[0])
         context = model.config.max_position_embeddings
-        decoder = Decoder(model, getattr(torch, options.dtype))
+        decoder = make_decoder(model, options.dtype, options.backend)
         bodies = make_requests(options, tokenizer.vocab_size, context)
         rows, start = [], time.perf_counter()
         found = asyncio.run(storm(url, process, options, bodies))
@@ -299,8 +306,9 @@ def main(argv: list[str]) -> None:
     for name, value in rows:
         print(f"{name:<45}{value:>10}")
     if options.out:
-        is_new, about = not Path(options.out).exists(), [f"{Path(options.checkpoint[0]).name}, {options.dtype}"]
-        about += ["tests/load.py " + " ".join(argv)]
+        kind = options.dtype + ", onnx" * (options.backend == "onnx")
+        about = [f"{Path(options.checkpoint[0]).name}, {kind}", "tests/load.py " + " ".join(argv)]
+        is_new = not Path(options.out).exists()
         with open(options.out, "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(
                 [("model", "command", "what", "figure")] * is_new + [[*about, *row] for row in rows]

@@ -69,7 +69,7 @@ def parsed_by_stage(module):
 
 
 PARSERS = {  # program: what reads its options
-    "bench.py": parsed_by(bench.BenchOptions, "what"),
+    "bench.py": bench.read_options,
     "convert.py": parsed_by(convert.ConvertOptions, "paths"),
     "evaluate.py": parsed_by(evaluate.EvaluateOptions, "checkpoint"),
     "prepare_data.py": parsed_by(prepare_data.PrepareOptions, "sources"),

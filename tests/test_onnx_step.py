@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers import make_checkpoint
 
-import sample
 from model import Doge, DogeConfig
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
@@ -62,20 +61,6 @@ def test_int8_logits_are_near_those_of_float32(name):
     exact = logits(Decoder(model))
     mine, theirs = ((logits(d(model, torch.int8)) - exact).std() / exact.std() for d in (OnnxDecoder, Decoder))
     assert mine < 2 * theirs + 0.01
-
-
-def test_sample_writes_the_same_text(tmp_path, capsys):
-    """sample.py --backend=onnx; and what it cannot run is refused in one line."""
-    make_checkpoint(tmp_path / "model", hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-    texts = []
-    for backend in ("torch", "onnx"):
-        sample.main([str(tmp_path / "model"), "--prompt=the", "--max_new_tokens=20", f"--backend={backend}"])
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
-    with pytest.raises(ValueError, match="^--backend=onnx goes without --compile"):
-        sample.main([str(tmp_path / "model"), "--backend=onnx", "--compile"])
-    with pytest.raises(ValueError, match="^--backend=onnx computes on a CPU"):
-        sample.main([str(tmp_path / "model"), "--backend=onnx", "--dtype=bfloat16"])
 
 
 def test_the_server_writes_the_same_text(tmp_path):

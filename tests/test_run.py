@@ -75,6 +75,7 @@ def test_a_log_in_bytes_goes_on_in_megabytes(tmp_path):
 
 
 @pytest.mark.draws
+@pytest.mark.draws
 def test_copy_steps_have_a_loss_of_their_own_and_a_shaded_part_of_the_picture(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(Axes, "axvspan", lambda self, *span, **rest: drawn.append((span, rest["label"])))
@@ -83,7 +84,7 @@ def test_copy_steps_have_a_loss_of_their_own_and_a_shaded_part_of_the_picture(tm
     rows, out = read_log(tmp_path / "run" / "log.csv"), capsys.readouterr().out
     copying = [train.is_copy_step(step, 3, 233) for step in range(12)]
     assert [row["loss"] == "" for row in rows] == [row["copy_loss"] != "" for row in rows] == copying
-    assert drawn == [((0, 64 * (12 - copying[::-1].index(True))), "copy steps")]
+    assert drawn == [((0, 64 * (12 - copying[::-1].index(True))), "copy steps, mixed with others")]
     assert out.count("the copy steps end") == 1 and "step      1  copy_loss " in out and " left\n" in out
 
 
