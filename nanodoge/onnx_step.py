@@ -317,6 +317,8 @@ class OnnxDecoder:
             proto.graph.initializer.append(tensor)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Threads of onnxruntime that wait for work would take the cores from those of torch, which draw the tokens.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in weights.values()]
         options.add_external_initializers(list(weights), values)
         self.session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
