@@ -339,17 +339,18 @@ def sizes():
 
 
 def measured(what):
-    """All rows of results/bench.csv of one kind."""
+    """All rows of results/bench.csv of one kind. what: llama.cpp for those of decode beside it."""
+    kind, formats = "decode" if what == "llama.cpp" else what, ("F32", "BF16", "Q8_0")
     yield "model and case", "ours", "peer", "ratio", "MB beside the weights, ours and the peer's", "share of the limit"
     for row in rows_of_csv("bench.csv"):
-        if row["what"] != what:
+        if row["what"] != kind or (row["peer"] in formats) != (what == "llama.cpp"):
             continue
         rates = [row[prefix + "tokens_per_second"] for prefix in ("", "peer_")]
         ours, theirs = (f"{float(rate):,.0f} tokens/s" if rate and float(rate) else "" for rate in rates)
         memory = ", ".join(f"{float(row[name]):,.0f}" for name in ("extra_mb", "peer_extra_mb") if row[name])
         peer = f"{theirs} ({row['peer']})" if row["peer"] else ""
         share = f"{float(row['share']):.0%}" if row["share"] else ""
-        name = row["name"].removeprefix(f"{what} ").replace(" decoder", "") + f" {row['note']}"
+        name = row["name"].removeprefix(f"{kind} ").replace(" decoder", "") + f" {row['note']}"
         yield (
             name.strip(),
             ours or seconds_of(row["seconds"]),
@@ -393,7 +394,7 @@ def load():
 
 TABLES = dict(models=models, speed=speed, sizes=sizes, chain=chain, load=load)
 TABLES |= {
-    what: lambda what=what: measured(what) for what in "decode prefill train attention moe tokenizer data".split()
+    what: lambda what=what: measured(what) for what in "decode llama.cpp prefill train attention moe tokenizer data".split()
 }
 CHINESE = {
     "model": "模型",
