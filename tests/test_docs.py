@@ -339,11 +339,11 @@ def sizes():
 
 
 def measured(what):
-    """All rows of results/bench.csv of one kind. what: llama.cpp for those of decode beside it."""
-    kind, formats = "decode" if what == "llama.cpp" else what, ("F32", "BF16", "Q8_0")
+    """All rows of results/bench.csv of one kind. what: llama for those of decode beside it."""
+    kind, formats = "decode" if what == "llama" else what, ("F32", "BF16", "Q8_0")
     yield "model and case", "ours", "peer", "ratio", "MB beside the weights, ours and the peer's", "share of the limit"
     for row in rows_of_csv("bench.csv"):
-        if row["what"] != kind or (row["peer"] in formats) != (what == "llama.cpp"):
+        if row["what"] != kind or (row["peer"] in formats) != (what == "llama"):
             continue
         rates = [row[prefix + "tokens_per_second"] for prefix in ("", "peer_")]
         ours, theirs = (f"{float(rate):,.0f} tokens/s" if rate and float(rate) else "" for rate in rates)
@@ -394,7 +394,7 @@ def load():
 
 TABLES = dict(models=models, speed=speed, sizes=sizes, chain=chain, load=load)
 TABLES |= {
-    what: lambda what=what: measured(what) for what in "decode llama.cpp prefill train attention moe tokenizer data".split()
+    what: lambda what=what: measured(what) for what in "decode llama prefill train attention moe tokenizer data".split()
 }
 CHINESE = {
     "model": "模型",
