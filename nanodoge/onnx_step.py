@@ -347,12 +347,14 @@ class OnnxDecoder:
                 self.bind_tensor(side, name, bound[name])
 
     def bind_tensor(self, side, name: str, x: Tensor) -> None:
+        assert x.is_contiguous(), f"onnxruntime reads the memory of {name} from its beginning on"
         side(name, "cpu", 0, np.float32 if x.dtype == torch.float32 else np.int64, x.shape, x.data_ptr())
 
     @torch.inference_mode()
     def __call__(self, token: Tensor, cache: Cache) -> Tensor:
         if cache is not self.cache:
             self.bind(cache)
+        token = token.contiguous()
         self.bind_tensor(self.binding.bind_input, "token", token)
         self.session.run_with_iobinding(self.binding)
         if cache.evicts:  # the keys of full rows are in the last slot

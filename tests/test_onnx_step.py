@@ -43,6 +43,18 @@ def test_greedy_text_is_that_of_the_model(name, slots):
     assert Engine(model, OnnxDecoder(model), slots=slots).generate(requests[1]) == expected
 
 
+def test_tokens_may_be_a_column_of_a_table():
+    """onnxruntime is given an address, so a strided tensor must be copied."""
+    from nanodoge.onnx_step import OnnxDecoder
+
+    model, tokens = make("dense"), torch.arange(6).view(2, 3)
+    by_column, by_row = (model.new_cache(2, 8) for _ in range(2))
+    step = OnnxDecoder(model)
+    for i in range(3):
+        first = step(tokens[:, i], by_column).clone()
+        assert torch.equal(first, step(tokens[:, i].contiguous(), by_row))
+
+
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_int8_logits_are_near_those_of_float32(name):
     """As near as those of torch's int8, whose inputs are not rounded, within a factor of two."""
