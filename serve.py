@@ -13,6 +13,7 @@ import asyncio
 import base64
 import hmac
 import json
+import logging
 import re
 import socket
 import sys
@@ -261,6 +262,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame) -> None:
         self.should_exit = self.force_exit = self.service.is_stopping
+        logging.getLogger("uvicorn.error").disabled = self.force_exit  # it would print a traceback of every reply cut
         self.service.is_stopping, self.deadline = True, time.monotonic() + self.grace
 
     async def on_tick(self, counter: int) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import signal
 import socket
@@ -224,6 +225,22 @@ def test_new_requests_get_503_while_running_ones_end(checkpoint):
             service.server.handle_exit(signal.SIGTERM, None)
             assert httpx.get(f"{service.url}/health").status_code == 503
             assert [line for line in chunks if line][-1] == "data: [DONE]"
+
+
+def test_a_second_signal_cuts_replies_without_a_traceback(checkpoint, capfd, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "disabled", False)
+    with served(checkpoint, "--slots=2") as service, httpx.Client(timeout=30) as client:
+        step = service.thread.engine.step
+        service.thread.engine.step = lambda: time.sleep(0.05) or step()
+        body = dict(prompt="the cat", max_tokens=100, stream=True)
+        with pytest.raises(httpx.RemoteProtocolError):
+            with client.stream("POST", f"{service.url}/v1/completions", json=body) as reply:
+                chunks = reply.iter_lines()
+                next(chunks)
+                service.server.handle_exit(signal.SIGINT, None)
+                service.server.handle_exit(signal.SIGINT, None)
+                assert "data: [DONE]" not in list(chunks)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
