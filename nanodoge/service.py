@@ -87,7 +87,8 @@ class EngineThread(threading.Thread):
         is_urgent = ended or any(len(request.tokens) == 1 for request in new)
         if self.to_wake and (is_urgent or time.monotonic() > self.last_wake + len(self.to_wake) / CHUNKS):
             events, self.to_wake, self.last_wake = self.to_wake, set(), time.monotonic()
-            self.loop.call_soon_threadsafe(lambda: [event.set() for event in events])
+            with contextlib.suppress(RuntimeError):  # the loop is closed: a second signal has ended the server
+                self.loop.call_soon_threadsafe(lambda: [event.set() for event in events])
 
     def stop(self) -> None:
         self.calls.put(None)
