@@ -88,21 +88,6 @@ def test_the_exported_step_writes_what_the_engine_writes(exports, name):
     np.testing.assert_allclose(logits, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_onnx_backend_writes_what_torch_does_in_several_rows(exports, name):
-    from nanodoge.onnx_step import OnnxDecoder
-
-    source, _ = exports[name]
-    model, tokenizer = load_model(source)
-
-    def written(decoder, slots):
-        prompts = [tokenizer.bos_id, 9, 8], [tokenizer.bos_id, *range(5, 30)], [tokenizer.bos_id]
-        return Engine(model, decoder, slots=slots).generate([Request(ids, 30, temperature=0) for ids in prompts])
-
-    expected = written(None, slots=1)
-    assert written(OnnxDecoder(model), slots=1) == written(OnnxDecoder(model), slots=2) == expected
-
-
 def test_sample_writes_the_same_with_the_onnx_backend(exports, capfd):
     words = [str(exports["dense"][0]), "--prompt=the red cat", "--max_new_tokens=40", "--device=cpu", "--num_samples=2"]
     texts = []
