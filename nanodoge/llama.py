@@ -1,7 +1,7 @@
 """llama.cpp beside us: a model of the same shape with random weights, and its batched decoding without HTTP.
 
-Takes `pip install llama-cpp-python gguf`. The model is a Llama (whose layer has the same products as Doge's, and no
-dynamic mask); llama.cpp is only asked for logits, so that it need not draw tokens.
+Needs `pip install llama-cpp-python gguf`. The model is a Llama: its layer has the same matrix products as Doge's and no
+dynamic mask. llama.cpp computes the logits only, and draws no tokens.
 """
 
 import tempfile
