@@ -79,7 +79,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             own = y.gather(1, target) - top
             e = torch.sub(y, top, out=exps[: len(piece)]).exp_()
             norm = e.sum(dim=-1, keepdim=True)
-            total += (norm.log() - own).masked_fill(ignored, 0.0).sum()
+            total = total + (norm.log() - own).masked_fill(ignored, 0.0).sum()
             if wants_gradient:  # dlogits = e / norm - onehot; instead of it, the shorter rows it multiplies are scaled
                 dlogits = e.scatter_add_(1, target, -norm).to(dtype)
                 scale = norm.reciprocal().masked_fill(ignored, 0.0)
