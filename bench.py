@@ -365,7 +365,7 @@ def measure_case(case: Case) -> dict[str, Any]:
     seconds = measure.alternate({name: task.steps[name] for name in names}, case.options.rounds, device)
     row = {name: getattr(case, name) for name in ("what", "name", "model", "dtype", "length")}
     row |= dict(batch_size=case.options.batch_size, rounds=len(seconds["ours"]), tokens=task.tokens, unit=task.unit)
-    row["note"] = task.note if case.peer == bool(case.options.peer) else "no peer at this length"
+    row["note"] = task.note if case.peer or not case.options.peer else "no peer at this length"
     row["reached"] = task.amount / median(seconds["ours"])
     if task.amount and task.unit != "text":
         size = int(task.amount / case.options.new_tokens)  # of the weights, if the unit is bytes

@@ -1,8 +1,9 @@
 """The experiments of `python bench.py gpu`: what one GPU does with Doge, in ten minutes.
 
 `plan` lists them, the most valuable first. Each has a process of its own. A trial that fails, hangs or runs out of
-memory costs one row, which says why, and the next trial starts in a new process. Without a GPU all of it is rehearsed
-with tiny shapes, whose numbers say nothing.
+memory costs one row, which says why, and the next trial starts in a new process. Trials whose times do not count, and
+the compiler for the others, run side by side. Without a GPU all of it is rehearsed with tiny shapes, whose numbers say
+nothing.
 """
 
 import contextlib
@@ -11,9 +12,12 @@ import gc
 import itertools
 import json
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +32,7 @@ import gpu_trials as gpu
 
 Row = dict[str, Any]
 START = 120  # seconds for a new process to import torch and find the GPU
+BESIDE = max(1, (os.cpu_count() or 2) // 2)  # trials at once where times do not count: most wait for a compiler
 SHOWN = """failed right error seconds tokens_per_second forward_tflops tflops reached share mfu extra_mb peer speedup
     waits graph_breaks note""".split()  # columns that are printed
 REHEARSAL = {  # takes too long where the numbers say nothing
@@ -50,6 +55,7 @@ class Trial(NamedTuple):
     options: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     seconds: float = 60  # beyond them it counts as hanging
+    timed: bool = True  # nothing may run beside it
 
 
 def plan() -> list[tuple[float, list[Trial]]]:
@@ -69,6 +75,7 @@ def plan() -> list[tuple[float, list[Trial]]]:
         right.append(Trial(f"right: text {model} {dtype} {how}", gpu.text, (model, dtype, how)))
     right.sort(key=lambda trial: ("flex" in trial.name) + 2 * ("compiled" in trial.name))  # the slow ones last
     resumed = [Trial(f"right: resume, deterministic={sure}", gpu.resume, (sure,)) for sure in (True, False)]
+    resumed.append(Trial("right: first losses", gpu.first_losses, seconds=90))
 
     for T, W in ((2048, 2048), (32768, 2048), (8192, 2048), (8192, 8192), (32768, 32768)):
         for way in (gpu.chunks, gpu.flex, *[gpu.dense] * (T == W)):
@@ -79,12 +86,13 @@ def plan() -> list[tuple[float, list[Trial]]]:
         inputs = "train", model, 2048, batch
         return Trial(f"train {model} {batch} x 2048 {how}", gpu.measured, inputs, options, changes, seconds=120)
 
-    steps += [step("20m", 16, "compiled"), step("20m", 16, "eager, peer"), Trial("kernels", gpu.train_kernels)]
+    steps += [step("20m", 16, "compiled"), step("20m", 16, "compiled by block", gpu.BY_BLOCK)]
+    steps += [step("20m", 16, "eager, peer"), Trial("kernels", gpu.train_kernels)]
     steps += [step(model, 8, "compiled by block", gpu.BY_BLOCK) for model in ("160m", "320m", "60m")]
     more = ("20m", 64), ("20m_moe", 16), ("20m", 32), ("20m", 128)
     steps += [step(model, batch, "compiled") for model, batch in more]
     steps += [step("20m", 16, f"compiled, {name}", changes) for name, changes in gpu.VARIANTS.items()]
-    start = [Trial("recipe", gpu.recipe, seconds=150), Trial("first losses", gpu.first_losses, seconds=90)]
+    start = [Trial("recipe", gpu.recipe, seconds=150)]
 
     for rows in (2048, 8192, 32768):
         changes = {"nanodoge.losses.rows_at_once": lambda x, weight, rows=rows: rows}
@@ -107,8 +115,15 @@ def plan() -> list[tuple[float, list[Trial]]]:
     for T in (2048, 8192, 65536):
         options = dict(peer="transformers" * (T == 2048))
         writing.append(Trial(f"prefill 20m {T}", gpu.measured, ("prefill", "20m", T), options))
-    experiments = right, resumed, attend, steps, constants, writing, start
-    return list(zip((0.17, 0.03, 0.17, 0.28, 0.05, 0.1, 0.2), experiments, strict=True))
+    compiled = [trial for trial in steps + attend if "compiled" in trial.name or "flex" in trial.name]
+    beside = [trial._replace(timed=False) for trial in (*resumed, *right, *map(compile_ahead, compiled))]
+    experiments = beside, attend, steps, constants, writing, start
+    return list(zip((0.25, 0.15, 0.25, 0.05, 0.1, 0.2), experiments, strict=True))
+
+
+def compile_ahead(trial: Trial) -> Trial:
+    """A trial that leaves its compiled code in torch's cache on disk, and no times."""
+    return trial._replace(name=f"compile {trial.name}", function=gpu.run_once, inputs=(trial.function, *trial.inputs))
 
 
 # ---- Running it
@@ -186,14 +201,26 @@ def run(device: str, minutes: int, out: str, plan: Callable = plan) -> None:
         cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
         print(f"{trial.name:<48} {'  '.join(cells)}", flush=True)
 
-    until = time.monotonic()
+    lock, until = threading.Lock(), time.monotonic()
+
+    def work_through(trials: list[Trial]) -> None:
+        results = run_trials(plan, trials, kind, tiny, lambda: end - time.monotonic())
+        while time.monotonic() < until and (found := next(results, None)):
+            with lock:
+                emit(*found)
+                del waiting[found[0].name]
+        results.close()
+
     for share, trials in [*plan(), (1.0, None)]:  # in the end those for which there was no time
         until = min(end, until + 60 * minutes * share)
-        results = run_trials(plan, trials or list(waiting.values()), kind, tiny, lambda: end - time.monotonic())
-        while time.monotonic() < until and (found := next(results, None)):
-            emit(*found)
-            del waiting[found[0].name]
-        results.close()
+        trials = trials or list(waiting.values())
+        at_once = 1 if any(trial.timed for trial in trials) else BESIDE
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                list(pool.map(work_through, [trials[i::at_once] for i in range(at_once)]))
+            except KeyboardInterrupt:
+                until = 0
+                raise
     for trial in waiting.values():
         emit(trial, dict(failed=f"not started: --minutes={minutes} were over"))
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -191,6 +191,11 @@ def measured(device, tiny, *shape, part="", **options):
     return row | dict(mfu=row["reached"] / peak if peak and row["unit"] == "FLOP" else "", graph_breaks=breaks)
 
 
+def run_once(device, tiny, function, *inputs, **options):
+    function(device, tiny, *inputs, **options)
+    return {}
+
+
 def longest_kernels(step, device):
     """Seconds of a step, its ten longest kernels, and the share of its time in which the GPU waits for Python."""
     seconds = median(measure.alternate({"": step}, 0, torch.device(device))[""])
