@@ -494,7 +494,7 @@ def test_recomputed_or_sliced_changes_no_gradient(how, kind, monkeypatch):
     assert_all_close(gradients(model, tokens), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_a_training_step_is_one_graph_for_the_compiler_and_computes_the_same(kind):
     model, tokens = make(KINDS[kind], num_hidden_layers=1), torch.randint(0, 97, (2, 20))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # a break would be an error
