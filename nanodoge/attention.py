@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanodoge.memory import one_node
+from nanodoge.memory import outside_graphs
 
 CHUNK = 256  # queries in a chunk on a CPU: of W + CHUNK keys that are gathered, the last 2 CHUNK are masked
 GPU_CHUNK = 1024  # on a GPU: its kernels divide queries, 64 each, among more than a hundred cores (not measured)
@@ -249,6 +249,12 @@ def eviction_steps(order: Tensor, window: int) -> Tensor:
     return end.scatter_(-1, order[..., window:], torch.maximum(base, order[..., window:]))
 
 
+def uses_kernel(x: Tensor) -> bool:
+    """Whether torch's fused kernel computes a chunk. A CPU's has small tiles: plain products of so many rows are faster
+    there."""
+    return x.device.type != "cpu"
+
+
 def iter_chunks(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int, size: int):
     """Cuts the T queries of ChunkedAttention, whose inputs these are, into chunks of `size`. Yields of each the c
     queries as a slice, the keys they may see as rows (R, n) of k and v, and the inputs of attend_chunk.
@@ -258,7 +264,7 @@ def iter_chunks(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int, size:
     keys. Only these m = 2 c columns need a mask.
     """
     (_, G, T, _), (R, S), device = q.shape, end.shape, q.device
-    memory = q.new_empty(2 * G * min(size, T) * min(window + size, S) if device.type == "cpu" else 0)
+    memory = q.new_empty(0 if uses_kernel(q) else 2 * G * min(size, T) * min(window + size, S))
     alive = torch.arange(S - T, device=device).expand(R, S - T)
     offset = torch.arange(0, R * S, S, device=device)[:, None]
     for start in range(S - T, S, size):
@@ -287,9 +293,8 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor, memory: Tensor) -> tuple[T
 
 def attend_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, memory: Tensor) -> Tensor:
     """q (R, G c, D + 8) folded, the heads that share keys one after another; k (R, n, D + 8) folded; v (R, n, D); mask
-    (R, c, m) for the last m keys -> (R, G c, D). On a CPU plain products of so many rows are faster than the fused
-    kernel, whose tiles are smaller. (On a GPU a kernel takes a mask, or keys that heads share, not both.)"""
-    if q.device.type != "cpu":
+    (R, c, m) for the last m keys -> (R, G c, D). (A kernel takes a mask, or keys that heads share, not both.)"""
+    if uses_kernel(q):
         mask = F.pad(mask, (k.shape[1] - mask.shape[2], 0)).repeat(1, q.shape[1] // mask.shape[1], 1)
         return fused_attention(*(x[:, None] for x in (q, k, v, mask)))[:, 0]
     out = q.new_empty(*q.shape[:2], v.shape[2])
@@ -300,7 +305,7 @@ def attend_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, memory: Tensor) 
 
 def chunk_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, memory: Tensor):
     """The gradients of q, k, v from dout, that of attend_chunk(q, k, v, mask, memory), which is computed again."""
-    if q.device.type != "cpu":
+    if uses_kernel(q):
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             return torch.autograd.grad(attend_chunk(*inputs, mask, memory), inputs, dout)
@@ -316,19 +321,12 @@ def chunk_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
     return dq.mul_(scale), dk.mul_(scale), dv
 
 
-def lifetimes_like(s: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    B, K, S = s.shape
-    return tuple(s.new_empty(shape, dtype=torch.long) for shape in ((B * K, S), (B, K, min(window, S))))
-
-
-@one_node(lifetimes_like)
 def key_lifetimes(s: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Of scores s (B, K, S): eviction_steps (B K, S), and the keys kept at the end (B, K, at most W) by position."""
     order = rank_by_score(s)
     return eviction_steps(order.flatten(0, 1), window), order[..., :window].sort(dim=-1).values
 
 
-@one_node(lambda q, k, v, end, window, size: q.new_empty(*q.shape[:3], v.shape[1]))
 def attend_chunks(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int, size: int) -> Tensor:
     """The forward pass of ChunkedAttention."""
     out = q.new_empty(*q.shape[:3], v.shape[1])
@@ -337,7 +335,6 @@ def attend_chunks(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int, siz
     return out
 
 
-@one_node(lambda dout, q, k, v, end, window, size: tuple(torch.empty_like(x) for x in (q, k, v)))
 def chunks_gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -373,13 +370,14 @@ class ChunkedAttention(torch.autograd.Function):
         return *chunks_gradients(dout, *ctx.saved_tensors, ctx.window, ctx.size), None, None, None
 
 
+@outside_graphs  # a loop over chunks, and a gradient made by autograd within another
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, s: Tensor, window: int, chunk: int | None):
     """dynamic_mask_attention, all of it in chunks. A CPU computes it in fp32 at least: many have no faster product, and
     rounded to bf16 the logits would be as coarse as 1/16."""
-    K, on_cpu = s.shape[1], q.device.type == "cpu"
+    K, by_kernel = s.shape[1], uses_kernel(q)
     end, kept = key_lifetimes(s.detach(), window)  # which keys are kept has no gradient
-    dtype = torch.promote_types(q.dtype, torch.float32) if on_cpu else q.dtype
+    dtype = q.dtype if by_kernel else torch.promote_types(q.dtype, torch.float32)
     queries = fold_queries(q.unflatten(1, (K, -1)).flatten(0, 1).to(dtype))  # (B K, G, T, D + 8)
     keys, values = fold(k.to(dtype), s).flatten(0, 2), v.to(dtype).flatten(0, 2)
-    out = ChunkedAttention.apply(queries, keys, values, end, window, chunk or (CHUNK if on_cpu else GPU_CHUNK))
+    out = ChunkedAttention.apply(queries, keys, values, end, window, chunk or (GPU_CHUNK if by_kernel else CHUNK))
     return out.view(q.shape).to(q.dtype), kept

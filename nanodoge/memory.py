@@ -52,23 +52,6 @@ def outside_graphs(function: Callable) -> Callable:
     return call
 
 
-def one_node(fake: Callable) -> Callable:
-    """Decorates a function of tensors and ints, which torch.compile then takes as one node of its graph: its loops are
-    not unrolled, and the graph does not break. fake(*inputs): empty tensors of the shapes that it returns, all new."""
-
-    def decorate(function):
-        node = torch.library.custom_op(f"nanodoge::{function.__name__}", function, mutates_args=())
-        node.register_fake(fake)
-
-        @functools.wraps(function)
-        def call(*inputs):
-            return (node if torch.compiler.is_compiling() else function)(*inputs)
-
-        return call
-
-    return decorate
-
-
 def run_block(block, x: Tensor, *inputs, last=None, recompute=False, whole=False, size=None):
     """What block(x, *inputs) of model.py returns, x (B, T, C) -> (B, T, C) and a number, but with `last` (B,) only
     these positions, (B, 1, C): the others are there for their keys.
