@@ -501,6 +501,15 @@ def test_a_training_step_is_one_graph_for_the_compiler_and_computes_the_same(kin
     assert_all_close(gradients(compiled, tokens), gradients(model, tokens))
 
 
+@pytest.mark.parametrize("by_kernel", [False, True])  # True: as on a GPU
+@pytest.mark.parametrize("kind", ["beyond the window", "moe beyond"])
+def test_beyond_the_window_compiled_code_computes_the_same(kind, by_kernel, monkeypatch):
+    model, tokens = make(KINDS[kind], num_hidden_layers=1), torch.randint(0, 97, (2, 20))
+    expected = gradients(model, tokens)
+    monkeypatch.setattr("nanodoge.attention.uses_kernel", lambda x: by_kernel)
+    assert_all_close(gradients(torch.compile(model, backend="aot_eager"), tokens), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_in_slices_is_the_row_and_its_last_position_that_of_all(kind):
     model, last = make(KINDS[kind]), torch.tensor([19, 12])
