@@ -34,7 +34,7 @@ Row = dict[str, Any]
 START = 120  # seconds for a new process to import torch and find the GPU
 BESIDE = max(1, (os.cpu_count() or 2) // 2)  # trials at once where times do not count: most wait for a compiler
 SHOWN = """failed right error seconds tokens_per_second forward_tflops tflops reached share mfu extra_mb peer speedup
-    waits graph_breaks note""".split()  # columns that are printed
+    waits graph_breaks took note""".split()  # columns that are printed
 REHEARSAL = {  # takes too long where the numbers say nothing
     "torch.compile": gpu.trace,
     "gpu_trials.COMPILE": gpu.trace,
@@ -73,7 +73,7 @@ def plan() -> list[tuple[float, list[Trial]]]:
     texts = [("20m", "float32", "transformers"), *itertools.product(("20m", "20m_moe"), gpu.RIGHT, [""])]
     for model, dtype, how in texts:
         right.append(Trial(f"right: text {model} {dtype} {how}", gpu.text, (model, dtype, how)))
-    right.sort(key=lambda trial: ("flex" in trial.name) + 2 * ("compiled" in trial.name))  # the slow ones last
+    right.sort(key=lambda trial: "flex" in trial.name)  # the slow ones last
     resumed = [Trial(f"right: resume, deterministic={sure}", gpu.resume, (sure,)) for sure in (True, False)]
     resumed.append(Trial("right: first losses", gpu.first_losses, seconds=90))
 
@@ -88,8 +88,8 @@ def plan() -> list[tuple[float, list[Trial]]]:
 
     steps += [step("20m", 16, "compiled"), step("20m", 16, "compiled by block", gpu.BY_BLOCK)]
     steps += [step("20m", 16, "eager, peer"), Trial("kernels", gpu.train_kernels)]
-    steps += [step(model, 8, "compiled by block", gpu.BY_BLOCK) for model in ("160m", "320m", "60m")]
-    more = ("20m", 64), ("20m_moe", 16), ("20m", 32), ("20m", 128)
+    steps += [step(model, 16, "compiled by block", gpu.BY_BLOCK) for model in ("160m", "320m", "60m")]
+    more = ("20m", 64), ("20m_moe", 16), ("20m", 32)
     steps += [step(model, batch, "compiled") for model, batch in more]
     steps += [step("20m", 16, f"compiled, {name}", changes) for name, changes in gpu.VARIANTS.items()]
     start = [Trial("recipe", gpu.recipe, seconds=150)]
@@ -115,10 +115,15 @@ def plan() -> list[tuple[float, list[Trial]]]:
     for T in (2048, 8192, 65536):
         options = dict(peer="transformers" * (T == 2048))
         writing.append(Trial(f"prefill 20m {T}", gpu.measured, ("prefill", "20m", T), options))
-    compiled = [trial for trial in steps + attend if "compiled" in trial.name or "flex" in trial.name]
-    beside = [trial._replace(timed=False) for trial in (*resumed, *right, *map(compile_ahead, compiled))]
-    experiments = beside, attend, steps, constants, writing, start
-    return list(zip((0.25, 0.15, 0.25, 0.05, 0.1, 0.2), experiments, strict=True))
+
+    eager, compiled = (
+        [trial for trial in right if ("compiled" in trial.name) == is_compiled] for is_compiled in (0, 1)
+    )
+    eager += [*map(compile_ahead, (trial for trial in attend if "flex" in trial.name)), *resumed]
+    compiled = [*map(compile_ahead, (trial for trial in steps if "compiled" in trial.name)), *compiled]
+    beside = [[trial._replace(timed=False) for trial in trials] for trials in (eager, compiled)]
+    experiments = beside[0], attend, writing, constants, beside[1], steps, start
+    return list(zip((0.12, 0.1, 0.1, 0.08, 0.24, 0.22, 0.14), experiments, strict=True))
 
 
 def compile_ahead(trial: Trial) -> Trial:
@@ -134,11 +139,13 @@ def work(sender: Connection, plan: Callable, names: list[str], device: str, tiny
     trials = {trial.name: trial for _, trials in plan() for trial in trials}
     sender.send({})  # ready
     for trial in map(trials.get, names):
+        start = time.monotonic()
         try:
             with contextlib.ExitStack() as stack:
                 for name, value in ((REHEARSAL if tiny else {}) | trial.changes).items():
                     stack.enter_context(patch(name, value))
                 row = trial.function(device, tiny, *trial.inputs, **trial.options)
+            row["took"] = round(time.monotonic() - start, 1)
         except Exception as error:
             row = dict(failed=f"{type(error).__name__}: {one_line(error)[:300]}")
         sender.send(row)
@@ -201,7 +208,7 @@ def run(device: str, minutes: int, out: str, plan: Callable = plan) -> None:
         cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
         print(f"{trial.name:<48} {'  '.join(cells)}", flush=True)
 
-    lock, until = threading.Lock(), time.monotonic()
+    lock, until = threading.Lock(), 0.0
 
     def work_through(trials: list[Trial]) -> None:
         results = run_trials(plan, trials, kind, tiny, lambda: end - time.monotonic())
@@ -212,7 +219,7 @@ def run(device: str, minutes: int, out: str, plan: Callable = plan) -> None:
         results.close()
 
     for share, trials in [*plan(), (1.0, None)]:  # in the end those for which there was no time
-        until = min(end, until + 60 * minutes * share)
+        until = min(end, time.monotonic() + 60 * minutes * share)
         trials = trials or list(waiting.values())
         at_once = 1 if any(trial.timed for trial in trials) else BESIDE
         with ThreadPoolExecutor(at_once) as pool:

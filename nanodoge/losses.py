@@ -81,7 +81,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             norm = e.sum(dim=-1, keepdim=True)
             total = total + (norm.log() - own).masked_fill(ignored, 0.0).sum()
             if wants_gradient:  # dlogits = e / norm - onehot; instead of it, the shorter rows it multiplies are scaled
-                dlogits = e.scatter_add_(1, target, -norm).to(dtype)
+                dlogits = e.to(dtype).scatter_(1, target, (own.exp() - norm).to(dtype))
                 scale = norm.reciprocal().masked_fill(ignored, 0.0)
                 dx[i : i + rows] = (dlogits @ matrix) * scale
                 piece = (piece * scale).to(dtype)
