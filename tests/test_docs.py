@@ -392,7 +392,19 @@ def load():
         yield *way, *(by_clients.get(count, "") for count in ("1", "4", "16", "64"))
 
 
-TABLES = dict(models=models, speed=speed, sizes=sizes, chain=chain, load=load)
+def gpu():
+    """The speeds of results/gpu_h200.csv."""
+    yield "case", "tokens/s", "of the card's peak", "GB beside the weights", "peer"
+    for row in rows_of_csv("gpu_h200.csv"):
+        if row["tokens_per_second"]:
+            note = f" ({row['note']})" if row["note"] and row["note"] not in row["trial"] else ""
+            peer = f"{float(row['peer_tokens_per_second']):,.0f} ({row['peer']})" if row["peer"] else ""
+            share = f"{float(row['mfu']):.0%}" if row["mfu"] else ""
+            rate, memory = float(row["tokens_per_second"]), float(row["extra_mb"]) / 1e3
+            yield row["trial"] + note, f"{rate:,.0f}", share, f"{memory:.1f}", peer
+
+
+TABLES = dict(models=models, speed=speed, sizes=sizes, chain=chain, load=load, gpu=gpu)
 TABLES |= {
     what: lambda what=what: measured(what) for what in "decode llama prefill train attention moe tokenizer data".split()
 }
