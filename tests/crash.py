@@ -124,8 +124,7 @@ def weights(folder):
 
 def left_by(folder):
     """All that a finished run leaves and that must not depend on kills: {name: value}."""
-    samples = folder / "samples.jsonl"
-    found = {"log.csv": steady(folder), "samples.jsonl": samples.read_bytes() if samples.is_file() else b""}
+    found = {"log.csv": steady(folder)} | {path.name: path.read_bytes() for path in folder.glob("samples/*.jsonl")}
     for place in (folder, folder / "stable"):
         if place.is_dir() and (state := load_training_state(place)):
             kept = {name: state.get(name) for name in ("step", "optimizer", "reference")}
