@@ -68,7 +68,6 @@ from tqdm import tqdm
 from nanodoge import answers, conversations
 from nanodoge.checkpoint import flush, locate, read_json
 from nanodoge.conversations import RowError
-from nanodoge.download import check_space
 from nanodoge.mixer import Document, Mixer, check_left_out, left_out
 from nanodoge.options import Count, Range, Share, Whole, check_ranges, parse_options, run_command
 from nanodoge.sources import Source, hash_of, open_source, parse_sources, sample
@@ -333,8 +332,6 @@ def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options:
         raise ValueError(f"--tokenizer={options.tokenizer} has no chat template, which --kind={options.kind} needs")
     for source in sources:
         open_source(source, options, options.cache or out.parent / "downloads", quiet)
-    size = sum(source.size for source in sources)
-    check_space(out.parent, 2 * (options.tokens or size / 4), f"writing {out}")  # 2 bytes per token of 4 bytes of text
     limit, split = options.limit, dict(limit=options.limit, cut=0, whole=False, note="")
     try:
         while not meta.get("finished"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nanodoge.data import read_meta
-from nanodoge.options import defaults
+from nanodoge.options import changed
 
 MARK = "# Written by nanoDoge. Without this line the file is yours, and no run replaces it."
 NANODOGE = """from nanodoge.checkpoint import load_model
@@ -52,7 +52,6 @@ def card(run: Any, log: list[dict[str, str]]) -> str:
     head = metadata(run, sources := [str(source) for source in meta.get("source") or ()])
     experts = f", {config.num_experts_per_tok} of {config.num_experts:,} experts per token" if config.is_moe else ""
     source = f" It started from `{options.init_from}`." if options.init_from else ""
-    changed = [name for name, value in defaults(type(options)).items() if getattr(options, name) != value]
     values = {name: row[name] for row in log for name in row if name.endswith("loss") or name.startswith("val_")}
     values |= {name: row[name] for row in log for name in values if row.get(name)}  # the last one of each
     picture = "![The loss over the tokens](loss.png)\n\n" if (run.folder / "loss.png").is_file() else ""
@@ -67,7 +66,7 @@ def card(run: Any, log: list[dict[str, str]]) -> str:
         f"tokens to train on, {meta['val']['tokens']:,} held out.\n",
         f"## Recipe\n\n{run.step:,} steps, {run.tokens:,} tokens, {run.seconds:,.0f} s; {run.machine.summary}; torch "
         f"{torch.__version__}, Python {platform.python_version()}. Options that differ from the stage's defaults:\n",
-        f"```\n{' '.join(f'{name}={getattr(options, name)}' for name in changed)}\n```\n",
+        f"```\n{changed(options)}\n```\n",
         f"{picture}## Results\n\nThe last of each; `val_` is on held-out data, losses are in nats.\n",
         "| measure | value |\n|---|---|",
         *(f"| {name} | {float(value):.4f} |" for name, value in values.items() if value),

@@ -26,8 +26,8 @@ from nanodoge.options import (
     Positive,
     Range,
     Whole,
+    changed,
     check_ranges,
-    defaults,
     is_out_of_memory,
     one_line,
     parse_options,
@@ -279,10 +279,9 @@ def announce(
 ) -> None:
     """Prints, before the first step, what is going to happen, on what, and at what cost: the options that differ from
     those of a bare command, the model, the stage's own `lines`, the device, and the time of all steps at most."""
-    changed = [name for name, value in defaults(type(options)).items() if getattr(options, name) != value]
     source = f", from {options.init_from}" if options.init_from else ""
     common = {
-        "options": " ".join(f"{name}={getattr(options, name)}" for name in changed) or "as --help shows them",
+        "options": changed(options) or "as --help shows them",
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters{source}",
         "device": f"{machine.summary}; {compile_note}",
         "cost": f"{options.max_steps:,} steps, at most about {duration(seconds)}",
