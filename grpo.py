@@ -31,10 +31,10 @@ Away from where? --kl=B adds to the loss of every token B times an estimate of t
 start: k3 = exp(d) - d - 1 with d = log p_start - log p, which is never negative and on average the divergence (Schulman
 2020, "Approximating KL divergence"). With --kl=0 no second model is held in memory.
 
-What is rewarded? That is what is learned, so it must be what is meant. The answer must be the right number, and it must
-end: one that reaches --max_new_tokens without EOS earns nothing for what it says. The format is a thought between its
-tags, then a solution between its own, each tag once. Length costs, if it is given a weight. Read what is written, in
-OUT_DIR/samples: a number that rises may mean that the model found something that you did not intend.
+What is rewarded? The answer must be the right number, and it must end: one that reaches --max_new_tokens without EOS
+earns nothing for what it says. The format is a thought between its tags, then a solution between its own, each tag
+once. Length costs, if it is given a weight. Read what is written, in OUT_DIR/samples: a number that rises may mean that
+the model found something that you did not intend.
 """
 
 import json
@@ -130,11 +130,8 @@ def is_in_format(text: str) -> bool:
 
 
 def judge(written: list[list[int]], wanted: list[str], tokenizer: Tokenizer, options: GrpoOptions) -> dict:
-    """What n answers earn: {column: (n,) float64}. written: the ids of each, with the EOS if it came.
-
-    reward is the weighted sum of its parts. reward_answer and reward_format are 0 or 1, before their weights, and 0 for
-    an answer that does not end. length is in tokens.
-    """
+    """What n answers earn: {column: (n,) float64}. written: the ids of each, with the EOS if it came. reward is the
+    weighted sum of its parts. reward_answer and reward_format are 0 or 1, and 0 for an answer that does not end."""
     ended = [tokenizer.decode(ids[:-1]) if ids[-1] == tokenizer.eos_id else "" for ids in written]
     right = np.array([is_right(text, answer) for text, answer in zip(ended, wanted, strict=True)], float)
     in_format = np.array([is_in_format(text) for text in ended], float)
@@ -180,7 +177,7 @@ def rollout(
     machine: Machine, model: Doge, problems: Examples, options: GrpoOptions, step: int
 ) -> tuple[list[Batch], dict[str, np.ndarray], int]:
     """What step `step` learns from: this rank's micro-batches; the columns of the log, {name: (n,)} of all n answers;
-    and the tokens that the model reads, on all ranks. The answers are the same however many ranks there are."""
+    and the tokens that the model reads, on all ranks."""
     tokenizer, G = problems.set.tokenizer, options.generations
     which = np.repeat(rows_of_step(step, problems.count, options.batch_size, options.seed), G)
     prompts, wanted = read_problems(problems, which)
@@ -257,8 +254,7 @@ def evaluate(machine: Machine, model: Doge, problems: Examples, options: GrpoOpt
 
 
 def load_reference(options: GrpoOptions, machine: Machine, model: Doge, tokenizer: Tokenizer) -> Policy | None:
-    """The model at the start, frozen; None if --kl=0. It is kept in OUT_DIR/reference, so that a resumed run compares
-    with the same model even if --init_from has been overwritten."""
+    """The model at the start, frozen; None if --kl=0. It is kept in OUT_DIR/reference, for a resumed run."""
     if not options.kl:
         return None
     folder = Path(options.out_dir) / "reference"

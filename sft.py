@@ -95,8 +95,8 @@ def evaluate(machine: Machine, model: Doge, val: Examples, tokenizer: Tokenizer,
 
 
 def count_exact(machine: Machine, model: Doge, rows: list[tuple], tokenizer: Tokenizer) -> int:
-    """How many conversations (ids, mask) end in the answer that the model writes there, taking the likeliest token each
-    time. An answer counts if it comes to the same (see final_answer) and the model ends it with EOS."""
+    """How many conversations (ids, mask) end in the answer that the model writes there at temperature 0. An answer
+    counts if it comes to the same (see final_answer) and the model ends it with EOS."""
     prompts, wanted = [], []
     for ids, mask in rows:
         begin = np.flatnonzero(~mask)[-1] + 1  # of the last answer, which ends the row

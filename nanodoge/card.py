@@ -1,7 +1,6 @@
 """The model card of a finished run: OUT_DIR/README.md in Hugging Face's format, from the run's own facts."""
 
 import json
-import os
 import platform
 import re
 from pathlib import Path
@@ -22,14 +21,10 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.
 
 
 def write_card(run: Any, log: list[dict[str, str]]) -> None:
-    """Writes the card of a Run that has ended, in one rename. A README.md of the user's own is left alone."""
+    """Writes the card of a Run that has ended. A README.md of the user's own is left alone."""
     path = run.folder / "README.md"
-    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
-        return
-    temporary = path.with_name("README.md.new")
-    temporary.unlink(missing_ok=True)  # it could be a link to somewhere else
-    temporary.write_text(card(run, log), encoding="utf-8")
-    os.replace(temporary, path)
+    if not path.exists() or (path.is_file() and MARK.encode() in path.read_bytes()):
+        path.write_text(card(run, log), encoding="utf-8")
 
 
 def metadata(run: Any, sources: list[str]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ TRIES, WAIT, TIMEOUT = 6, 1.0, (10, 60)  # attempts; seconds before the second; 
 
 
 def retry(attempt: Callable, address: str, size: Callable[[], int] = lambda: 0) -> Any:
-    """What attempt() returns; it is called again after a network error, WAIT, 2 WAIT, 4 WAIT, ... seconds later. Raises
-    ValueError after TRIES errors in a row without growth of size(), and for an error that stays (404)."""
+    """What attempt() returns, called again WAIT, 2 WAIT, 4 WAIT, ... seconds after a network error. Raises ValueError
+    after TRIES errors in a row without growth of size(), and for an error that stays (404)."""
     failures, before = 0, size()
     while True:
         try:

@@ -39,8 +39,8 @@ COLUMNS = ("step tokens seconds loss lr grad_norm tokens_per_second mfu val_loss
 
 
 class Log:
-    """log.csv: one row per logged step, each flushed as it is written. A run that continues from step n first drops the
-    rows after n, and a last line that a crash cut short, so that no row is lost or doubled."""
+    """log.csv: one row per logged step, flushed as it is written. A run that continues from step n first drops the rows
+    after n, and a last line that a crash cut short."""
 
     def __init__(self, path: str | Path, last_step: int, columns: list[str] = COLUMNS):
         self.path, self.columns = Path(path), columns
@@ -48,10 +48,10 @@ class Log:
         rows = [{column: row.get(column, "") for column in columns} for row in rows]
         self.steps = {int(row["step"]) for row in rows}
         self.best = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf)
-        temporary = self.path.with_name(self.path.name + ".new")
-        temporary.unlink(missing_ok=True)  # a link would lead to another file
-        self.append(temporary, "w", [dict(zip(columns, columns, strict=True)), *rows])
-        os.replace(temporary, self.path)
+        new = self.path.with_name(self.path.name + ".new")
+        new.unlink(missing_ok=True)  # a link would lead to another file
+        self.append(new, "w", [dict(zip(columns, columns, strict=True)), *rows])
+        os.replace(new, self.path)
 
     def append(self, path: Path, mode: str, rows: list[dict]) -> None:
         try:
@@ -86,8 +86,7 @@ def in_megabytes(row: dict) -> dict:
 
 
 def plot_loss(log_path: Path, picture_path: Path) -> None:
-    """Draws training and validation loss over the tokens seen. The loss of copy steps is another, so it has its own
-    points, and the part that has copy steps is shaded."""
+    """Draws training and validation loss over the tokens seen, that of copy steps by itself, on a shaded part."""
     from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the notebook that calls a stage
 
     figure = Figure(figsize=(8, 5))
@@ -145,7 +144,7 @@ class Run:
     # ---- State
 
     def restore(self, state: dict) -> None:
-        """Continues from a training state. (The weights come from load_model.) Raises ValueError if it is damaged."""
+        """Continues from a training state; the weights come from load_model. Raises ValueError if it is damaged."""
         load_optimizer_state(self.optimizers, self.names, state["optimizer"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         row = in_megabytes(state["row"] or dict(step=self.step, loss=0.0))
@@ -200,8 +199,7 @@ class Run:
         self.machine.print("finishing this step, then saving (once more to stop at once)")
 
     def finish(self) -> None:
-        """Draws the loss curve and writes the model card. If a signal ended the loop, says how to go on instead of the
-        card, and ends the process."""
+        """Draws the loss curve and writes the model card. If a signal ended the loop, says how to go on, and exits."""
         self.machine.barrier()
         if self.machine.is_main:
             plot_loss(self.folder / "log.csv", self.folder / "loss.png")
@@ -242,11 +240,11 @@ class Run:
     def end_step(
         self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int, name: str = "loss", **columns: Tensor
     ) -> None:
-        """Counts a step; checks, saves, validates and logs, in this order, where that is due. It saves first, so that a
-        validation that runs out of memory costs nothing.
+        """Counts a step; checks, saves, validates and logs where that is due. It saves first, so that a validation that
+        runs out of memory costs nothing. Raises ValueError when the numbers are not finite.
 
-        loss and columns are this rank's shares, whose sums over all ranks are logged; tokens counts all ranks'. name:
-        the loss's column. Raises ValueError when the numbers are not finite.
+        loss and columns: this rank's shares, whose sums over all ranks are logged. tokens: of all ranks. name: the
+        loss's column.
         """
         self.step, self.tokens = self.step + 1, self.tokens + tokens
         self.bar.update()

@@ -270,20 +270,6 @@ def test_save_and_load(small, folder, tmp_path):
     assert (alone.bos_id, alone.eos_id, alone.pad_id, alone.chat_template) == (0, 1, 2, CHAT_TEMPLATE)
 
 
-@pytest.mark.parametrize(("where", "name"), [(Path, "write_bytes"), (os, "replace")])
-def test_a_failed_save_leaves_the_old_files(small, tmp_path, monkeypatch, where, name):
-    small.save(tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(where, name, full)
-    with pytest.raises(OSError, match="No space"):
-        train_bpe(["other"], 270).save(tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
 def open_automatically(folder: Path):
     return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
 
