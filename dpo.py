@@ -209,14 +209,13 @@ def train(options: DpoOptions, machine: Machine) -> None:
     network, seconds, note = stage.profile_step(
         machine, policy, lambda network: answer_logp(network, data, longest, machine)[0].sum(), options
     )
-    first = rows_of_step(0, data.count, options.batch_size, options.seed)
-    groups = data.micro_batches(first, options.micro_batch_tokens, machine.world_size)
     asked = 0 if options.resume else min(options.max_steps * options.batch_size, data.count) + val.count
     steps = options.max_steps + asked / options.batch_size / 3  # the reference needs no backward pass
-    seconds *= len(groups) / machine.world_size * steps
-    lines = describe(data, val, groups, options) | dict(loss=f"{options.loss}, beta {options.beta}")
-    stage.announce(options, machine, model, lines, seconds, note)
-    machine.print(f"an example, with what is compared marked, the chosen answer first:\n\n{data.show(first[0])}\n")
+    seconds *= steps * options.batch_size * data.lengths.mean() / data.lengths[longest].sum()
+    lines = describe(data, val, options) | dict(loss=f"{options.loss}, beta {options.beta}")
+    stage.announce(options, machine, model, lines, seconds / machine.world_size, note)
+    [first] = rows_of_step(0, data.count, 1, options.seed)
+    machine.print(f"an example, with what is compared marked, the chosen answer first:\n\n{data.show(first)}\n")
 
     if options.resume:
         reference = kept_reference(state, dict(train=data, val=val), options)

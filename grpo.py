@@ -285,7 +285,7 @@ def train(options: GrpoOptions, machine: Machine) -> None:
     inputs = batches[0].inputs
     network, learning, note = stage.profile_step(machine, policy, lambda network: network(*inputs)[0].sum(), options)
     seconds = options.max_steps * (writing + learning * len(batches) * options.updates_per_rollout)
-    lines = describe(problems, val, [np.arange(problems.count)], options)
+    lines = describe(problems, val, options)
     lines["step"] = f"{options.generations} answers to each of {options.batch_size} problems, {options.slots} at once"
     stage.announce(options, machine, model, lines, seconds, note)
 

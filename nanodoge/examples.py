@@ -166,12 +166,10 @@ def open_sets(folder: str, kind: str) -> tuple[TokenSet, TokenSet, Tokenizer]:
     return *(TokenSet(folder, split, kind, tokenizer) for split in ("train", "val")), tokenizer
 
 
-def describe(train: Examples, val: Examples, groups: list[np.ndarray], options: Any) -> dict[str, str]:
-    """Lines for stage.announce. groups: the micro-batches of the first step."""
-    padding = 1 - train.sizes[np.concatenate(groups)].sum() / sum(len(g) * train.lengths[g].max() for g in groups)
+def describe(train: Examples, val: Examples, options: Any) -> dict[str, str]:
+    """Lines for stage.announce."""
     epochs = options.max_steps * options.batch_size / train.count
     targets = f", {train.targets.sum():,} of them targets" if train.targets.any() else ""
-    sizes = f"{train.count:,} {train.noun}, {train.sizes.sum():,} tokens{targets}; {epochs:.2f} epochs"
-    step = f"{options.batch_size} {train.noun} in about {len(groups)} micro-batches, {padding:.0%} of them padding"
+    sizes = f"{train.count:,} {train.noun}, {train.sizes.sum():,} tokens{targets}; {epochs:.2f} epochs, {options.batch_size} per step"
     left_out = [f"{n:,} {e.set.split} {e.noun} {reason}" for e in (train, val) for reason, n in e.left_out.items() if n]
-    return {"data": f"{options.data}: {sizes}", "left out": "; ".join(left_out) or "nothing", "step": step}
+    return {"data": f"{options.data}: {sizes}", "left out": "; ".join(left_out) or "nothing"}

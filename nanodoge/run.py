@@ -22,15 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Doge
+from nanodoge import checkpoint
 from nanodoge.card import write_card
-from nanodoge.checkpoint import (
-    clear,
-    finish_interrupted_save,
-    flush,
-    load_optimizer_state,
-    optimizer_state,
-    save_checkpoint,
-)
 from nanodoge.machine import Machine, full_state_dict, full_tensor, unsharded
 from nanodoge.options import one_line
 from nanodoge.tokenizer import Tokenizer
@@ -57,7 +50,7 @@ class Log:
         try:
             with open(path, mode, newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns).writerows(rows)
-            flush(path)  # before the next checkpoint: one that survives a power cut then finds its rows
+            checkpoint.flush(path)  # before the next checkpoint: one that survives a power cut then finds its rows
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not say where it is
 
@@ -145,7 +138,7 @@ class Run:
 
     def restore(self, state: dict) -> None:
         """Continues from a training state; the weights come from load_model. Raises ValueError if it is damaged."""
-        load_optimizer_state(self.optimizers, self.names, state["optimizer"])
+        checkpoint.load_optimizer_state(self.optimizers, self.names, state["optimizer"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         row = in_megabytes(state["row"] or dict(step=self.step, loss=0.0))
         self.row, self.fresh = state["row"] and row, False
@@ -157,7 +150,7 @@ class Run:
 
     def state(self) -> dict:
         options = {k: v for k, v in dataclasses.asdict(self.options).items() if not k.startswith("resume")}
-        optimizer = optimizer_state(self.optimizers, self.names)
+        optimizer = checkpoint.optimizer_state(self.optimizers, self.names)
         where = dict(step=self.step, tokens=self.tokens, seconds=self.seconds, row=self.row)
         return dict(optimizer=optimizer, options=options) | where | self.extra_state
 
@@ -165,7 +158,7 @@ class Run:
         """Saves the model in each folder. Every rank must call it: each may hold a part of the weights."""
         weights = full_state_dict(self.model.state_dict())
         for folder in folders if self.machine.is_main else []:
-            save_checkpoint(folder, self.model, self.tokenizer, state, weights=weights)
+            checkpoint.save_checkpoint(folder, self.model, self.tokenizer, state, weights=weights)
 
     # ---- Begin and end
 
@@ -173,11 +166,11 @@ class Run:
         """Opens the log, and lets Ctrl-C and SIGTERM end the run after a whole step."""
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            finish_interrupted_save(self.folder)
+            checkpoint.finish_interrupted_save(self.folder)
             if self.fresh and self.options.overwrite:  # no part of the old run may be resumed
                 (self.folder / "training_state.pt").unlink(missing_ok=True)
-                clear(self.folder / "stable")
-                clear(self.folder / "best")
+                checkpoint.clear(self.folder / "stable")
+                checkpoint.clear(self.folder / "best")
             self.log = Log(self.folder / "log.csv", self.step or -1, self.columns)  # -1: a new run keeps no row
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)

@@ -147,14 +147,14 @@ class Undisturbed:
         log = folder.with_suffix(".txt")
 
         def main_with_snapshots(argv):
-            save = nanodoge.run.save_checkpoint
+            save = nanodoge.checkpoint.save_checkpoint
 
             def save_and_copy(place, model, tokenizer, state=None, **more):
                 save(place, model, tokenizer, state, **more)
                 if place == folder:
                     shutil.copytree(place, self.snapshots / str(state["step"]))
 
-            nanodoge.run.save_checkpoint = save_and_copy
+            nanodoge.checkpoint.save_checkpoint = save_and_copy
             main(argv)
 
         before = time.monotonic()
