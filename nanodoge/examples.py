@@ -168,8 +168,8 @@ def open_sets(folder: str, kind: str) -> tuple[TokenSet, TokenSet, Tokenizer]:
 
 def describe(train: Examples, val: Examples, options: Any) -> dict[str, str]:
     """Lines for stage.announce."""
-    epochs = options.max_steps * options.batch_size / train.count
+    epochs = f"{options.max_steps * options.batch_size / train.count:.2f} epochs, {options.batch_size} per step"
     targets = f", {train.targets.sum():,} of them targets" if train.targets.any() else ""
-    sizes = f"{train.count:,} {train.noun}, {train.sizes.sum():,} tokens{targets}; {epochs:.2f} epochs, {options.batch_size} per step"
+    sizes = f"{train.count:,} {train.noun}, {train.sizes.sum():,} tokens{targets}; {epochs}"
     left_out = [f"{n:,} {e.set.split} {e.noun} {reason}" for e in (train, val) for reason, n in e.left_out.items() if n]
     return {"data": f"{options.data}: {sizes}", "left out": "; ".join(left_out) or "nothing"}
