@@ -76,10 +76,8 @@ def save_checkpoint(
                 flush(path)
     except (SafetensorError, RuntimeError, OSError) as error:  # the first two: how these libraries report a full disk
         shutil.rmtree(saving, ignore_errors=True)
-        has_old = checkpoint_file(folder, "config.json").is_file()
-        before = "the one before it is whole" if has_old else "there is none yet"
         reason = error if isinstance(error, OSError) else f"{one_line(error)}; is the disk full?"
-        raise OSError(f"cannot write a checkpoint to {folder} ({before}): {reason}") from None
+        raise OSError(f"cannot write a checkpoint to {folder} (one before it stays whole): {reason}") from None
     os.rename(saving, saved)
     finish_interrupted_save(folder)
 

@@ -156,7 +156,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         text = value if isinstance(value, str) else repr(value)
         switch = SWITCH.get(text.lower())
         if b"\0" in text.encode():
-            raise ValueError
+            raise ValueError  # no file and no terminal could hold it
         if "on" in choices and switch is not None:
             return "on" if switch else "off"
         if value in choices or (hint is str and isinstance(value, str)):
