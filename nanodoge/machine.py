@@ -79,7 +79,8 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
-        """Host tensors on the device. For CUDA they are pinned, so that the host does not wait for the copy."""
+        """Host tensors on the device. For CUDA they are pinned, so that the host does not wait for the copy; on MPS a
+        copy that does not wait is not safe."""
         if self.device.type == "cuda":
             tensors = [tensor.pin_memory() for tensor in tensors]
         return [tensor.to(self.device, non_blocking=self.device.type not in ("cpu", "mps")) for tensor in tensors]

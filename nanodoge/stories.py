@@ -200,9 +200,9 @@ def conversation(number: int, split: str) -> dict:
 
 
 def outside(random: Random, passage: Story, split: str, kind: str) -> list[dict]:
-    """A turn without the passage. kind "line": some of its facts and a question, on one line. Otherwise a greeting, a
-    question about the world outside ("elsewhere") or about the story that was not told ("child"), and a reply that says
-    so. One user in four writes small letters and no mark at the end."""
+    """A turn without the passage. kind "line": some of its facts and a question, on one line. Otherwise what the model
+    cannot answer, a greeting or a question about the world outside ("elsewhere") or a story that was not told
+    ("child"), and a reply that says so. One user in four writes small letters and no mark at the end."""
     fact, [reply] = choose(random, passage.facts), world()["replies"]["greeting" if kind == "greetings" else "unknown"]
     if kind == "line":
         told = [fact, *(choose(random, passage.facts) for _ in range(2))]
