@@ -210,7 +210,7 @@ def left_by(place, name, folder):
         what = str(path.relative_to(place / folder))
         if path.suffix == ".safetensors":
             found[what] = hashlib.sha256(repr(tensors(path)[1]).encode()).hexdigest()
-        elif what.startswith("samples"):  # a file of each validation, before that samples.jsonl of all
+        elif path.is_file() and what.startswith("samples"):  # one of each validation, or one of all
             found["samples"] = sorted({*found.get("samples", ()), *path.read_text().splitlines()})
         elif path.suffix in (".bin", ".jsonl") or path.name == "tokenizer.json":
             found[what] = hashlib.sha256(path.read_bytes()).hexdigest()
