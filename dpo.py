@@ -24,9 +24,8 @@ With a smaller beta the model must go farther from its reference for the same ma
 
 What is compared. log p is the sum over the tokens of the answer and the EOS that ends it, without the prompt.
 
-What the reference is. The model at the start, for the whole run. Its log-probabilities of all answers, two numbers per
-pair, are computed once before the first step, so a step costs one model and not two. They are part of every checkpoint:
-a resumed run has the reference it began with, even if --init_from has been overwritten.
+What the reference is. The model at the start, for the whole run. Its log-probabilities of all answers are computed once
+before the first step, so a step costs one model and not two. They are part of every checkpoint, for a resumed run.
 
 Ties. At first the model is its reference: every reward is 0, the loss is ln 2 = 0.693, and every pair is a tie. A tie
 is not won, and neither is a margin that may be rounding (TIE), so accuracy starts at 0 and not at 1/2.
@@ -87,28 +86,19 @@ class DpoOptions(stage.TuneOptions):
 
 
 def select(token_set: TokenSet, options: DpoOptions) -> Examples:
-    """The pairs that can be compared: both rows fit into sequence_length tokens, the answers differ, none is empty."""
+    """The pairs of which both rows fit into sequence_length tokens, and have an answer."""
     sizes, targets, _ = (x.reshape(-1, 2) for x in fit_answers(token_set, len(token_set.ids)))
-    first, differ = 2 * np.arange(len(sizes)), (targets >= 2).all(1)  # an answer is at least one token and EOS
-    pairs = Examples("pairs", token_set, first, sizes, targets, {})
-    for i in np.flatnonzero(differ & (targets[:, 0] == targets[:, 1])):
-        (chosen, mask), (rejected, other) = pairs.rows(i)
-        differ[i] = not np.array_equal(chosen[mask], rejected[other])
-    fit = sizes.max(1) <= options.sequence_length
-    kept = np.flatnonzero(differ & fit)
-    left_out = {
-        f"longer than --sequence_length={options.sequence_length}": int((differ & ~fit).sum()),
-        "with equal or empty answers": int((~differ).sum()),
-    }
-    return Examples("pairs", token_set, first[kept], sizes[kept], targets[kept], left_out)
+    kept = np.flatnonzero((sizes.max(1) <= options.sequence_length) & (targets > 0).all(1))
+    left_out = {f"longer than --sequence_length={options.sequence_length}": len(sizes) - len(kept)}
+    return Examples("pairs", token_set, 2 * kept, sizes[kept], targets[kept], left_out)
 
 
 # ---- Log-probabilities, and the loss
 
 
 def answer_logp(network: nn.Module, pairs: Examples, group: Sequence[int], machine: Machine) -> tuple[Tensor, Tensor]:
-    """The log-probabilities (2, n) fp32 of the chosen and the rejected answers of the n pairs `group`, each summed over
-    its tokens; and the load-balance value of the experts."""
+    """The log-probabilities (2, n) fp32, summed over tokens, of the chosen and the rejected answers of the n pairs
+    `group`; and the load-balance value of the experts."""
     tokens, targets = pairs.batch(group)  # (2n, T)
     shape, (tokens, positions, targets) = tokens.shape, machine.to_device(tokens, *with_positions(targets))
     with machine.autocast():
@@ -165,7 +155,7 @@ def compare_group(
 @torch.no_grad()
 def reference_logp(policy: Policy, pairs: Examples, which: np.ndarray, machine: Machine, options: DpoOptions) -> Tensor:
     """The log-probabilities (count, 2) fp32, on the CPU, of both answers of the pairs `which` by the model as it is,
-    and NaN for the other pairs. The ranks share the work, and each gets all results."""
+    and NaN for the other pairs. The ranks share the work."""
     groups = pairs.micro_batches(which, options.micro_batch_tokens)[machine.rank :: machine.world_size]
     found = torch.zeros(pairs.count, 2)
     hidden = None if machine.is_main else True  # None: shown on a terminal only
@@ -219,14 +209,13 @@ def train(options: DpoOptions, machine: Machine) -> None:
     network, seconds, note = stage.profile_step(
         machine, policy, lambda network: answer_logp(network, data, longest, machine)[0].sum(), options
     )
-    first = rows_of_step(0, data.count, options.batch_size, options.seed)
-    groups = data.micro_batches(first, options.micro_batch_tokens, machine.world_size)
     asked = 0 if options.resume else min(options.max_steps * options.batch_size, data.count) + val.count
     steps = options.max_steps + asked / options.batch_size / 3  # the reference needs no backward pass
-    seconds *= len(groups) / machine.world_size * steps
-    lines = describe(data, val, groups, options) | dict(loss=f"{options.loss}, beta {options.beta}")
-    stage.announce(options, machine, model, lines, seconds, note)
-    machine.print(f"an example, with what is compared marked, the chosen answer first:\n\n{data.show(first[0])}\n")
+    seconds *= steps * options.batch_size * data.lengths.mean() / data.lengths[longest].sum()
+    lines = describe(data, val, options) | dict(loss=f"{options.loss}, beta {options.beta}")
+    stage.announce(options, machine, model, lines, seconds / machine.world_size, note)
+    [first] = rows_of_step(0, data.count, 1, options.seed)
+    machine.print(f"an example, with what is compared marked, the chosen answer first:\n\n{data.show(first)}\n")
 
     if options.resume:
         reference = kept_reference(state, dict(train=data, val=val), options)

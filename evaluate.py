@@ -121,8 +121,7 @@ def print_bits_per_byte(model: Doge, tokenizer: Tokenizer, options: EvaluateOpti
 @torch.inference_mode()
 def log_likelihoods(model: Doge, pairs: list[tuple], micro_batch_tokens: int = 2048) -> list[tuple[float, bool]]:
     """For each of pairs [(context, answer)], lists of ids, neither empty: the answer's log-probability in nats, and
-    whether greedy decoding would write it. A context of several answers is read once. micro_batch_tokens bounds the
-    tokens of one batch, in which every answer counts with its context."""
+    whether greedy decoding would write it. A context of several answers is read once."""
     groups, scores = defaultdict(list), {}  # groups: {context: numbers of the pairs with it}
     for i, (context, _) in enumerate(pairs):
         groups[tuple(context)].append(i)
@@ -167,31 +166,30 @@ def read(model: Doge, rows: list, cache: Cache, last: bool = False) -> Tensor:
 
 
 class HarnessMethods:
-    """What lm_eval's TemplateLM leaves to a model. Texts become the ids that lm_eval's own `hf` model gives them: one
-    BOS in front unless it is there, and special tokens written in a text are these tokens, since a conversation arrives
-    as a text. A prompt too long for the model loses its beginning, there as here; `shortened` counts them."""
+    """What lm_eval's TemplateLM leaves to a model. Texts become the ids that lm_eval's own `hf` model gives them. A
+    prompt too long for the model loses its beginning, there as here; `shortened` counts them."""
 
     def __init__(self, model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int):
         super().__init__()
         self.model, self.coder, self.micro_batch_tokens = model, tokenizer, micro_batch_tokens
         self.max_length, self.shortened = model.config.max_position_embeddings, 0
 
-    def tok_encode(self, string, add_special_tokens=None, **_):
-        ids, bos = [], self.coder.bos_id
-        for i, part in enumerate(self.coder.split[None](string)):
-            ids += [self.coder.special_tokens[part]] if i % 2 else self.coder.encode(part)
-        return ids if add_special_tokens is False or ids[:1] == [bos] else [bos, *ids]
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The ids of a text, BOS in front."""
+        return self.coder.encode_prompt(string, add_bos=add_special_tokens is not False)
 
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        """A conversation as text."""
         text = self.coder.decode(self.coder.render(chat_history, add_generation_prompt)[0])
         last = chat_history[-1]["content"].strip()  # without the prompt, the beginning of an answer to continue
         return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
 
-    def fit(self, ids, length):
+    def fit(self, ids: list[int], length: int) -> list[int]:
+        """The last `length` ids."""
         self.shortened += len(ids) > length
         return ids[-length:]
 
-    def _loglikelihood_tokens(self, requests, **_):
+    def _loglikelihood_tokens(self, requests: list[tuple], **_: Any) -> list[tuple[float, bool]]:
         pairs = []
         for (_, text), context, answer in requests:
             ids = self.fit(context + answer, self.max_length + 1)  # the last token is never read
@@ -201,7 +199,8 @@ class HarnessMethods:
             pairs.append((ids[: -len(answer)], answer))
         return log_likelihoods(self.model, pairs, self.micro_batch_tokens)
 
-    def loglikelihood_rolling(self, requests, **_):
+    def loglikelihood_rolling(self, requests: list, **_: Any) -> list[float]:
+        """The log-probabilities of whole texts, in windows of at most max_length tokens."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows = []
@@ -213,7 +212,8 @@ class HarnessMethods:
         scores = iter(log_likelihoods(self.model, pairs, self.micro_batch_tokens))
         return [sum(next(scores)[0] for _ in window) for window in windows]
 
-    def generate_until(self, requests, **_):
+    def generate_until(self, requests: list, **_: Any) -> list[str]:
+        """The completions of prompts, without special tokens."""
         asked = []
         for i, request in enumerate(requests):
             options = read_gen_kwargs(request.args[1], self.max_length)
@@ -221,7 +221,7 @@ class HarnessMethods:
             asked.append(Request(prompt, **options, seed=i, stop_ids=[self.coder.eos_id]))
         slots = 4 * self.micro_batch_tokens // max(request.max_length for request in asked)
         Engine(self.model, slots=min(max(slots, 1), len(asked)), tokenizer=self.coder).generate(asked)
-        return ["".join(self.coder.split[None](request.text.text)[::2]) for request in asked]  # no special tokens
+        return ["".join(self.coder.split[None](request.text.text)[::2]) for request in asked]
 
 
 def harness_model(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int = 2048) -> Any:
@@ -235,7 +235,7 @@ def harness_model(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int = 2
 
 def read_gen_kwargs(gen_kwargs: dict[str, Any], max_length: int) -> dict[str, Any]:
     """A task's generation_kwargs as fields of a Request. A task that asks for more tokens than the model has gets half
-    of them, and the prompt the other half. Raises ValueError for what is not computed here, such as num_beams."""
+    of them. Raises ValueError for what is not computed here, such as num_beams."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     options = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=256)  # hf's number
@@ -249,8 +249,7 @@ def read_gen_kwargs(gen_kwargs: dict[str, Any], max_length: int) -> dict[str, An
 
 
 def find_tasks(names: list[str], folder: str = "") -> Any:
-    """lm_eval's TaskManager for these tasks. A task file in `folder` is preferred to lm_eval's own of that name. Raises
-    ValueError for unknown names."""
+    """lm_eval's TaskManager for these tasks; a task file in `folder` is preferred to lm_eval's own of that name."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -267,8 +266,8 @@ def find_tasks(names: list[str], folder: str = "") -> Any:
 
 def run_tasks(harness: Any, options: EvaluateOptions, chat: bool) -> None:
     """Prints each task, and writes all results to --out, when it is done. One that fails does not lose the others: at
-    the end, ValueError names all that failed for want of a package, the network, a file or an option. Any other error
-    may be a mistake of ours or of a task's author, and is raised as it is."""
+    the end, ValueError names all that failed for want of a package, the network, a file or an option; any other error
+    is raised as it is."""
     asked = [task.partition("=") for task in (*options.tasks, *SUITES.get(options.suite, "").split())]
     manager = find_tasks([name for name, *_ in asked], options.include_path)
     from datasets.exceptions import DatasetsError

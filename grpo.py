@@ -31,15 +31,15 @@ Away from where? --kl=B adds to the loss of every token B times an estimate of t
 start: k3 = exp(d) - d - 1 with d = log p_start - log p, which is never negative and on average the divergence (Schulman
 2020, "Approximating KL divergence"). With --kl=0 no second model is held in memory.
 
-What is rewarded? That is what is learned, so it must be what is meant. The answer must be the right number, and it must
-end: one that reaches --max_new_tokens without EOS earns nothing for what it says. The format is a thought between its
-tags, then a solution between its own, each tag once. Length costs, if it is given a weight. Read what is written, in
-OUT_DIR/samples.jsonl: a number that rises may mean that the model found something that you did not intend.
+What is rewarded? The answer must be the right number, and it must end: one that reaches --max_new_tokens without EOS
+earns nothing for what it says. The format is a thought between its tags, then a solution between its own, each tag
+once. Length costs, if it is given a weight. Read what is written, in OUT_DIR/samples: a number that rises may mean that
+the model found something that you did not intend.
 """
 
 import json
-import os
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ from nanodoge.machine import Machine, shard
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, run_command
 from nanodoge.policy import Policy, with_positions, write_answers
 from nanodoge.run import Run
-from nanodoge.tokenizer import Tokenizer, read_object
+from nanodoge.tokenizer import Tokenizer
 from train import cosine, make_optimizers, optimizer_step, prepare_if_built_in, rows_of_step, scramble
 
 # Of the answers of a step: the mean of their rewards; the shares that are right, and in format; their mean length in
@@ -87,6 +87,7 @@ class GrpoOptions(stage.TuneOptions):
     updates_per_rollout: Count = 1  # updates of the weights per step, all on the same answers
     clip_low: Share = 0.2  # a token of a bad answer has no gradient below 1 - this times its probability when drawn
     clip_high: NonNegative = 0.2  # one of a good answer above 1 + this times it
+
     divide_by_std: bool = False  # divide advantages by the standard deviation of their group
     kl: NonNegative = 0.0  # weight of the divergence from the model at the start; 0 = that model is not kept
     # ---- Rewards
@@ -95,7 +96,7 @@ class GrpoOptions(stage.TuneOptions):
     reward_length: NonNegative = 0.0  # cost of an answer of max_new_tokens; of a shorter one in proportion
     # ---- Validation
     eval_size: Count = 200  # validation problems, always the first ones
-    eval_samples: Whole = 4  # of these, how many are kept in OUT_DIR/samples.jsonl with what the model writes
+    eval_samples: Whole = 4  # of these, how many are kept in OUT_DIR/samples with what the model writes
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,11 +130,8 @@ def is_in_format(text: str) -> bool:
 
 
 def judge(written: list[list[int]], wanted: list[str], tokenizer: Tokenizer, options: GrpoOptions) -> dict:
-    """What n answers earn: {column: (n,) float64}. written: the ids of each, with the EOS if it came.
-
-    reward is the weighted sum of its parts. reward_answer and reward_format are 0 or 1, before their weights, and 0 for
-    an answer that does not end. length is in tokens.
-    """
+    """What n answers earn: {column: (n,) float64}. written: the ids of each, with the EOS if it came. reward is the
+    weighted sum of its parts. reward_answer and reward_format are 0 or 1, and 0 for an answer that does not end."""
     ended = [tokenizer.decode(ids[:-1]) if ids[-1] == tokenizer.eos_id else "" for ids in written]
     right = np.array([is_right(text, answer) for text, answer in zip(ended, wanted, strict=True)], float)
     in_format = np.array([is_in_format(text) for text in ended], float)
@@ -158,7 +156,7 @@ def no_signal(step: int, earned: dict, options: GrpoOptions) -> str:
     found = f"{right} of {len(lengths)} are right, {lengths.mean():.0f} of {options.max_new_tokens} tokens long"
     advice = "harder problems" if right else "easier problems, or sft.py on solved ones first"
     reason = f"step {step + 1} learns nothing, since all answers to a problem earn the same ({found})"
-    return f"{reason}. If it stays so: read {options.out_dir}/samples.jsonl, then try {advice}"
+    return f"{reason}. If it stays so: read {options.out_dir}/samples, then try {advice}"
 
 
 # ---- Rollouts
@@ -179,7 +177,7 @@ def rollout(
     machine: Machine, model: Doge, problems: Examples, options: GrpoOptions, step: int
 ) -> tuple[list[Batch], dict[str, np.ndarray], int]:
     """What step `step` learns from: this rank's micro-batches; the columns of the log, {name: (n,)} of all n answers;
-    and the tokens that the model reads, on all ranks. The answers are the same however many ranks there are."""
+    and the tokens that the model reads, on all ranks."""
     tokenizer, G = problems.set.tokenizer, options.generations
     which = np.repeat(rows_of_step(step, problems.count, options.batch_size, options.seed), G)
     prompts, wanted = read_problems(problems, which)
@@ -233,7 +231,7 @@ def token_losses(logp: Tensor, batch: Batch, options: GrpoOptions) -> tuple[Tens
 
 def evaluate(machine: Machine, model: Doge, problems: Examples, options: GrpoOptions, step: int) -> dict[str, float]:
     """{log column: value}: the first eval_size problems, answered with the likeliest token each time. val_accuracy is
-    the share of right answers, val_reward the mean reward. A few answers are kept in samples.jsonl."""
+    the share of right answers, val_reward the mean reward. A few answers are kept in samples/STEP.jsonl."""
     tokenizer = problems.set.tokenizer
     prompts, wanted = read_problems(problems, range(min(problems.count, options.eval_size)))
     written = write_answers(machine, model, tokenizer, prompts, options.max_new_tokens, options.slots)
@@ -242,33 +240,21 @@ def evaluate(machine: Machine, model: Doge, problems: Examples, options: GrpoOpt
     for i in range(min(len(prompts), options.eval_samples)):
         texts = dict(problem=tokenizer.decode(prompts[i]), wanted=wanted[i], written=tokenizer.decode(written[i]))
         samples.append(dict(step=step) | texts | {name: float(values[i]) for name, values in columns.items()})
-    if machine.is_main:
-        keep_samples(Path(options.out_dir) / "samples.jsonl", step, samples)
+    if machine.is_main and samples:
+        folder = Path(options.out_dir) / "samples"
+        if step == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that this one replaces
+        folder.mkdir(exist_ok=True)
+        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        (folder / f"{step:06}.jsonl").write_text(text, encoding="utf-8")
     return dict(val_accuracy=float(columns["reward_answer"].mean()), val_reward=float(columns["reward"].mean()))
-
-
-def keep_samples(path: Path, step: int, samples: list[dict]) -> None:
-    """Adds samples, one line of JSON each, to those of earlier steps. Lines of this step or later ones go: they are of
-    a run that was killed after it wrote them, or was replaced. So does a torn line."""
-    kept = b""
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), 1):
-        before = read_object(line, f"{path}:{number}").get("step") if line.endswith(b"}") else step
-        if not isinstance(before, int):
-            raise ValueError(f"{path}:{number}: its step is {before!r}, not a number; move the file away")
-        kept += (line + b"\n") * (before < step)
-    text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)  # a link would lead to another file
-    temporary.write_bytes(kept + text.encode())
-    os.replace(temporary, path)
 
 
 # ---- The run
 
 
 def load_reference(options: GrpoOptions, machine: Machine, model: Doge, tokenizer: Tokenizer) -> Policy | None:
-    """The model at the start, frozen; None if --kl=0. It is kept in OUT_DIR/reference, so that a resumed run compares
-    with the same model even if --init_from has been overwritten."""
+    """The model at the start, frozen; None if --kl=0. It is kept in OUT_DIR/reference, for a resumed run."""
     if not options.kl:
         return None
     folder = Path(options.out_dir) / "reference"
@@ -281,7 +267,7 @@ def load_reference(options: GrpoOptions, machine: Machine, model: Doge, tokenize
 
 
 def train(options: GrpoOptions, machine: Machine) -> None:
-    """Runs the whole tuning and leaves a checkpoint, log.csv, loss.png and samples.jsonl in options.out_dir."""
+    """Runs the whole tuning and leaves a checkpoint, log.csv, loss.png and samples/ in options.out_dir."""
     prepare_if_built_in(options, machine, "problems")
     *sets, tokenizer = open_sets(options.data, "problems")
     model, state = stage.start_tuning(options, machine, tokenizer)
@@ -299,7 +285,7 @@ def train(options: GrpoOptions, machine: Machine) -> None:
     inputs = batches[0].inputs
     network, learning, note = stage.profile_step(machine, policy, lambda network: network(*inputs)[0].sum(), options)
     seconds = options.max_steps * (writing + learning * len(batches) * options.updates_per_rollout)
-    lines = describe(problems, val, [np.arange(problems.count)], options)
+    lines = describe(problems, val, options)
     lines["step"] = f"{options.generations} answers to each of {options.batch_size} problems, {options.slots} at once"
     stage.announce(options, machine, model, lines, seconds, note)
 

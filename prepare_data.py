@@ -12,8 +12,6 @@ EOS token after it, and appends it to train.bin or val.bin: two bytes per token 
 The tuning stages read rows, tokenised for the model to be tuned; their columns are listed at the end:
 
     python prepare_data.py --kind=chat stories sums --tokenizer=out/stories                  built-in conversations
-    python prepare_data.py --kind=chat hf:HuggingFaceTB/smoltalk:all --tokenizer=out/doge20m --out=data/smoltalk
-    python prepare_data.py --kind=preferences pairs.jsonl --tokenizer=out/chat
     python prepare_data.py --kind=problems hf:openai/gsm8k:main --tokenizer=out/chat
     python prepare_data.py --kind=labels reviews.csv --labels=bad,good --tokenizer=out/chat
 
@@ -68,7 +66,6 @@ from tqdm import tqdm
 from nanodoge import answers, conversations
 from nanodoge.checkpoint import flush, locate, read_json
 from nanodoge.conversations import RowError
-from nanodoge.download import check_space
 from nanodoge.mixer import Document, Mixer, check_left_out, left_out
 from nanodoge.options import Count, Range, Share, Whole, check_ranges, parse_options, run_command
 from nanodoge.sources import Source, hash_of, open_source, parse_sources, sample
@@ -121,7 +118,7 @@ class PrepareOptions:
 
 
 def encode(tokenizer: Tokenizer, options: PrepareOptions, dtype: np.dtype, document: Document) -> Document:
-    """The document with its tokens. Runs in a thread: tiktoken releases Python's lock, and a thread costs no memory."""
+    """The document with its tokens. Runs in a thread, since tiktoken releases Python's lock."""
     if document.left_out:
         return document
     try:
@@ -258,7 +255,7 @@ def write_meta(folder: Path, meta: dict) -> None:
 
 
 def holds(folder: Path, request: dict, overwrite: bool) -> bool:
-    """True if `folder` is of this request. Raises ValueError if it is of another one that it must not overwrite."""
+    """True if `folder` is of this request. Raises ValueError if it is of another that must not be overwritten."""
     meta = meta_of(folder)
     if meta.get("request") == request:
         return True
@@ -299,8 +296,7 @@ def default_out(place: str, kind: str) -> str:
 
 
 def prepare(options: PrepareOptions, quiet: bool = False) -> Path:
-    """The folder that `options` describe, made unless it is there already. Raises ValueError with one line for a user's
-    mistake; what an earlier call made is then untouched."""
+    """The folder that `options` describe, made unless it is there. A ValueError leaves an earlier one untouched."""
     sources = parse_sources(options)
     out = Path(options.out or default_out(sources[0].place, options.kind))
     if not out.name or (out.exists() and not meta_of(out) and not (out.is_dir() and not any(out.iterdir()))):
@@ -333,8 +329,6 @@ def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options:
         raise ValueError(f"--tokenizer={options.tokenizer} has no chat template, which --kind={options.kind} needs")
     for source in sources:
         open_source(source, options, options.cache or out.parent / "downloads", quiet)
-    size = sum(source.size for source in sources)
-    check_space(out.parent, 2 * (options.tokens or size / 4), f"writing {out}")  # 2 bytes per token of 4 bytes of text
     limit, split = options.limit, dict(limit=options.limit, cut=0, whole=False, note="")
     try:
         while not meta.get("finished"):
@@ -386,8 +380,7 @@ def report(out: Path, meta: dict) -> None:
 
 
 def prepare_built_in(folder: str, kind: str = "text", tokenizer: str = "", say: Callable = print) -> None:
-    """Makes data/stories, data/stdlib, data/stories-chat, data/sums-problems and their like, unless it is there. Does
-    nothing for a folder of another name or kind. tokenizer: as --tokenizer. Of several ranks, rank 0 calls this."""
+    """Makes `folder` if it is that of a built-in source (data/stories, data/sums-problems) and not there."""
     for source in ("stories", "stdlib", "sums"):
         if folder == default_out(source, kind) and not Path(folder, "meta.json").is_file():
             say(f"preparing the built-in {folder}")

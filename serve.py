@@ -200,7 +200,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize(prompt: Annotated[str, Body()], add_special_tokens: Annotated[bool, Body()] = True):
-        ids = await asyncio.to_thread(service.encode, prompt, add_special_tokens)
+        ids = await asyncio.to_thread(service.coder.encode_prompt, prompt, add_special_tokens)
         return dict(tokens=ids, count=len(ids), max_model_len=service.context)
 
     @app.post("/detokenize")

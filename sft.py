@@ -95,8 +95,8 @@ def evaluate(machine: Machine, model: Doge, val: Examples, tokenizer: Tokenizer,
 
 
 def count_exact(machine: Machine, model: Doge, rows: list[tuple], tokenizer: Tokenizer) -> int:
-    """How many conversations (ids, mask) end in the answer that the model writes there, taking the likeliest token each
-    time. An answer counts if it comes to the same (see final_answer) and the model ends it with EOS."""
+    """How many conversations (ids, mask) end in the answer that the model writes there at temperature 0. An answer
+    counts if it comes to the same (see final_answer) and the model ends it with EOS."""
     prompts, wanted = [], []
     for ids, mask in rows:
         begin = np.flatnonzero(~mask)[-1] + 1  # of the last answer, which ends the row
@@ -118,14 +118,14 @@ def train(options: SftOptions, machine: Machine) -> None:
     if options.shard:
         shard(model, machine)
     optimizers = make_optimizers(model, options, machine)
-    longest = data.batch(data.longest(options.micro_batch_tokens))
-    network, seconds, note = stage.profile_step(machine, model, lambda n: loss_sum(n, *longest, machine), options)
+    longest = data.longest(options.micro_batch_tokens)
+    batch = data.batch(longest)
+    network, seconds, note = stage.profile_step(machine, model, lambda n: loss_sum(n, *batch, machine), options)
 
-    first = rows_of_step(0, data.count, options.batch_size, options.seed)
-    groups = data.micro_batches(first, options.micro_batch_tokens, machine.world_size)
-    seconds *= len(groups) / machine.world_size * options.max_steps
-    stage.announce(options, machine, model, describe(data, val, groups, options), seconds, note)
-    machine.print(f"an example, with what is learned marked:\n\n{data.show(first[0])}\n")
+    seconds *= options.max_steps * options.batch_size * data.lengths.mean() / data.lengths[longest].sum()
+    stage.announce(options, machine, model, describe(data, val, options), seconds / machine.world_size, note)
+    [first] = rows_of_step(0, data.count, 1, options.seed)
+    machine.print(f"an example, with what is learned marked:\n\n{data.show(first)}\n")
     validate = partial(evaluate, machine, model, val, tokenizer, options)
     flops, columns = model.flops_per_token(data.sizes.mean()), ["val_exact"]
     run = Run(

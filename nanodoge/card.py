@@ -1,7 +1,6 @@
 """The model card of a finished run: OUT_DIR/README.md in Hugging Face's format, from the run's own facts."""
 
 import json
-import os
 import platform
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from nanodoge.data import read_meta
-from nanodoge.options import defaults
+from nanodoge.options import changed
 
 MARK = "# Written by nanoDoge. Without this line the file is yours, and no run replaces it."
 NANODOGE = """from nanodoge.checkpoint import load_model
@@ -22,14 +21,10 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.
 
 
 def write_card(run: Any, log: list[dict[str, str]]) -> None:
-    """Writes the card of a Run that has ended, in one rename. A README.md of the user's own is left alone."""
+    """Writes the card of a Run that has ended. A README.md of the user's own is left alone."""
     path = run.folder / "README.md"
-    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
-        return
-    temporary = path.with_name("README.md.new")
-    temporary.unlink(missing_ok=True)  # it could be a link to somewhere else
-    temporary.write_text(card(run, log), encoding="utf-8")
-    os.replace(temporary, path)
+    if not path.exists() or (path.is_file() and MARK.encode() in path.read_bytes()):
+        path.write_text(card(run, log), encoding="utf-8")
 
 
 def metadata(run: Any, sources: list[str]) -> dict[str, Any]:
@@ -52,7 +47,6 @@ def card(run: Any, log: list[dict[str, str]]) -> str:
     head = metadata(run, sources := [str(source) for source in meta.get("source") or ()])
     experts = f", {config.num_experts_per_tok} of {config.num_experts:,} experts per token" if config.is_moe else ""
     source = f" It started from `{options.init_from}`." if options.init_from else ""
-    changed = [name for name, value in defaults(type(options)).items() if getattr(options, name) != value]
     values = {name: row[name] for row in log for name in row if name.endswith("loss") or name.startswith("val_")}
     values |= {name: row[name] for row in log for name in values if row.get(name)}  # the last one of each
     picture = "![The loss over the tokens](loss.png)\n\n" if (run.folder / "loss.png").is_file() else ""
@@ -67,7 +61,7 @@ def card(run: Any, log: list[dict[str, str]]) -> str:
         f"tokens to train on, {meta['val']['tokens']:,} held out.\n",
         f"## Recipe\n\n{run.step:,} steps, {run.tokens:,} tokens, {run.seconds:,.0f} s; {run.machine.summary}; torch "
         f"{torch.__version__}, Python {platform.python_version()}. Options that differ from the stage's defaults:\n",
-        f"```\n{' '.join(f'{name}={getattr(options, name)}' for name in changed)}\n```\n",
+        f"```\n{changed(options)}\n```\n",
         f"{picture}## Results\n\nThe last of each; `val_` is on held-out data, losses are in nats.\n",
         "| measure | value |\n|---|---|",
         *(f"| {name} | {float(value):.4f} |" for name, value in values.items() if value),

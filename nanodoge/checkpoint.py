@@ -54,8 +54,7 @@ def save_checkpoint(
     of what it would say. weights: the state dict of a sharded model, from full_state_dict. Raises OSError.
 
     The files must change together. They are written to folder/.saving and flushed to the disk. Renaming that folder to
-    .saved is the moment the checkpoint exists: a crash before it leaves the old files, a crash after it leaves a .saved
-    folder, where every reader looks first, and whose files the next save moves into place.
+    .saved is the moment the checkpoint exists: a crash after it leaves a folder .saved, where every reader looks first.
     """
     folder = Path(folder)
     saving, saved = folder / ".saving", folder / ".saved"
@@ -77,10 +76,8 @@ def save_checkpoint(
                 flush(path)
     except (SafetensorError, RuntimeError, OSError) as error:  # the first two: how these libraries report a full disk
         shutil.rmtree(saving, ignore_errors=True)
-        has_old = checkpoint_file(folder, "config.json").is_file()
-        before = "the one before it is whole" if has_old else "there is none yet"
         reason = error if isinstance(error, OSError) else f"{one_line(error)}; is the disk full?"
-        raise OSError(f"cannot write a checkpoint to {folder} ({before}): {reason}") from None
+        raise OSError(f"cannot write a checkpoint to {folder} (one before it stays whole): {reason}") from None
     os.rename(saving, saved)
     finish_interrupted_save(folder)
 
@@ -112,8 +109,8 @@ def flush(path: Path) -> None:
 
 
 def finish_interrupted_save(folder: str | Path) -> None:
-    """Moves the files of a complete save (.saved) into place and removes those of an incomplete one (.saving). A link,
-    which would lead to files of another folder, is not followed."""
+    """Moves the files of a complete save (.saved) into place and removes those of an incomplete one (.saving). Links,
+    which lead to other folders, are not followed."""
     saving, saved = Path(folder) / ".saving", Path(folder) / ".saved"
     if saved.is_dir() and not saved.is_symlink():
         for path in saved.iterdir():
@@ -159,11 +156,9 @@ def download(name: str) -> Path:
         if not any(folder.glob("model*.safetensors")):
             snapshot_download(name, allow_patterns=[*small, "pytorch_model*.bin"])
         return folder
-    except errors.HFValidationError:
-        reason = "a model on the hub cannot have this name"
     except errors.RepositoryNotFoundError:
         reason = f"no model of this name on {constants.ENDPOINT} (private and gated ones need `hf auth login`)"
-    except (OSError, errors.HTTPError) as error:  # no network; the hub is down; the disk is full; the download is cut
+    except (OSError, ValueError, errors.HTTPError) as error:  # no network, hub or room; a name that no model can have
         reason = f"it could not be fetched from {constants.ENDPOINT}: {one_line(error)}"
     raise ValueError(f"there is no checkpoint folder {name!r}, and {reason}")
 
@@ -237,12 +232,12 @@ def load_config(source: str | Path) -> DogeConfig:
     return open_checkpoint(locate(source))[0].config
 
 
-def load_model(source: str | Path, device: str = "cpu", labels: tuple | None = None) -> tuple[Doge, Tokenizer]:
+def load_model(source: str | Path, labels: tuple[str, ...] | None = None) -> tuple[Doge, Tokenizer]:
     """The model, in eval mode, and the tokenizer of a checkpoint: a folder or a name on the hub, in any layout.
 
     labels: None for a language model; () for a classifier; names for a classifier of these, which a language model
-    becomes, all labels being equally likely at first. Raises ValueError, naming the file and the tensor, for a
-    checkpoint that is incomplete, damaged, or of the other kind.
+    becomes, all labels being equally likely at first. Raises ValueError for an incomplete or damaged checkpoint, or one
+    of the other kind.
     """
     folder = locate(source)
     layout, main = open_checkpoint(folder)
@@ -258,17 +253,17 @@ def load_model(source: str | Path, device: str = "cpu", labels: tuple | None = N
     with layouts.Shapes():
         model = Doge(layout.config, wants)
     with naming(main, " "):
-        weights = layouts.convert(layout, device)
+        weights = layouts.convert(layout)
     if wants and not has:
         weights.pop("lm_head.weight", None)
-        weights["score.weight"] = torch.zeros(len(wants), layout.config.hidden_size, device=device)
+        weights["score.weight"] = torch.zeros(len(wants), layout.config.hidden_size)
     model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer
 
 
 def load_training_state(folder: str | Path) -> dict | None:
-    """The `state` that save_checkpoint wrote, or None if the folder has none. Raises ValueError if it is not that of a
-    run, or of another step than the weights, as after a copy that was cut off."""
+    """The `state` that save_checkpoint wrote, or None. Raises ValueError if it is not that of a run, or of another step
+    than the weights, as after a copy that was cut off."""
     path = checkpoint_file(folder, "training_state.pt")
     if not path.is_file():
         return None
@@ -296,14 +291,13 @@ def load_options(source: str | Path) -> dict:
 
 
 def optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str]) -> dict[str, dict[str, Tensor]]:
-    """{parameter name: {quantity: tensor}} of all optimizers: by name, so that a model with more parameters (experts)
-    can take it over. names: {parameter: its name}."""
+    """{parameter name: {quantity: tensor}} of all optimizers. names: {parameter: its name}."""
     return {names[p]: full_state_dict(state) for optimizer in optimizers for p, state in optimizer.state.items()}
 
 
 def load_optimizer_state(optimizers: list[Optimizer], names: dict[Tensor, str], state: dict) -> None:
-    """Restores what optimizer_state returned. Parameters that it lacks, or has from another kind of optimizer, start
-    without a state. Raises ValueError for another shape, which the kernels do not check."""
+    """Restores what optimizer_state returned. Parameters that it lacks (new experts), or has from another kind of
+    optimizer, start without a state. Raises ValueError for another shape, which the kernels do not check."""
     for optimizer in optimizers:
         muon = isinstance(optimizer, torch.optim.Muon)
         quantities = ["momentum_buffer"] if muon else ["exp_avg", "exp_avg_sq", "step"]

@@ -61,11 +61,8 @@ ROLES |= dict(model="assistant", tool="tool", function="tool", observation="tool
 
 
 class RowError(Exception):
-    """Why a row cannot be used.
-
-    reason: under which it is counted, so it is the same for many rows. detail: what is wrong with this one. is_schema:
-    it lacks the columns; if the first row of a file does, they are named wrongly, and the run ends.
-    """
+    """Why a row cannot be used. reason: under which it is counted. detail: what is wrong with this row. is_schema: it
+    lacks the columns; if the first row of a file does, the run ends."""
 
     def __init__(self, reason: str, detail: str = "", is_schema: bool = False):
         super().__init__(reason)
@@ -76,12 +73,9 @@ class RowError(Exception):
 
 
 def document(row: Any, options: Any) -> str:
-    """A row as a document: for --kind=text its --text_column, else one line of JSON. options: PrepareOptions.
-
-    {"messages": [{"role", "content"}, ...]}, "tools" if the row has any, and depending on the kind, nothing more
-    (chat), "chosen" and "rejected" (preferences), "answer" (problems), or "label", a number (labels). --system is put
-    before conversations that have no system message. A row may say that it is "held_out". Raises RowError.
-    """
+    """A row as a document: for --kind=text its --text_column, else one line of JSON: {"messages": [{"role", "content"},
+    ...]}, "tools" if the row has any, and "chosen" and "rejected" (preferences), "answer" (problems), or "label", a
+    number (labels). A row may say that it is "held_out". options: PrepareOptions. Raises RowError."""
     if not isinstance(row, dict):
         raise RowError("not a row of columns", f"it is {type(row).__name__}", is_schema=True)
     if options.kind == "text":
@@ -105,8 +99,7 @@ def document(row: Any, options: Any) -> str:
 
 
 def text_of(value: Any) -> str:
-    """The text in a cell, without a byte order mark: "" for null and for NaN, which is a table's null; numbers as JSON
-    spells them; a list of text parts joined."""
+    """The text in a cell: "" for null and NaN, a table's null; numbers as JSON spells them; text parts joined."""
     if isinstance(value, str):
         return value.removeprefix("\ufeff")
     if value is None or value != value:
@@ -166,8 +159,7 @@ def read_message(message: Any) -> dict:
 
 
 def read_question(row: dict, column: str) -> list[dict]:
-    """The messages that an answer follows. An instruction has up to two parts, and may follow earlier turns: Alpaca's
-    history, [[question, answer], ...]."""
+    """The messages that an answer follows. An instruction may follow Alpaca's history, [[question, answer], ...]."""
     if column != "instruction":
         return read_messages(row[column])
     history = row.get("history") or []
@@ -195,7 +187,7 @@ def read_chat(row: dict, columns: list[str], options: Any) -> dict:
 
 
 def read_preference(row: dict, columns: list[str], options: Any) -> dict:
-    """Two answers to one prompt. Each is a text, or messages: the answer alone, or the conversation that it ends."""
+    """Two answers to one prompt. Each is a text, or messages: the answer, or the conversation that it ends."""
     question, prompts, answers = read_question(row, columns[0]) if len(columns) > 2 else [], [], []
     for column in columns[-2:]:
         messages = read_messages(row[column], "assistant")

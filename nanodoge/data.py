@@ -20,8 +20,7 @@ from nanodoge.tokenizer import Tokenizer
 
 
 def read_meta(folder: str | Path, kind: str | None = "text") -> dict:
-    """The meta.json of a data folder of this kind (None: of any). Raises ValueError for a folder that prepare_data.py
-    did not finish, or that holds another kind of data."""
+    """The meta.json of a data folder of this kind (None: of any). Raises ValueError for a folder of another kind."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
         command = f"python prepare_data.py SOURCE --kind={kind or 'text'} --out={folder}"
@@ -60,7 +59,7 @@ def check_tokenizer(tokenizer: Tokenizer, data: str | Path, source: str | Path =
 
 
 def load_tokenizer(data: str | Path) -> Tokenizer:
-    """The tokenizer of a data folder. Raises ValueError if its tokens were made with another one."""
+    """The tokenizer of a data folder, with which its tokens were made."""
     tokenizer = Tokenizer.load(data)
     check_tokenizer(tokenizer, data)
     return tokenizer
@@ -90,8 +89,7 @@ class Sequences:
             raise ValueError(f"--sequence_length={length} is longer than the data: {found}")
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens of this range. Raises ValueError for an id outside the vocabulary: the file is too large to be
-        checked beforehand."""
+        """The tokens of this range. Raises ValueError for an id outside the vocabulary."""
         tokens = self.tokens[start:stop]
         if len(tokens) and tokens.max() >= self.vocab_size:
             found = f"the id {tokens.max()} at or after token {start}, and meta.json says vocab_size {self.vocab_size}"
@@ -99,8 +97,7 @@ class Sequences:
         return tokens
 
     def batch(self, rows: list[int] | range) -> tuple[Tensor, Tensor]:
-        """tokens, targets (B, T) int64 of these sequences. One that ends after the file is filled with token 0 and
-        target -100, which the loss ignores."""
+        """tokens, targets (B, T) int64 of these sequences; after the end of the file token 0 and target -100."""
         span = np.full((len(rows), self.length + 1), -1, dtype=np.int64)
         for i, row in enumerate(rows):
             tokens = self.read(row * self.length, (row + 1) * self.length + 1)
@@ -120,10 +117,7 @@ def bits_per_byte(
 ) -> tuple[float, float, int]:
     """Mean loss in nats per token, bits per byte, and number of tokens, of the first max_tokens of a text, rounded up
     to whole sequences. The ranks share them. Bits count every token, also the end of a document; bytes are the text's.
-
-    nats_of(tokens, targets), both (B, T) -> the sum of -log p(target) over the targets that are not -100. bytes_of
-    (V,): see token_bytes. batch_size: sequences at once.
-    """
+    nats_of(tokens, targets), both (B, T) -> the sum of -log p(target). bytes_of (V,): see token_bytes."""
     count = math.ceil(min(len(data.tokens) - 1, max_tokens) / data.length)
     mine, nats, seen, size = range(count)[machine.rank :: machine.world_size], 0.0, 0, 0
     for i in range(0, len(mine), batch_size):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Callable
@@ -21,8 +20,8 @@ TRIES, WAIT, TIMEOUT = 6, 1.0, (10, 60)  # attempts; seconds before the second; 
 
 
 def retry(attempt: Callable, address: str, size: Callable[[], int] = lambda: 0) -> Any:
-    """What attempt() returns; it is called again after a network error, WAIT, 2 WAIT, 4 WAIT, ... seconds later. Raises
-    ValueError after TRIES errors in a row without growth of size(), and for an error that stays (404)."""
+    """What attempt() returns, called again WAIT, 2 WAIT, 4 WAIT, ... seconds after a network error. Raises ValueError
+    after TRIES errors in a row without growth of size(), and for an error that stays (404)."""
     failures, before = 0, size()
     while True:
         try:
@@ -72,7 +71,6 @@ def download_rest(url: str, part: Path, quiet: bool) -> None:
         response.raise_for_status()
         have = have if is_rest else 0
         total = have + int(response.headers.get("Content-Length", 0))
-        check_space(part.parent, total - have, f"downloading {url}")
         tag = response.headers.get("ETag", "W/")  # a weak tag, W/..., does not promise the same bytes
         version.write_text(response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag, encoding="utf-8")
         bar = tqdm(desc=part.stem, total=total or None, initial=have, unit="B", unit_scale=True, disable=quiet or None)
@@ -83,10 +81,3 @@ def download_rest(url: str, part: Path, quiet: bool) -> None:
     if part.stat().st_size < total:
         raise requests.ConnectionError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
     version.unlink()
-
-
-def check_space(folder: Path, need: float, purpose: str) -> None:
-    """Raises ValueError if the disk of `folder` has fewer than `need` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise ValueError(f"{folder}: {purpose} needs over {need / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free")

@@ -1,7 +1,6 @@
 """The published layouts of Doge: config.json and tensors by name -> the DogeConfig and state dict of model.py.
 
-A checkpoint is a table of names and numbers, and nothing in it says how to compute with them. Doge has been published
-in several layouts; all become model.py's here.
+Doge has been published in several layouts; all become model.py's here.
 
 Names.    Those of transformers (4.54 and later), which are ours after `model.`; or those of the original repository
           until June 2025 (RENAMED). Some versions mixed both, so each name is translated by itself.
@@ -74,8 +73,7 @@ class Layout(NamedTuple):
 
 
 def read_layout(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Layout:
-    """The Layout of config.json's fields and the tensors beside it, of which only names and shapes are looked at.
-    Raises ValueError, naming the field, for what is not a Doge or not computed by model.py."""
+    """The Layout of config.json's fields and the tensors beside it, of which only names and shapes are looked at."""
     fields = {name: value for name, value in fields.items() if value is not None}
     if (kind := fields.get("model_type")) not in ("doge", "nanodoge"):
         raise ValueError(f"model_type is {kind!r}, not 'doge' or 'nanodoge'")
@@ -131,8 +129,7 @@ def read_rope(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_labels(fields: dict[str, Any], head: Tensor | None) -> tuple[str, ...]:
-    """The labels of a classifier with the output matrix `head`, by number; () without one. transformers calls those
-    without a name LABEL_0, LABEL_1, ..."""
+    """The labels of a classifier with the output matrix `head`; () without one. Without names they are LABEL_0, ..."""
     if head is None:
         return ()
     numbers = [str(i) for i in range(len(head) if head.ndim else 0)]
@@ -179,9 +176,9 @@ class Shapes(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-def convert(layout: Layout, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The state dict of model.py's Doge, float32. Raises ValueError, naming the tensor, unless the checkpoint has
-    exactly the tensors of the model that its config.json describes."""
+def convert(layout: Layout) -> dict[str, Tensor]:
+    """The state dict of model.py's Doge, float32. Raises ValueError unless the checkpoint has exactly the tensors of
+    the model that its config.json describes."""
     found = {}
     for name, w in dequantise(layout.tensors).items():
         if (ours := our_name(name)) in found:
@@ -210,7 +207,7 @@ def convert(layout: Layout, device: str | torch.device = "cpu") -> dict[str, Ten
         raise ValueError(wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
     # A copy, in memory that torch allocates: a file's tensors may start at any address, and on some CPUs the dot
     # products of BLAS round differently by the alignment of their inputs, so a resumed run would not be the same.
-    weights = {ours: w.to(device, torch.float32, copy=True) for ours, (_, w) in found.items()}
+    weights = {ours: w.to(torch.float32, copy=True) for ours, (_, w) in found.items()}
     return {name: widen(name, w, repeat, config.head_dim) for name, w in weights.items()} if repeat > 1 else weights
 
 

@@ -24,16 +24,14 @@ PEAK_FLOPS |= {"L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "A10G": 70e1
 
 
 class Machine:
-    """Device, dtype, rank and world size. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK. Raises ValueError for a
-    device that is not there, and when the ranks do not find each other."""
+    """Device, dtype, rank and world size; `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK."""
 
     def __init__(self, device: str = "auto", dtype: str = "auto", patience: int = 600):
-        """patience: seconds to wait for another rank."""
+        """patience: seconds to wait for another rank. Raises ValueError for a device that is not there."""
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        kind, reason = device, "asked for"
+        kind = device
         if device == "auto":
             kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-            reason = "the best available"
         elif device != "cpu" and not getattr(torch, device).is_available():
             raise ValueError(f"--device={device} is not available here; --device=cpu always is")
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
@@ -44,9 +42,8 @@ class Machine:
             torch.cuda.set_device(self.device)
         has_bf16 = kind == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)  # Ampere or newer
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if has_bf16 else torch.float32
-        why = "asked for" if dtype != "auto" else "fast here" if has_bf16 else "bfloat16 may be slow or missing here"
         self.name = torch.cuda.get_device_name(self.device) if kind == "cuda" else f"{torch.get_num_threads()} threads"
-        self.summary = f"{kind} ({self.name}), {reason}; {str(self.dtype).removeprefix('torch.')}, {why}"
+        self.summary = f"{kind} ({self.name}); {str(self.dtype).removeprefix('torch.')}"
         if self.world_size > 1:
             self.join(patience)
             self.summary += f"; {self.world_size} processes"
@@ -82,8 +79,8 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
-        """Host tensors on the device. For CUDA they are pinned first, so that the host does not wait for the copy; on
-        MPS a copy that does not wait is not safe."""
+        """Host tensors on the device. For CUDA they are pinned, so that the host does not wait for the copy; on MPS a
+        copy that does not wait is not safe."""
         if self.device.type == "cuda":
             tensors = [tensor.pin_memory() for tensor in tensors]
         return [tensor.to(self.device, non_blocking=self.device.type not in ("cpu", "mps")) for tensor in tensors]
@@ -139,9 +136,7 @@ class Machine:
 def shard(model: nn.Module, machine: Machine, entry: str = "forward") -> None:
     """Leaves this rank its part of the weights, and so of their gradients and of Adam's moments: 16 / world_size bytes
     per parameter. A layer's weights are gathered when it computes. entry: the method that computes the stage's losses.
-
-    NOTE: call it before the optimizers are made, since it replaces the model's parameters by DTensors.
-    """
+    NOTE: call it before the optimizers are made, since it replaces the model's parameters by DTensors."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes most of a second
 
     if machine.world_size > 1:

@@ -59,8 +59,7 @@ def alternate(steps: dict[str, Callable], rounds: int, device: torch.device) -> 
 
 def machine_limit(unit: str, size: int, device: torch.device, dtype: torch.dtype) -> float:
     """Bytes per second when `size` bytes are read over and over, by a sum or a matrix-vector product, whichever is
-    faster (what fits a CPU's cache is read several times faster: the size counts); or FLOP per second of a large square
-    matrix product. The median of nine calls after one."""
+    faster; or FLOP per second of a large square matrix product. The median of nine calls after one."""
     if unit == "bytes":
         matrix = torch.ones(4096, max(1, size // (4 * 4096)), device=device)
         vector, amount = matrix[0].clone(), matrix.nbytes

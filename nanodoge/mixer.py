@@ -86,7 +86,7 @@ class Mixer:
         return documents
 
     def count(self, document: Document) -> bool:
-        """Counts a document that has returned from its thread. True if it is to be written."""
+        """Counts a document with its tokens. True if it is to be written."""
         i, is_first = document.source, document.epoch == 0
         self.waiting[i] -= document.characters
         self.mix[i]["characters"] += document.characters

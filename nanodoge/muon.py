@@ -13,7 +13,7 @@ class Muon(torch.optim.Muon):
     slow. Measured there: 2 to 4 times as fast (NOTES.md)."""
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
             shapes = {}
             for p in group["params"]:

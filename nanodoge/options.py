@@ -9,13 +9,13 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import keyword
 import math
 import os
 import re
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -108,7 +108,6 @@ def split_argv(cls: type, argv: list[str]) -> tuple[list[str], dict[str, str]]:
             continue
         name, equals, text = argument[2:].partition("=")
         name = name.replace("-", "_")
-        name += "_" * keyword.iskeyword(name)  # --for is the field for_
         if not equals:
             takes_value = name == "config" or hints.get(name, bool) is not bool
             text = next(arguments, "--") if takes_value else "true"
@@ -140,46 +139,38 @@ def read_config(path: str | Path) -> dict[str, tuple[Any, int]]:
 
 
 SWITCH = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
+KINDS = {bool: "true or false", int: "a whole number below 2^63", float: "a number", str: "a text", list[str]: "a list"}
 
 
-def choices_of(hint: Any) -> tuple:
-    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+def choices_of(hint: Any) -> list[str]:
+    """The values of a Literal; of another type, none."""
+    return list(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else []
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
     """`value` (a literal of a config file, or text of the command line) as the type `hint`: int, float, bool, str,
     list[str] or Literal[...]. A whole number is accepted for a float, never the reverse; on for true, and true for the
     choice on."""
-    try:
+    text, choices = "", choices_of(hint)
+    with suppress(ValueError):  # of encode (half a character), repr (thousands of digits), int and float
         text = value if isinstance(value, str) else repr(value)
+        switch = SWITCH.get(text.lower())
         if b"\0" in text.encode():
-            raise ValueError
-    except ValueError:  # half a character; a number of thousands of digits
-        raise ValueError(f"{where}: not a value that a file or a terminal could hold") from None
-    switch = SWITCH.get(text.lower())
-    if choices := choices_of(hint):
-        value = value if switch is None or "on" not in choices else "on" if switch else "off"
-        if value not in choices:
-            raise ValueError(f"{where}: {text!r} is not one of {', '.join(filter(None, choices))}")
-        return value
-    if hint is bool:
-        if switch is None:
-            raise ValueError(f"{where}: {text!r} is not true or false")
-        return switch
-    if hint in (int, float) and not isinstance(value, bool):
-        try:
-            number = hint(text)
-            if hint is float or abs(number) < 2**63:
-                return number
-            kind = "a whole number below 2^63"
-        except ValueError:
-            kind = "a whole number" if hint is int else "a number"
-        raise ValueError(f"{where}: {text!r} is not {kind}")
-    if hint is str and isinstance(value, str):
-        return value
-    if hint == list[str] and isinstance(value, (str, list, tuple)):
-        return value.split(",") if isinstance(value, str) else [str(item) for item in value]
-    raise ValueError(f"{where}: {text!r} is not of type {getattr(hint, '__name__', hint)}")
+            raise ValueError  # no file and no terminal could hold it
+        if "on" in choices and switch is not None:
+            return "on" if switch else "off"
+        if value in choices or (hint is str and isinstance(value, str)):
+            return value
+        if hint is bool and switch is not None:
+            return switch
+        if hint is float and not isinstance(value, bool):
+            return float(text)
+        if hint is int and not isinstance(value, bool) and abs(int(text)) < 2**63:
+            return int(text)
+        if hint == list[str] and isinstance(value, str | list | tuple):
+            return value.split(",") if isinstance(value, str) else [str(item) for item in value]
+    valid = f"one of {', '.join(filter(None, choices))}" if choices else KINDS[hint]
+    raise ValueError(f"{where}: {text!r} is not {valid}")
 
 
 # ---- Help
@@ -207,6 +198,12 @@ def defaults(cls: type) -> dict[str, Any]:
     return values | {name: value for name, (value, _) in recipe.items()}
 
 
+def changed(options: Any) -> str:
+    """The options that differ from those of a command without arguments."""
+    usual = defaults(type(options))
+    return " ".join(f"{name}={getattr(options, name)}" for name in usual if getattr(options, name) != usual[name])
+
+
 def help_text(cls: type, positional: str | None = None) -> str:
     """The text of --help: usage, the options by group, each with what it is without arguments, its comment and its
     choices; then the script's opening essay, of a stage that says which options come first its beginning alone."""
@@ -225,7 +222,7 @@ def help_text(cls: type, positional: str | None = None) -> str:
             value = ",".join(values[name]) if isinstance(values[name], list) else values[name]
             value = str(value).lower() if isinstance(value, bool) else value
             among = f" [{', '.join(filter(None, choices_of(hints[name])))}]" if choices_of(hints[name]) else ""
-            lines.append(f"  --{name.rstrip('_')}={value}".ljust(34) + f" {comments[name][1]}{among}")
+            lines.append(f"  --{name}={value}".ljust(34) + f" {comments[name][1]}{among}")
     essay = (module.__doc__ or "").strip().split("\n\n")
     return "\n".join([*lines, "", "\n\n".join(essay[: 2 if first else None])])
 

@@ -43,11 +43,9 @@ def write_answers(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """The model's answer to each prompt: new ids, with the EOS that ends them if it came in time.
-
-    The ranks share the work, `slots` answers at once on each, and each gets all. Temperature 0 takes the likeliest
-    token each time. Answer i draws with its own seed, seed + i, so it depends on neither slots nor ranks.
-    """
+    """The model's answer to each prompt: new ids, with the EOS that ends them if it came in time. The ranks share the
+    work, `slots` answers at once on each, and each gets all. Answer i draws with its own seed, seed + i, so it depends
+    on neither slots nor ranks."""
     stops = dict(stop_ids=[tokenizer.eos_id])
     requests = [Request(ids, max_new_tokens, temperature, seed=seed + i, **stops) for i, ids in enumerate(prompts)]
     with unsharded(model), machine.autocast():

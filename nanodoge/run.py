@@ -22,15 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Doge
+from nanodoge import checkpoint
 from nanodoge.card import write_card
-from nanodoge.checkpoint import (
-    clear,
-    finish_interrupted_save,
-    flush,
-    load_optimizer_state,
-    optimizer_state,
-    save_checkpoint,
-)
 from nanodoge.machine import Machine, full_state_dict, full_tensor, unsharded
 from nanodoge.options import one_line
 from nanodoge.tokenizer import Tokenizer
@@ -39,8 +32,8 @@ COLUMNS = ("step tokens seconds loss lr grad_norm tokens_per_second mfu val_loss
 
 
 class Log:
-    """log.csv: one row per logged step, each flushed as it is written. A run that continues from step n first drops the
-    rows after n, and a last line that a crash cut short, so that no row is lost or doubled."""
+    """log.csv: one row per logged step, flushed as it is written. A run that continues from step n first drops the rows
+    after n, and a last line that a crash cut short."""
 
     def __init__(self, path: str | Path, last_step: int, columns: list[str] = COLUMNS):
         self.path, self.columns = Path(path), columns
@@ -48,16 +41,16 @@ class Log:
         rows = [{column: row.get(column, "") for column in columns} for row in rows]
         self.steps = {int(row["step"]) for row in rows}
         self.best = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf)
-        temporary = self.path.with_name(self.path.name + ".new")
-        temporary.unlink(missing_ok=True)  # a link would lead to another file
-        self.append(temporary, "w", [dict(zip(columns, columns, strict=True)), *rows])
-        os.replace(temporary, self.path)
+        new = self.path.with_name(self.path.name + ".new")
+        new.unlink(missing_ok=True)  # a link would lead to another file
+        self.append(new, "w", [dict(zip(columns, columns, strict=True)), *rows])
+        os.replace(new, self.path)
 
     def append(self, path: Path, mode: str, rows: list[dict]) -> None:
         try:
             with open(path, mode, newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns).writerows(rows)
-            flush(path)  # before the next checkpoint: one that survives a power cut then finds its rows
+            checkpoint.flush(path)  # before the next checkpoint: one that survives a power cut then finds its rows
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not say where it is
 
@@ -86,8 +79,7 @@ def in_megabytes(row: dict) -> dict:
 
 
 def plot_loss(log_path: Path, picture_path: Path) -> None:
-    """Draws training and validation loss over the tokens seen. The loss of copy steps is another, so it has its own
-    points, and the part that has copy steps is shaded."""
+    """Draws training and validation loss over the tokens seen, that of copy steps by itself, on a shaded part."""
     from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the notebook that calls a stage
 
     figure = Figure(figsize=(8, 5))
@@ -145,8 +137,8 @@ class Run:
     # ---- State
 
     def restore(self, state: dict) -> None:
-        """Continues from a training state. (The weights come from load_model.) Raises ValueError if it is damaged."""
-        load_optimizer_state(self.optimizers, self.names, state["optimizer"])
+        """Continues from a training state; the weights come from load_model. Raises ValueError if it is damaged."""
+        checkpoint.load_optimizer_state(self.optimizers, self.names, state["optimizer"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         row = in_megabytes(state["row"] or dict(step=self.step, loss=0.0))
         self.row, self.fresh = state["row"] and row, False
@@ -158,7 +150,7 @@ class Run:
 
     def state(self) -> dict:
         options = {k: v for k, v in dataclasses.asdict(self.options).items() if not k.startswith("resume")}
-        optimizer = optimizer_state(self.optimizers, self.names)
+        optimizer = checkpoint.optimizer_state(self.optimizers, self.names)
         where = dict(step=self.step, tokens=self.tokens, seconds=self.seconds, row=self.row)
         return dict(optimizer=optimizer, options=options) | where | self.extra_state
 
@@ -166,7 +158,7 @@ class Run:
         """Saves the model in each folder. Every rank must call it: each may hold a part of the weights."""
         weights = full_state_dict(self.model.state_dict())
         for folder in folders if self.machine.is_main else []:
-            save_checkpoint(folder, self.model, self.tokenizer, state, weights=weights)
+            checkpoint.save_checkpoint(folder, self.model, self.tokenizer, state, weights=weights)
 
     # ---- Begin and end
 
@@ -174,11 +166,11 @@ class Run:
         """Opens the log, and lets Ctrl-C and SIGTERM end the run after a whole step."""
         if self.machine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            finish_interrupted_save(self.folder)
+            checkpoint.finish_interrupted_save(self.folder)
             if self.fresh and self.options.overwrite:  # no part of the old run may be resumed
                 (self.folder / "training_state.pt").unlink(missing_ok=True)
-                clear(self.folder / "stable")
-                clear(self.folder / "best")
+                checkpoint.clear(self.folder / "stable")
+                checkpoint.clear(self.folder / "best")
             self.log = Log(self.folder / "log.csv", self.step or -1, self.columns)  # -1: a new run keeps no row
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         unlogged = bool(self.log and self.row and self.row["step"] not in self.log.steps)
@@ -200,8 +192,7 @@ class Run:
         self.machine.print("finishing this step, then saving (once more to stop at once)")
 
     def finish(self) -> None:
-        """Draws the loss curve and writes the model card. If a signal ended the loop, says how to go on instead of the
-        card, and ends the process."""
+        """Draws the loss curve and writes the model card. If a signal ended the loop, says how to go on, and exits."""
         self.machine.barrier()
         if self.machine.is_main:
             plot_loss(self.folder / "log.csv", self.folder / "loss.png")
@@ -242,11 +233,11 @@ class Run:
     def end_step(
         self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int, name: str = "loss", **columns: Tensor
     ) -> None:
-        """Counts a step; checks, saves, validates and logs, in this order, where that is due. It saves first, so that a
-        validation that runs out of memory costs nothing.
+        """Counts a step; checks, saves, validates and logs where that is due. It saves first, so that a validation that
+        runs out of memory costs nothing. Raises ValueError when the numbers are not finite.
 
-        loss and columns are this rank's shares, whose sums over all ranks are logged; tokens counts all ranks'. name:
-        the loss's column. Raises ValueError when the numbers are not finite.
+        loss and columns: this rank's shares, whose sums over all ranks are logged. tokens: of all ranks. name: the
+        loss's column.
         """
         self.step, self.tokens = self.step + 1, self.tokens + tokens
         self.bar.update()

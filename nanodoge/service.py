@@ -124,13 +124,6 @@ class Service:
         self.pending, self.at_once = 0, options.slots + options.max_queue  # requests that run or wait; most of them
         self.is_stopping = False  # set by the server
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Special tokens written in a text are these tokens, and BOS stands in front, as evaluate.py has it."""
-        ids, bos = [], self.coder.bos_id
-        for i, part in enumerate(self.coder.split[None](text)):
-            ids += [self.coder.special_tokens[part]] if i % 2 else self.coder.encode(part)
-        return ids if not add_bos or ids[:1] == [bos] else [bos, *ids]
-
     def render(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         self.check(4 * [0] * len(messages), "messages", 0)  # each has four tokens or more, and a template is slow
         rows = []
@@ -173,7 +166,7 @@ class Service:
         common |= dict(event=asyncio.Event(), streams=bool(body.stream))
         seed, found = secrets.randbits(62) if body.seed is None else body.seed, []
         for prompt in given:
-            ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+            ids = self.coder.encode_prompt(prompt) if isinstance(prompt, str) else prompt
             self.check(ids, param, 0 if limit == 0 else 1)
             room = self.context - len(ids)
             new, echoed = room if limit is None else min(limit, room), ""

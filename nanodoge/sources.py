@@ -60,8 +60,8 @@ class Source:
     size: int = 0  # about how many bytes of text, 0 if unknown
 
     def read(self, part: Any, skip: int = 0) -> Iterator[str | RowError]:
-        """Yields the documents of a part after the first `skip`. Raises ValueError for what cannot be read, and for
-        rows of which the first lacks the columns (but a folder may also have .json and .csv files of other things)."""
+        """Yields the documents of a part after the first `skip`. Raises ValueError for what cannot be read, and if the
+        first row lacks the columns (but a folder may also have .json and .csv files of other things)."""
         documents, is_first = self.documents(part, 0 if self.cut else skip), not skip
         if self.cut:
             pieces = (split_pieces([text], self.cut) if isinstance(text, str) else [text] for text in documents)
@@ -119,8 +119,7 @@ def parse_source(spec: str) -> Source:
 
 
 def parse_sources(options: Any) -> list[Source]:
-    """The sources of the command line, those of --val last. options: PrepareOptions. Raises ValueError for a
-    combination that has no meaning."""
+    """The sources of the command line, those of --val last. options: PrepareOptions."""
     sources = [parse_source(spec) for spec in options.sources]
     vals = [parse_source(spec) for spec in options.val]
     if len({source.place for source in sources + vals}) < len(sources + vals) or not sources:
@@ -204,8 +203,8 @@ def open_source(source: Source, options: Any, cache: str | Path, quiet: bool) ->
 
 
 def open_built_in(source: Source, options: Any) -> None:
-    """The built-in world: its text, or rows about it. The number of a row decides whether it is held out, and held-out
-    rows have other words (see stories.py), so the row says on which side it is."""
+    """The built-in world: its text, or rows about it. Held-out rows have other words (see stories.py), so a row says on
+    which side it is."""
     makers = {  # --kind: (what makes a row, about how many bytes of text it has)
         "stories": {"text": (None, 640), "chat": (stories.conversation, 470), "preferences": (stories.preference, 400)},
         "sums": {"chat": (stories.worked_sum, 200), "problems": (stories.worked_sum, 100)},

@@ -26,8 +26,8 @@ from nanodoge.options import (
     Positive,
     Range,
     Whole,
+    changed,
     check_ranges,
-    defaults,
     is_out_of_memory,
     one_line,
     parse_options,
@@ -70,7 +70,7 @@ class RunOptions:
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more work
     shard: bool = False  # divide weights, gradients and moments over the ranks: for a model too large for one GPU
     patience: Annotated[int, Range(1, 10**6)] = 600  # seconds to wait for a rank that does not answer
-    # A resumed run may change its cost, and where and how often it reports. The rest would make it another run.
+    # What a resumed run may change: its cost, and where and how often it reports. The rest would make it another run.
     may_change: ClassVar[str] = """resume out_dir overwrite keep_best log_every eval_every save_every sample_tokens
         device dtype compile patience shard gradient_checkpointing"""
 
@@ -116,11 +116,8 @@ def default_out_dir(data: str) -> str:
 
 def read_run_options(cls: type, argv: list[str], inherited: Callable | None = None) -> Any:
     """The options of a run: the class's defaults, then its recipe (in config/) if argv names no config file, then
-    argv. With --resume they are those of the run in out_dir, of which argv may change `cls.may_change`.
-
-    --resume_or_start resumes if there is a run: torchrun --max-restarts and job queues repeat the same command line.
-    inherited(--init_from): the options that a new run takes over from a checkpoint, in place of the recipe.
-    """
+    argv; with --resume those of the run in out_dir. inherited(--init_from): the options that a new run takes over from
+    a checkpoint, in place of the recipe."""
     config = HERE / "config" / cls.recipe
     asked = read_values(cls, argv, default_config=config)
     out = Path(asked.get("out_dir") or default_out_dir(asked.get("data") or cls.data)).as_posix()
@@ -140,8 +137,8 @@ def read_run_options(cls: type, argv: list[str], inherited: Callable | None = No
 
 
 def resumed_options(cls: type, argv: list[str], out: str) -> Any:
-    """The options of the run in the folder `out`, with the changes that argv names as --name=value; a config file only
-    tells where the run is. Raises ValueError for a change that would make it another run."""
+    """The options of the run in the folder `out`, with those of `cls.may_change` that argv names as --name=value; a
+    config file only tells where the run is."""
     state = load_training_state(out)
     if state is None:
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
@@ -161,7 +158,7 @@ def resumed_options(cls: type, argv: list[str], out: str) -> Any:
 
 
 def saved_options(cls: type, state: dict) -> dict[str, Any]:
-    """The options in a training state, by the names that they have in `cls`."""
+    """The options in a training state, by their names in `cls`."""
     names = {field.name for field in dataclasses.fields(cls)}
     return {name if name in names else RENAMED.get(name, str(name)): value for name, value in state["options"].items()}
 
@@ -181,11 +178,8 @@ def run_stage(stage: Callable[[Any, Machine], None], options: RunOptions) -> Non
 def start_tuning(
     options: TuneOptions, machine: Machine, tokenizer: Tokenizer, labels: tuple[str, ...] | None = None
 ) -> tuple[Doge, dict | None]:
-    """The model to tune, on the device, and the training state of a resumed run (else None).
-
-    Resolves sequence_length; sequences longer than the model's context make it a model of that context. tokenizer: the
-    data's; labels: its, for a classifier. Raises ValueError if the checkpoint has another tokenizer or chat template.
-    """
+    """The model to tune, on the device, and the training state of a resumed run (else None). Resolves sequence_length;
+    sequences longer than the model's context make it a model of that context. tokenizer, labels: the data's."""
     folder = options.out_dir if options.resume else options.init_from
     model, own = load_model(folder, labels=labels)
     check_tokenizer(own, options.data, source=folder)
@@ -277,12 +271,11 @@ def profile_step(
 def announce(
     options: RunOptions, machine: Machine, model: Doge, lines: dict[str, str], seconds: float, compile_note: str
 ) -> None:
-    """Prints, before the first step, what is going to happen, on what, and at what cost: the options that differ from
-    those of a bare command, the model, the stage's own `lines`, the device, and the time of all steps at most."""
-    changed = [name for name, value in defaults(type(options)).items() if getattr(options, name) != value]
+    """Prints, before the first step, what is going to happen, on what, and at what cost. lines: the stage's own, by
+    their labels. seconds: of all steps, at most."""
     source = f", from {options.init_from}" if options.init_from else ""
     common = {
-        "options": " ".join(f"{name}={getattr(options, name)}" for name in changed) or "as --help shows them",
+        "options": changed(options) or "as --help shows them",
         "model": f"{sum(p.numel() for p in model.parameters()):,} parameters{source}",
         "device": f"{machine.summary}; {compile_note}",
         "cost": f"{options.max_steps:,} steps, at most about {duration(seconds)}",
@@ -297,8 +290,7 @@ def announce(
 
 
 def print_answer(options: TuneOptions, machine: Machine, model: Doge, val: Examples) -> None:
-    """Prints how the tuned model answers the first held-out example, where it is, and the next command. Every rank must
-    call it."""
+    """Prints how the tuned model answers the first held-out example. Every rank must call it."""
     if not options.sample_tokens:
         return
     tokenizer, (ids, mask) = val.set.tokenizer, val.rows(0)[0]

@@ -51,8 +51,7 @@ def world() -> dict:
 
 @cache
 def lexicon(split: str) -> dict[str, list]:
-    """What a cast is drawn from, by list name. Of the lists in HELD_OUT every fifth entry is "test", the rest "train".
-    Raises ValueError for an unknown split."""
+    """What a cast is drawn from, by list name. Of a list in HELD_OUT every fifth entry is "test", the rest "train"."""
     if split not in ("train", "test", "all"):
         raise ValueError(f"split={split!r} is unknown: choose train, test or all")
     lists = {name: entries for name, entries in world().items() if isinstance(entries, list)}
@@ -131,11 +130,8 @@ class Fact:
 
 
 class Story:
-    """The story of a seed, always the same, with the names and things of `split`, or its first `paragraphs`. Raises
-    ValueError for an unknown split or a negative seed.
-
-    text: a title and paragraphs, one per line with a blank line between; body: without the title; facts: what they tell
-    """
+    """The story of a seed, always the same, with the names and things of `split`, or its first `paragraphs`. text: a
+    title and paragraphs, with blank lines between; body: without the title; facts: what they tell."""
 
     def __init__(self, seed: int, split: str = "train", paragraphs: int | None = None):
         if seed < 0:
@@ -187,9 +183,8 @@ def lesson(number: int) -> str:
 
 
 def conversation(number: int, split: str) -> dict:
-    """Row `number` for SFT, in the form that conversations.py reads, as are the rows of the next two functions:
-    one to three questions about the beginning of a story, each with its one right answer. A share OUTSIDE of the rows
-    has another turn before them, after them, or instead."""
+    """Row `number` for SFT: one to three questions about the beginning of a story, each with its one right answer. A
+    share OUTSIDE of the rows has another turn before them, after them, or instead."""
     random, passage = Random(f"conversation {number}"), Story(CHAT_SEED + number, split, paragraphs=1)
     facts, messages = list(passage.facts), []
     for _ in range(min(len(facts), 1 + int(random.random() * 3))):
@@ -206,8 +201,8 @@ def conversation(number: int, split: str) -> dict:
 
 def outside(random: Random, passage: Story, split: str, kind: str) -> list[dict]:
     """A turn without the passage. kind "line": some of its facts and a question, on one line. Otherwise what the model
-    cannot answer, and a reply that says so: a greeting, a question about the world outside ("elsewhere"), or one about
-    the story that was not told ("child"). One user in four writes small letters and no mark at the end."""
+    cannot answer, a greeting or a question about the world outside ("elsewhere") or a story that was not told
+    ("child"), and a reply that says so. One user in four writes small letters and no mark at the end."""
     fact, [reply] = choose(random, passage.facts), world()["replies"]["greeting" if kind == "greetings" else "unknown"]
     if kind == "line":
         told = [fact, *(choose(random, passage.facts) for _ in range(2))]

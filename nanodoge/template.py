@@ -54,8 +54,7 @@ PROGRAM_ERRORS = ArithmeticError, AttributeError, LookupError, MemoryError, Recu
 
 @lru_cache(maxsize=8)
 def compile_template(source: str) -> Any:
-    """A chat template with the settings and helpers that transformers gives it. It is a program from outside, which the
-    sandbox keeps away from files."""
+    """A chat template with the settings and helpers that transformers gives it, in a sandbox without files."""
     from jinja2 import TemplateError, nodes  # imported where used: many texts need no template
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -94,12 +93,9 @@ def with_thought(thought: str, content: str) -> str:
 
 
 def plain_messages(messages: list[dict], template: str) -> list[dict]:
-    """Messages as people send them -> as transformers gives them to this template. Raises ValueError for unusable ones.
-
-    A list of text parts is joined. Null counts as missing, which content may be beside tool calls. A thought
-    (`reasoning_content`) is left to a template that knows the field. For another one it is written between the thought
-    tags, and the content between the solution tags.
-    """
+    """Messages as people send them -> as transformers gives them to this template. A list of text parts is joined. Null
+    counts as missing, which content may be beside tool calls. A thought (`reasoning_content`) is left to a template
+    that knows the field; for another one it goes between the thought tags. Raises ValueError for unusable messages."""
     refuse_if(not isinstance(messages, list) or not messages, 'messages must be a list like [{"role": ...}], not empty')
     knows_thoughts, plain = any(name in template for name in REASONING_FIELDS[:2]), []
     for i, given in enumerate(messages):
@@ -142,10 +138,8 @@ def written_parts(
     template: str, messages: list[dict], tools: list[dict] | None, split: Callable[[str], list[str]], **values: Any
 ) -> Iterator[tuple[str, str | None, bool]]:
     """Yields the conversation in parts: (text, role of who wrote it, None for the template, is it learned). Raises
-    ValueError for messages and templates that cannot be used, and for a template that hides who wrote what.
-
-    split: splits a text at the special tokens, [text, token, text, ...]. values: what else the template is given.
-    """
+    ValueError for messages and templates that cannot be used, and for a template that hides who wrote what. split:
+    splits a text at the special tokens, [text, token, text, ...]. values: what else the template is given."""
     from jinja2 import TemplateError
 
     messages = plain_messages(messages, template)

@@ -30,7 +30,6 @@ import heapq
 import json
 import os
 import re
-import tempfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -62,11 +61,11 @@ PATTERN = (
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """Learn a vocabulary of `vocab_size` ids from `texts`: the special tokens, the 256 bytes, then merge after merge.
+    """A vocabulary of `vocab_size` ids learned from `texts`: the special tokens, the 256 bytes, then merge after merge;
+    of fewer, when no pair is left. Takes about 10 s for 32,768 ids from 20 MB.
 
     The pair that occurs most often is merged; of equals, the one with the smaller ids (the left one first), so the same
-    texts always give the same vocabulary. When no pair is left, the vocabulary stays smaller: see the result's
-    `vocab_size`. Takes about 10 s for 32,768 ids from 20 MB. Raises ValueError when `vocab_size` cannot hold the bytes.
+    texts always give the same vocabulary.
 
     A chunk is held as a string with one character per token, chr(id), so `chunk.replace(pair, new)` is a merge.
     Three tables keep a round cheap. Only *unique* chunks are held, each with how often it occurs. `places` knows which
@@ -117,24 +116,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
 
 
 class EncodingPerThread(threading.local):
-    """tiktoken's encoder, made once for every thread: its regex engine keeps working memory for the first thread that
-    uses it, and if several share one encoder, they take 1.4 to 1.9 times as long."""
+    """tiktoken's encoder, made once for every thread: several that share one take 1.4 to 1.9 times as long."""
 
     def __init__(self, vocabulary: Vocabulary):
-        ranks, special, pattern, words = self.vocabulary = vocabulary
+        ranks, special, pattern, words = vocabulary
         names = special | words
         self.encoding = tiktoken.Encoding("doge", pat_str=pattern, mergeable_ranks=ranks, special_tokens=names)
 
-    def __reduce__(self):  # so that a tokenizer can be pickled, for worker processes
-        return EncodingPerThread, (self.vocabulary,)
-
 
 class Tokenizer:
-    """A vocabulary and how to use it. Made by `train_bpe` or `Tokenizer.load`.
-
-    vocab_size: the largest id + 1. bos_id, eos_id, pad_id: ids. special_tokens: text -> id. chat_template: jinja2 text,
-    or "" for a vocabulary without a chat. digest: by which data and checkpoints know it.
-    """
+    """A vocabulary and how to use it. vocab_size: the largest id + 1. special_tokens: text -> id. chat_template: jinja2
+    text, or "". digest: by which data and checkpoints know it."""
 
     def __init__(self, vocabulary: Vocabulary, config: dict | None = None, data: bytes | None = None):
         """config: what tokenizer_config.json said. data: the tokenizer.json that was read; saving writes it again."""
@@ -164,11 +156,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, config_folder: str | os.PathLike | None = None) -> "Tokenizer":
-        """A folder with a tokenizer.json, such a file, or the name of a tiktoken encoding ("gpt2", "cl100k_base", ...).
-
-        A file or folder wins over a name. Beside tokenizer.json, or in `config_folder`, tokenizer_config.json and
-        chat_template.jinja are read if they are there. Raises ValueError for a file whose ids would differ here.
-        """
+        """The tokenizer of a tokenizer.json, of a folder with one, or of a tiktoken encoding ("gpt2", ...), with the
+        tokenizer_config.json and chat_template.jinja beside it or in `config_folder`. Raises ValueError for a file
+        whose ids would differ here."""
         file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
         if not file.is_file():
             refuse_if(file != Path(path), f"the folder {path} holds no tokenizer.json")
@@ -180,19 +170,14 @@ class Tokenizer:
             raise ValueError(f"{file} cannot be used: {one_line(error)}") from None
 
     def save(self, folder: str | os.PathLike, max_length: int | None = None) -> None:
-        """Write tokenizer.json and tokenizer_config.json, for `Tokenizer.load` and transformers' AutoTokenizer.
-
-        There padding goes on the left, since a text is continued at its right end. max_length: of the model.
-        """
+        """Writes tokenizer.json and tokenizer_config.json, for `Tokenizer.load` and transformers' AutoTokenizer, which
+        is to pad on the left, since a text is continued at its right end. max_length: of the model."""
         more = {"chat_template": self.chat_template} if self.chat_template else {}
         more |= {"model_max_length": max_length} if max_length else {}
         config = {"padding_side": "left", **self.config, **self.names, **more}
-        config = json.dumps(config, ensure_ascii=False, indent=2)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer") as temporary:
-            for name, data in (("tokenizer_config.json", config.encode()), ("tokenizer.json", self.to_json())):
-                Path(temporary, name).write_bytes(data)
-                os.replace(Path(temporary, name), Path(folder, name))  # a reader sees the old file or the new one
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), "utf-8")
+        Path(folder, "tokenizer.json").write_bytes(self.to_json())
 
     def to_json(self) -> bytes:
         """The tokenizer.json as it was read, or else one for this vocabulary, made once."""
@@ -209,8 +194,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of ordinary text: no BOS, no EOS, and special tokens written in it are just characters."""
-        choices = dict(allowed_special={*self.vocabulary.words}, disallowed_special=())
-        return [i for part in split_long_whitespace(text) for i in self.local.encoding.encode(part, **choices)]
+        return self.encode_to_numpy(text).tolist()
+
+    def encode_prompt(self, text: str, add_bos: bool = True) -> list[int]:
+        """`encode`, but special tokens written in the text are these tokens, since a conversation may come as a text.
+        One BOS stands in front."""
+        ids = []
+        for i, part in enumerate(self.split[None](text)):
+            ids += [self.special_tokens[part]] if i % 2 else self.encode(part)
+        return ids if not add_bos or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """`encode` as a uint32 array: a ninth of a list's memory, and threads run in parallel, without the GIL."""
@@ -242,15 +234,14 @@ class Tokenizer:
     ) -> tuple[list[int], list[int]]:
         """(ids, mask) of a conversation in the layout of the chat template.
 
-        messages: [{"role": "user", "content": "Hi"}, ...]; plain_messages in template.py says what else they may hold.
-        tools: JSON schemas for the template. The ids are those of transformers' `apply_chat_template`, except that
-        special tokens in messages and tools stay plain text. (The assistant may write the reasoning tags.)
+        messages: as for plain_messages in template.py. tools: JSON schemas for the template. The ids are those of
+        transformers' `apply_chat_template`, except that special tokens in messages and tools stay plain text. (The
+        assistant may write the reasoning tags.)
 
         The mask marks what the model learns to write: what the template puts between its `generation` tags, else the
         assistant's words and the special token that ends its turn, EOS; not the header before them, and not the blank
         lines after. A token belongs to the writer of its first byte: one that begins in the header and runs into the
-        answer is not the assistant's, because at generation time the header is already there. Raises ValueError for
-        unusable messages and for templates that rewrite them.
+        answer is not the assistant's, because at generation time the header is already there.
         """
         refuse_if(not self.chat_template, "the tokenizer has no chat template: it cannot render a conversation")
         learned, pieces = bytearray(), []  # a flag per byte; (text, is it a special token)

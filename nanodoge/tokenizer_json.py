@@ -46,8 +46,8 @@ def refuse_if(condition: object, reason: str) -> None:
 
 
 def read_object(data: bytes, name: str = "it") -> dict:
-    """The JSON object in `data`. Raises ValueError for anything else, for a key that occurs twice (which of the two
-    counts?), and for half a character (a lone surrogate), which could not be written again."""
+    """The JSON object in `data`. Raises ValueError for anything else, for a key that occurs twice, and for half a
+    character (a lone surrogate), which could not be written again."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
@@ -147,10 +147,8 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
 
 
 def check_words(added: list[dict], words: dict[str, int], vocab: dict[str, int]) -> None:
-    """Raises ValueError for added tokens, if some are `words`, that tiktoken and the library treat differently.
-
-    They choose otherwise where two overlap in a text, and the library numbers those beyond the vocabulary itself.
-    """
+    """Raises ValueError for added tokens, if some are `words`, that tiktoken and the library treat differently: they
+    choose otherwise where two overlap in a text, and the library numbers those beyond the vocabulary itself."""
     names, top = [token["content"] for token in added], len(vocab) - 1
 
     def overlap(a: str, b: str) -> bool:

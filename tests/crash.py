@@ -124,8 +124,7 @@ def weights(folder):
 
 def left_by(folder):
     """All that a finished run leaves and that must not depend on kills: {name: value}."""
-    samples = folder / "samples.jsonl"
-    found = {"log.csv": steady(folder), "samples.jsonl": samples.read_bytes() if samples.is_file() else b""}
+    found = {"log.csv": steady(folder)} | {path.name: path.read_bytes() for path in folder.glob("samples/*.jsonl")}
     for place in (folder, folder / "stable"):
         if place.is_dir() and (state := load_training_state(place)):
             kept = {name: state.get(name) for name in ("step", "optimizer", "reference")}
@@ -148,14 +147,14 @@ class Undisturbed:
         log = folder.with_suffix(".txt")
 
         def main_with_snapshots(argv):
-            save = nanodoge.run.save_checkpoint
+            save = nanodoge.checkpoint.save_checkpoint
 
             def save_and_copy(place, model, tokenizer, state=None, **more):
                 save(place, model, tokenizer, state, **more)
                 if place == folder:
                     shutil.copytree(place, self.snapshots / str(state["step"]))
 
-            nanodoge.run.save_checkpoint = save_and_copy
+            nanodoge.checkpoint.save_checkpoint = save_and_copy
             main(argv)
 
         before = time.monotonic()

@@ -204,12 +204,14 @@ def align(path):
 
 
 def left_by(place, name, folder):
-    """{what: a digest, a text or the numbers of a column} that a case left in place/folder and printed."""
+    """{what: a digest, a text, lines or the numbers of a column} that a case left in place/folder and printed."""
     found = {}
     for path in sorted((place / folder).rglob("*")):
         what = str(path.relative_to(place / folder))
         if path.suffix == ".safetensors":
             found[what] = hashlib.sha256(repr(tensors(path)[1]).encode()).hexdigest()
+        elif path.is_file() and what.startswith("samples"):  # one of each validation, or one of all
+            found["samples"] = sorted({*found.get("samples", ()), *path.read_text().splitlines()})
         elif path.suffix in (".bin", ".jsonl") or path.name == "tokenizer.json":
             found[what] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif what == "log.csv":
@@ -228,7 +230,7 @@ def difference(old, new):
     words = [] if old else ["the old checkout left nothing"]
     for what in sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
         a, b = old.get(what, ""), new.get(what, "")
-        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        if what != "samples" and isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
             apart = [abs(float(x) - float(y)) / (abs(float(x)) or 1) for x, y in zip(a, b, strict=True)]
             words.append(f"{what} from row {[x > 0 for x in apart].index(True)} on by up to {max(apart):.0e}")
         else:

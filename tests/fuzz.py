@@ -456,7 +456,7 @@ def resume(draw: Random) -> Case:
     if kind < 5:
         must = damage.pickle_file(draw, folder / "training_state.pt")
     elif kind < 7:
-        log = folder / draw.choice(["log.csv", "samples.jsonl"])
+        log = folder / "log.csv"
         if log.is_file():
             data = log.read_bytes()
             bad = [damage.corrupt(draw, data), data + draw.randbytes(50), data.replace(b"1", "²".encode()), b"[]}\n"]
@@ -464,7 +464,7 @@ def resume(draw: Random) -> Case:
             bad += [b'{"step": "x"}\n', b'{"a": ' + b"[" * 9000 + b"}\n"]
             log.write_bytes(draw.choice(bad))
     elif kind == 7:
-        names = "log.csv log.csv.new samples.jsonl.new .saved .saving loss.png training_state.pt".split()
+        names = "log.csv log.csv.new samples .saved .saving loss.png training_state.pt".split()
         damage.place(draw, folder / draw.choice(names))
     elif kind == 8 and name == "train":
         bring("model")

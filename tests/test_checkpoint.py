@@ -200,7 +200,7 @@ def test_a_disk_that_takes_no_more_leaves_the_old_checkpoint(small, folder, monk
     where, error = FULL_DISK[words]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(f"nanodoge.checkpoint.{where}", Mock(side_effect=error))
-    with pytest.raises(OSError, match=f"cannot write a checkpoint to {folder} .the one before it is whole.: .*{words}"):
+    with pytest.raises(OSError, match=f"cannot write a checkpoint to {folder} .one before it stays whole.: .*{words}"):
         save_checkpoint(folder, *small, state_of(2))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

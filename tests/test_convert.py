@@ -481,7 +481,7 @@ def test_what_the_hub_cannot_give_is_said_in_a_line(hub, tmp_path, monkeypatch):
         return str(error.value)
 
     assert "no model of this name on http://127.0.0.1" in refusal("SmallDoge/Absent")
-    assert "cannot have this name" in refusal("Small--Doge/x")
+    assert "could not be fetched" in refusal("Small--Doge/x")
     seen = len(hub.asked)
     (tmp_path / "runs").mkdir()
     for folder in ("out/missing", "runs/missing", "missing", "a/b/c", "../up"):  # folders that are not there

@@ -106,26 +106,9 @@ def test_pairs_too_long_are_left_out_and_counted(data, length):
             selected(part, length)
         return
     pairs = selected(part, length)
-    assert pairs.first.tolist() == kept and [*pairs.left_out.values()] == [len(part) // 2 - len(kept), 0]
+    assert pairs.first.tolist() == kept and [*pairs.left_out.values()] == [len(part) // 2 - len(kept)]
     for i in range(pairs.count):
         assert all(ids[-1] == eos_id and mask[-1] for ids, mask in pairs.rows(i))
-
-
-def test_equal_and_empty_answers_are_no_choice():
-    """What prepare_data.py does not write, others may."""
-    prompt, eos = [0, 7, 8], 1
-    sets = [[5, eos], [5, eos], [eos], [5, eos], [5, eos], [eos], [5, eos], [5, 6, eos]]
-    rows = [(np.array(prompt + answer + [9]), np.array([0] * 3 + [1] * len(answer) + [0], bool)) for answer in sets]
-    rows += [(rows[0][0], np.zeros(6, bool)), rows[1]]
-    fake = TokenSet.__new__(TokenSet)
-    fake.ids, fake.mask = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-    fake.folder, fake.split = "data", "train"
-    fake.offsets = np.cumsum([0, *(len(ids) for ids, _ in rows)])
-    pairs = selected(fake, 10)
-    assert pairs.first.tolist() == [6] and [*pairs.left_out.values()] == [0, 4]
-    assert pairs.sizes.tolist() == [[4, 5]] and pairs.targets.tolist() == [[2, 3]]
-    with pytest.raises(ValueError, match="no pairs to use: 1 longer than --sequence_length=4, 4 with equal or empty"):
-        selected(fake, 4)
 
 
 # ---- Log-probabilities, losses, gradients

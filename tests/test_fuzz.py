@@ -44,7 +44,7 @@ def chatter(argv):
 
 
 def test_the_checks_find_what_they_are_for(root):
-    assert fuzz.attempt(refuse, [], "") == ("refused", "error: --n: 'x' is not a whole number\n")
+    assert fuzz.attempt(refuse, [], "") == ("refused", "error: --n: 'x' is not a whole number below 2^63\n")
     for main, must, result in [
         (lambda argv: None, "", "worked"),
         (lambda argv: None, "it is cut off", "read silently, though it is cut off"),

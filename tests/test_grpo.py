@@ -65,6 +65,10 @@ def run(base, data, out, *options, **processes):
     return tune(grpo.main, base, data, out, *GRPO, *options, **processes)
 
 
+def read_samples(folder, step):
+    return [json.loads(line) for line in (folder / f"samples/{step:06}.jsonl").read_text().splitlines()]
+
+
 # ---- The loss
 
 
@@ -303,8 +307,8 @@ def test_what_is_rewarded_is_learned(base, data, tmp_path):
         )
         assert 1 <= float(row["length"]) <= 6 and 0 <= float(row["no_signal"]) <= 1 and row["kl"] == ""
         assert (float(row["grad_norm"]) == 0) == (float(row["no_signal"]) == 1)
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [0] * 4 + [20] * 4
+    assert [sample["step"] for sample in read_samples(tmp_path / "run", 0)] == [0] * 4
+    samples = read_samples(tmp_path / "run", 20)
     assert samples[-1]["problem"].endswith("<|start_header_id|>assistant<|end_header_id|>\n")
     assert samples[-1]["written"] == "7<|end_of_text|>" and samples[-1]["wanted"] == "7.0"
 
@@ -317,8 +321,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     whole = run(start, data, tmp_path / "whole", *extra)
     with stopped_after(3):
         run(start, data, tmp_path / "cut", *extra)
-    with open(tmp_path / "cut" / "samples.jsonl", "a") as file:
-        file.write('{"step": 4, "of": "a run that was killed"}\n{"step": 4, "to')
+    (tmp_path / "cut" / "samples" / "000004.jsonl").write_text('{"step": 4, "of": "a run that was ki')
     shutil.rmtree(start)
     torch.randn(3)
     grpo.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
@@ -328,10 +331,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     assert_same_weights(base, tmp_path / "cut" / "reference")  # it has not drifted; the model has moved
     with pytest.raises(AssertionError):
         assert_same_weights(base, tmp_path / "cut")
-    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("cut", "whole")]
-    assert samples[0] == samples[1] and [json.loads(line)["step"] for line in samples[0].splitlines()] == [
-        step for step in (0, 2, 4) for _ in range(4)
-    ]
+    for step in (0, 2, 4):
+        assert read_samples(tmp_path / "cut", step) == read_samples(tmp_path / "whole", step)
     assert float(whole[1]["kl"]) > 0 and float(whole[-1]["kl"]) > 0  # the second update of a step is somewhere else
     assert max(float(row["clipped"]) for row in whole[1:]) > 0
     with pytest.raises(ValueError, match="generations=5: the run in .* has 4"):
@@ -347,8 +348,7 @@ def test_two_processes_equal_one(base, data, tmp_path):
     names = ("loss", "grad_norm", "kl", *grpo.COLUMNS)
     assert_close_logs(alone, two, names, 2e-5)
     assert len({row["length"] for row in alone}) > 2  # they did differ from step to step
-    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("one", "two")]
-    assert samples[0] == samples[1]
+    assert read_samples(tmp_path / "one", 4) == read_samples(tmp_path / "two", 4)
 
 
 def test_what_is_drawn_depends_on_seed_and_step(base, data):
@@ -421,14 +421,7 @@ def test_data_of_another_kind_or_without_its_answers_is_refused(base, data, tmp_
     run(base, data, tmp_path / "run", "--max_steps=1")
     with pytest.raises(ValueError, match="holds a run already"):
         run(base, data, tmp_path / "run")
+    (tmp_path / "run/samples/000009.jsonl").touch()
     log = run(base, data, tmp_path / "run", "--max_steps=1", "--overwrite", "--kl=0.1")
+    assert [path.name for path in sorted((tmp_path / "run/samples").iterdir())] == ["000000.jsonl", "000001.jsonl"]
     assert [row["step"] for row in log] == ["0", "1"]  # of the new run, and no row of the one it replaced
-
-
-def test_samples_are_one_line_each_whatever_is_written(tmp_path):
-    strange = "a\u2028b\x85c\x0bd\r\n\ud7ff\ufffd"
-    for step in (0, 5, 10, 5, 7):
-        grpo.keep_samples(tmp_path / "samples.jsonl", step, [dict(step=step, written=strange)] * 2)
-    lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")
-    assert [json.loads(line)["step"] for line in lines[:-1]] == [0, 0, 5, 5, 7, 7] and lines[-1] == ""
-    assert all(json.loads(line)["written"] == strange for line in lines[:-1])
