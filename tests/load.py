@@ -142,8 +142,9 @@ async def storm(url: str, process: subprocess.Popen, options: LoadOptions, bodie
     assert not errors, errors[:3]
     assert not state["nanodoge_running"] + state["nanodoge_waiting"] + state["nanodoge_pending"], "a slot is lost"
     left = sum(reply is None for reply in replies.values())
-    assert left >= len(bodies) / 5, f"only {left} clients left midway"
-    assert len(bodies) < 1000 or max(sizes) < 1.05 * sizes[1], f"memory grew from {sizes[1]} MB to {max(sizes)}"
+    if len(bodies) >= 1000:  # of fewer, chance decides too much
+        assert left >= len(bodies) / 5, f"only {left} clients left midway"
+        assert max(sizes) < 1.05 * sizes[1], f"memory grew from {sizes[1]} MB to {max(sizes)}"
     return dict(replies=replies, left=left, first_mb=sizes[1], last_mb=sizes[-1], most_mb=max(sizes))
 
 
