@@ -1,8 +1,9 @@
 """A model and its clients: the thread that owns the engine, and what an HTTP handler does for a request.
 
-A handler turns what it was sent into Requests, leaves these to the engine's thread as a call in a queue, waits for an
-event that the thread sets after a step, and formats what has come. So handlers never wait for a step, and the engine
-never waits for a client. A reply that is not streamed is the streamed one, collected.
+A handler turns what it was sent into Requests and leaves a call in a queue, which the engine's thread makes between two
+steps: to add or to cancel them. It waits for an event that the thread sets after a step, and formats what has come. So
+all requests share every step (see nanodoge/engine.py), handlers never wait for a step, and the engine never waits for a
+client. A reply that is not streamed is the streamed one, collected.
 """
 
 import asyncio
