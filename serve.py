@@ -3,8 +3,8 @@
     python serve.py out/stories-preferences                     the page is at http://127.0.0.1:8000
     python serve.py out/stories-preferences --keep_window_size=64      lossy: see in the page what the model keeps
 
-A client of OpenAI's API needs base_url=http://127.0.0.1:8000/v1 and any key. Here are the options, the addresses and the
-connections. nanodoge/api.py has the words of the API, nanodoge/service.py what is between it and the engine.
+A client of OpenAI's API needs base_url=http://127.0.0.1:8000/v1 and any key. Here are the options, the addresses and
+the connections. nanodoge/api.py has the words of the API, nanodoge/service.py what is between it and the engine.
 """
 
 import asyncio
