@@ -3,10 +3,8 @@
     python serve.py out/stories-preferences                     the page is at http://127.0.0.1:8000
     python serve.py out/stories-preferences --keep_window_size=64      lossy: see in the page what the model keeps
 
-A client of OpenAI's API needs base_url=http://127.0.0.1:8000/v1 and any key. One thread owns the engine: between two
-steps it takes the calls that HTTP handlers left in a queue (add, cancel), and after a step it wakes the handlers whose
-requests have new text. So all requests share every step (see nanodoge/engine.py), and handlers never wait for a step. A
-reply that is not streamed is the streamed one, collected. Whoever disconnects frees their slot before the next step.
+A client of OpenAI's API needs base_url=http://127.0.0.1:8000/v1 and any key. Here are the options, the addresses and
+the connections. nanodoge/api.py has the words of the API, nanodoge/service.py what is between it and the engine.
 """
 
 import asyncio

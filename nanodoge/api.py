@@ -13,16 +13,15 @@ from typing import Annotated, Literal
 
 from fastapi import HTTPException, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nanodoge.engine import Request
 from nanodoge.tokenizer import REASONING_TAGS, Tokenizer
 
 # ---- What clients send
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Penalty = Annotated[Number, Field(ge=-2, le=2)] | None
-Part01 = Annotated[Number, Field(ge=0, le=1)] | None
+Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+Part01 = Annotated[float, Field(ge=0, le=1)] | None
 Whole = Annotated[int, Field(ge=0, lt=2**31)] | None
 Few = Annotated[int, Field(ge=0, le=20)] | None
 StopText = Annotated[str, Field(max_length=128)]
@@ -33,9 +32,13 @@ class Part(BaseModel):
     text: str
 
 
+def joined(content: str | list[Part] | None) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: Annotated[str | list[Part] | None, AfterValidator(joined)] = ""
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
@@ -48,7 +51,7 @@ class StreamOptions(BaseModel):
 class Sampled(BaseModel):
     """What chats and completions have in common. Null means absent. Other fields are ignored, but for UNSUPPORTED."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -57,11 +60,11 @@ class Sampled(BaseModel):
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     ignore_eos: bool | None = False
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Part01 = None
     top_k: Whole = None
     min_p: Part01 = None
-    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     frequency_penalty: Penalty = None
     presence_penalty: Penalty = None
 
@@ -82,7 +85,7 @@ class Completion(Sampled):
 # Fields that would change the answer: {name: values with which they do not}.
 UNSUPPORTED = dict.fromkeys("tools functions logit_bias suffix audio prediction web_search_options".split(), ())
 UNSUPPORTED |= {"response_format": [{"type": "text"}], "modalities": [["text"]], "best_of": [1]}
-SAMPLING = "temperature top_p top_k min_p repetition_penalty frequency_penalty presence_penalty".split()
+SAMPLING = set("temperature top_p top_k min_p repetition_penalty frequency_penalty presence_penalty".split())
 
 # ---- Errors
 

@@ -1,8 +1,9 @@
 """A model and its clients: the thread that owns the engine, and what an HTTP handler does for a request.
 
-A handler turns what it was sent into Requests, leaves these to the engine's thread as a call in a queue, waits for an
-event that the thread sets after a step, and formats what has come. So handlers never wait for a step, and the engine
-never waits for a client. A reply that is not streamed is the streamed one, collected.
+A handler turns what it was sent into Requests and leaves a call in a queue, which the engine's thread makes between two
+steps: to add or to cancel them. It waits for an event that the thread sets after a step, and formats what has come. So
+all requests share every step (see nanodoge/engine.py), handlers never wait for a step, and the engine never waits for a
+client. A reply that is not streamed is the streamed one, collected.
 """
 
 import asyncio
@@ -25,10 +26,8 @@ from fastapi.responses import StreamingResponse
 from nanodoge import api
 from nanodoge.api import APIError, Chat, Choice, ClientRequest, Completion, Message
 from nanodoge.engine import Engine
-from nanodoge.tokenizer import REASONING_TAGS
 
 CHUNKS = 500  # of streams a second, of all together: a chunk takes 0.1 ms of two cores that the engine needs
-GATHER = 0.003  # seconds in which an idle engine waits for more requests: those that come together are read together
 
 
 class EngineThread(threading.Thread):
@@ -55,17 +54,14 @@ class EngineThread(threading.Thread):
         except BaseException as error:
             return self.made.set_exception(error)
         self.made.set_result((engine, about))
-        was_idle = True
         while True:
-            patience = (GATHER if was_idle else 0) if self.active else None
             with contextlib.suppress(queue.Empty):
-                if (call := self.calls.get(timeout=patience)) is None:
+                if (call := self.calls.get(block=not self.active)) is None:
                     return
                 call()
                 continue
             try:
                 self.notify(engine.step())
-                was_idle = not self.active
             except Exception as error:  # damaged weights, full memory: these requests fail, the server stays
                 traceback.print_exception(error)
                 for request in self.active:
@@ -126,11 +122,7 @@ class Service:
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         self.check(4 * [0] * len(messages), "messages", 0)  # each has four tokens or more, and a template is slow
-        rows = []
-        for message in messages:
-            parts = message.content if isinstance(message.content, list) else ()
-            content = "".join(part.text for part in parts) if parts else message.content or ""
-            rows.append(dict(role=message.role.replace("developer", "system"), content=content))
+        rows = [dict(role=each.role.replace("developer", "system"), content=each.content) for each in messages]
         with refusing("messages"):
             return self.coder.render(rows, add_generation_prompt)[0]
 
@@ -157,8 +149,8 @@ class Service:
             limit, logprobs, echo = body.max_tokens, body.logprobs, bool(body.echo)
         if not 0 < len(given) * (body.n or 1) <= self.at_once:
             raise APIError(400, f"from 1 to {self.at_once} continuations in one request", param="prompt")
-        asked = {name: value for name in api.SAMPLING if (value := getattr(body, name)) is not None}
-        common = dict(temperature=self.options.temperature, top_p=self.options.top_p) | asked
+        common = dict(temperature=self.options.temperature, top_p=self.options.top_p)
+        common |= body.model_dump(include=api.SAMPLING, exclude_none=True)
         if common["temperature"] < 1e-3:  # logits are divided by it
             common["temperature"] = 0.0
         common |= dict(stop=[body.stop] if isinstance(body.stop, str) else body.stop or [], logprobs=logprobs)
@@ -254,11 +246,10 @@ class Service:
             pass
         kept, following, feed = Counter(), Counter(), self.coder.stream()
         layers = request.held if layer is None else [request.held[layer]]
-        for positions, scores in (pair for each in layers for pair in zip(*(x.tolist() for x in each), strict=True)):
-            keys = [(score, at) for score, at in zip(scores, positions, strict=True) if at >= 0]
-            kept.update(at for _, at in keys)
-            if len(keys) == shape["window"]:
-                following[min(keys)[1]] += 1  # the weakest; of equal ones the oldest
+        for positions, scores in (head for each in layers for head in zip(*each, strict=True)):
+            kept.update(positions[positions >= 0].tolist())
+            if positions.min() >= 0:  # full: the weakest key is next, of equal ones the oldest
+                following[int(positions[scores == scores.min()].min())] += 1
         texts = [feed(id) for id in ids]
         texts[-1] += feed(None)
         fields = {name: shape[name] for name in ("window", "layers", "kv_heads")} | dict(layer=layer)
@@ -267,11 +258,11 @@ class Service:
         return api.json_reply(fields | {name: [count[i] for i in range(len(ids))] for name, count in counts.items()})
 
     def info(self) -> dict:
-        config, has_tags = self.engine.model.config, set(REASONING_TAGS) <= self.coder.special_tokens.keys()
+        config = self.engine.model.config
         sizes = dict(context=self.context, window=config.keep_window_size, layers=config.num_hidden_layers)
-        sizes |= dict(kv_heads=config.num_key_value_heads, reasoning=has_tags)
         defaults = dict(temperature=self.options.temperature, top_p=self.options.top_p, max_tokens=None)
-        return dict(model=self.name, defaults=defaults) | sizes | self.thread.about
+        about = dict(model=self.name, defaults=defaults, kv_heads=config.num_key_value_heads)
+        return about | sizes | self.thread.about
 
     def metrics(self) -> str:
         """In Prometheus's format."""

@@ -4,6 +4,7 @@ Most tests run against a small server written here, which says what a test asks 
 """
 
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,7 +41,7 @@ Head | <i>Cost</i>
 ---|:--:
 `a` | [5](https://a.test/c)
 [x](javascript:alert(1)) | <img src=x onerror="document.title='owned'">"""
-INFO = dict(model="tiny", context=256, window=8, layers=2, kv_heads=1, chat=True, reasoning=False)
+INFO = dict(model="tiny", context=256, window=8, layers=2, kv_heads=1, chat=True)
 INFO |= dict(defaults=dict(temperature=0.7, top_p=0.95, max_tokens=100))
 REPLIES = {"html": HOSTILE, "markdown": MARKDOWN, "blocks": BLOCKS, "slow": "word " * 2000}
 
@@ -159,7 +160,7 @@ def answered(page, *expected):
 def test_send_edit_again_and_reload(page, server):
     send(page, "hello there")
     answered(page, "hello there", "HELLO THERE")
-    assert "7 tokens" in page.locator("article small").last.inner_text()
+    assert re.search(r"^7 tokens( · \d+ tokens/s)? · first after \d", page.locator("article small").last.inner_text())
     send(page, "and more")
     answered(page, "hello there", "HELLO THERE", "and more", "AND MORE")
     assert [m["role"] for m in server.asked[-1][1]["messages"]] == ["user", "assistant", "user"]
@@ -233,6 +234,9 @@ def test_markdown_and_thoughts(page):
         assert text.locator(tag).inner_text().strip() == words
     assert text.locator("p code").inner_text() == "four" and text.locator("li li").inner_text() == "seven"
     assert text.locator("> ul > li").count() == 2 and text.locator("a").get_attribute("rel") == "noopener noreferrer"
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy the code").click()
+    page.wait_for_function("navigator.clipboard.readText().then((text) => text.trim() === 'x = 1')")
     send(page, "think")
     expect(page.locator("#log .text").last).to_have_text("THINK")
     assert page.locator("details").last.get_attribute("open") is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import re
@@ -12,17 +13,19 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import make_checkpoint, texts
 
-from nanodoge.checkpoint import load_model
+from nanodoge.checkpoint import load_model, save_checkpoint
 from nanodoge.engine import Engine, Request
 
 for package in ("fastapi", "uvicorn"):
     pytest.importorskip(package, reason=f"{package} is optional")
 httpx, openai = (pytest.importorskip(package, reason=f"{package} is optional") for package in ("httpx", "openai"))
-serve, split_thoughts = pytest.importorskip("serve"), pytest.importorskip("nanodoge.api").split_thoughts
+serve, api = pytest.importorskip("serve"), pytest.importorskip("nanodoge.api")
+split_thoughts = api.split_thoughts
 
 HELLO = [{"role": "user", "content": "the red cat sees"}]
 
@@ -146,8 +149,11 @@ def test_async_client_and_many_at_once(service, checkpoint):
 
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0) as client:
-            asked = [client.completions.create(model="tiny", prompt=prompt, max_tokens=12) for prompt in prompts]
-            return [reply.choices[0].text for reply in await asyncio.gather(*asked)]
+            asked = [client.completions.create(model="tiny", prompt=prompt, max_tokens=12) for prompt in prompts[1:]]
+            first = await client.completions.create(model="tiny", prompt=prompts[0], max_tokens=12, stream=True)
+            replies = await asyncio.gather(*asked)
+            streamed = "".join([chunk.choices[0].text async for chunk in first])
+            return [streamed, *(reply.choices[0].text for reply in replies)]
 
     model, tokenizer = load_model(checkpoint)
     wanted = [alone(checkpoint, [0, *tokenizer.encode(prompt)], 12).text.text for prompt in prompts]
@@ -173,9 +179,37 @@ def test_errors_are_openai_errors(client):
         with pytest.raises(openai.BadRequestError) as error:
             client.chat.completions.create(model="tiny", messages=HELLO, extra_body={name: value})
         assert error.value.param == name
+    wrong = httpx.get(f"{client.base_url}completions")
+    assert wrong.status_code == 405 and wrong.json()["error"]["type"] == "invalid_request_error"
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="tiny", messages=HELLO, temperature=3)
     assert error.value.param == "temperature"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=0.9, top_p=0.7),
+        dict(temperature=1.5, top_k=5),
+        dict(temperature=1.0, min_p=0.2),
+        dict(frequency_penalty=1.5, presence_penalty=0.5),
+        dict(repetition_penalty=1.3),
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_of_sampling_reach_the_engine(post, checkpoint, options):
+    ids, options = [0, 300, 301], dict(top_p=0.95, seed=5) | options
+    reply = post("/v1/completions", dict(prompt=ids, max_tokens=20) | options).json()
+    assert reply["choices"][0]["text"] == alone(checkpoint, ids, 20, **options).text.text
+
+
+def test_without_max_tokens_a_reply_goes_up_to_the_context_or_to_a_stop_text(post):
+    body = dict(prompt="a", ignore_eos=True)
+    whole = post("/v1/completions", body).json()
+    text = whole["choices"][0]["text"]
+    assert whole["usage"]["total_tokens"] == 128 and whole["choices"][0]["finish_reason"] == "length"
+    [cut] = post("/v1/completions", body | dict(stop=text[9:12])).json()["choices"]
+    assert (cut["text"], cut["finish_reason"]) == (text.partition(text[9:12])[0], "stop")
 
 
 def test_langchain(service):
@@ -444,6 +478,39 @@ def test_thoughts_are_apart_and_tags_never_shown():
     shown = [split_thoughts(text[:n], n == len(text)) for n in range(len(text) + 1)]
     for before, after in zip(shown, shown[1:], strict=False):
         assert all(b.startswith(a) for a, b in zip(before, after, strict=True))
+
+
+def test_thoughts_of_a_reply_are_its_reasoning_content():
+    text = "<|begin_of_thought|>1 + 1<|end_of_thought|><|begin_of_solution|>2<|end_of_solution|>"
+    request, pieces = api.ClientRequest([0], 99, streams=True), []
+    choice = api.Choice(0, request, 99, "delta")
+    for n in range(0, len(text) + 1):
+        request.text, request.finish_reason = SimpleNamespace(text=text[:n]), "stop" if n == len(text) else ""
+        pieces += [choice.take(None) or {}]
+    deltas = [piece["delta"] for piece in pieces if piece]
+    whole = {name: "".join(delta.get(name, "") for delta in deltas) for name in ("reasoning_content", "content")}
+    assert whole == dict(reasoning_content="1 + 1", content="2") and pieces[-1]["finish_reason"] == "stop"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be served gets one line and exit status 2
+
+
+def test_a_classifier_is_not_served(checkpoint, tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path, *load_model(checkpoint, labels=("good", "bad")))
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        serve.parsing.run_command(serve.main)
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "is a classifier of good, bad" in message and message.count("\n") == 1
+
+
+def test_without_uvicorn_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "serve")
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("serve")
+    assert end.value.code == 2 and "pip install fastapi uvicorn" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
