@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import TINY, TUNE, make_data, make_set, texts
+from helpers import TINY, TUNE, make_data, make_set, texts, tune
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -455,8 +455,8 @@ def test_every_stage_takes_a_name_on_the_hub(hub, tmp_path, words, capsys):
     evaluate.main([name, f"--bpb={data}", "--eval_tokens=64", "--device=cpu"])
     chats = make_set(tmp_path / "chats", name, count=30)  # prepare_data.py --tokenizer=NAME
     options = [option for option in TINY if not option.startswith(("--hidden", "--inter", "--num", "--max_"))]
-    data_and_model = f"--data={data} --init_from={name} --out_dir=run --max_steps=4 --warmup_steps=0 --batch_tokens=128"
-    train.main([*options, *data_and_model.split()])
+    options += f"--init_from={name} --out_dir=run --max_steps=4 --warmup_steps=0 --batch_tokens=128".split()
+    train.main([*options, f"--data={data}"])
     sft.main([*TUNE, f"--data={chats}", f"--init_from={name}", "--out_dir=chat", "--max_steps=1"])
     assert capsys.readouterr().out.count(f"from {name}") == 2  # train.py and sft.py
     assert sum(path.endswith("revision/main") for path in hub.asked) <= 2  # one download for all of them
@@ -614,8 +614,7 @@ def classifier(tmp_path_factory, words):
     animals = zip(texts(200), ["cat", "dog"] * 100, strict=True)
     rows = [dict(text=f"{text} {animal}", label=animal) for text, animal in animals]  # the last word decides
     data = make_set(folder / "data", folder / "base", "labels", rows=rows, labels=["dog", "cat"])
-    asked = f"--data={data} --init_from={folder}/base --out_dir={folder}/run --max_steps=12 --learning_rate=1e-2"
-    sft.main([*TUNE, *asked.split(), "--kind=labels"])
+    tune(sft.main, folder / "base", data, folder / "run", "--kind=labels", "--learning_rate=1e-2")
     return folder
 
 
@@ -678,4 +677,4 @@ def test_a_classifier_is_no_language_model_and_labels_are_checked(classifier, tm
         with pytest.raises(ValueError, match=message):
             make_set(tmp_path / f"{len(message)}", classifier / "base", "labels", rows=rows, labels=labels)
     with pytest.raises(ValueError, match="holds --kind=labels, and this stage reads --kind=chat"):
-        sft.main([*TUNE, *f"--data={classifier}/data --init_from={classifier}/base --out_dir={tmp_path}/run".split()])
+        tune(sft.main, classifier / "base", classifier / "data", tmp_path / "run")
