@@ -688,6 +688,11 @@ def test_every_tuning_recipe_is_valid_also_for_the_sizes_in_its_docstring(name):
         assert options.out_dir.endswith(model[0] if model else options.data.rpartition("/")[2])
 
 
+PARAMETERS = dict(doge20m=13_118_728, doge60m=54_571_552, doge160m=152_676_168, doge320m=335_750_272)  # as published
+PARAMETERS |= dict(doge20m_moe=17_444_104, doge60m_moe=122_728_992, doge160m_moe=495_953_736)
+PARAMETERS |= dict(doge320m_moe=1_417_880_704)
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in (*TUNING, "smollm_corpus")])
 def test_every_recipe_is_valid_and_its_model_has_the_size_that_it_names(name):
     path = str(RECIPES[name])
@@ -700,7 +705,7 @@ def test_every_recipe_is_valid_and_its_model_has_the_size_that_it_names(name):
         fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DogeConfig)}
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Doge(DogeConfig(**fields)).parameters())
-        assert f"{parameters / 1e6:,.1f}" == size[1]
+        assert f"{parameters / 1e6:,.1f}" == size[1] and parameters == PARAMETERS.get(name, parameters)
 
 
 def test_the_recipe_of_the_corpus_is_valid():
