@@ -11,11 +11,12 @@ if not os.access(os.path.expanduser("~"), os.W_OK):  # libraries keep caches the
     os.environ["HOME"] = HOME.name
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
 def seed():
+    import torch  # here: the process that only distributes the tests does without
+
     torch.manual_seed(0)
 
 

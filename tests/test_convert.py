@@ -39,7 +39,6 @@ from nanodoge.checkpoint import load_model, save_checkpoint
 from nanodoge.options import HERE
 from nanodoge.run import read_log
 
-DOGE = Path(__file__).parents[2] / "shared" / "data" / "doge_tokenizer"
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=64)
 MOE = dict(is_moe=True, num_experts=16, num_experts_per_tok=3)
@@ -584,22 +583,6 @@ def test_damaged_files_are_refused_by_name(tmp_path, words, message):
     with pytest.raises(ValueError, match=message) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
-
-
-@pytest.mark.skipif(not DOGE.exists(), reason="the published Doge tokenizer is not here")
-def test_the_published_tokenizer_survives_conversion(tmp_path):
-    """The same ids and chats in transformers, from our folder. (test_tokenizer.py compares the published one.)"""
-    doge = tokenizer.Tokenizer.load(DOGE)
-    model = random_model(vocab_size=doge.vocab_size, num_hidden_layers=1, hidden_size=16)
-    save_checkpoint(tmp_path, model, doge)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    messages = [dict(role="user", content=" Hi, \u00fc?\n"), dict(role="assistant", content="2 + 2 = 4")]
-    for text in ["", " a  b\n\n", "It's 12345 \u00fcber \U0001f600", "x = {'a': 1}\n\tif x:", messages[0]["content"]]:
-        assert theirs(text).input_ids == [doge.bos_id, *doge.encode(text)]
-    for prompt in (False, True):
-        chat = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
-        assert chat == doge.render(messages, add_generation_prompt=prompt)[0]
-    assert (tmp_path / "tokenizer.json").read_bytes() == (DOGE / "tokenizer.json").read_bytes()
 
 
 # ---- Classifiers

@@ -337,17 +337,6 @@ def test_padded_rows_equal_transformers_and_equal_the_rows_alone():
         assert torch.equal(batch[row], greedy(model, tokens[row : row + 1, :n], 20)[0])
 
 
-def test_moe_equals_transformers_token_by_token():
-    """One token of one row at a time the reference router has nothing to mix, and is right."""
-    model, tokens, expected, past = make(MOE), distinct_tokens(1, 20, 97), [], None
-    reference = reference_of(model)
-    for t in range(20):
-        step = reference(tokens[:, t : t + 1], past_key_values=past, use_cache=True)
-        past = step.past_key_values
-        expected.append(step.logits)
-    torch.testing.assert_close(model(tokens)[0], torch.cat(expected, dim=1), atol=1e-4, rtol=0)
-
-
 # ---- Mixture of experts
 
 
