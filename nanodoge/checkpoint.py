@@ -194,6 +194,8 @@ def read_pickle(path: Path, mmap: bool = False) -> dict:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """{name: tensor} of a file of weights. A safetensors file is mapped into memory, not read."""
+    if not path.is_file():  # opening a named pipe waits for ever
+        raise ValueError(f"{path} is not a file")
     try:
         tensors = read_pickle(path) if path.suffix == ".bin" else load_file(path)
     except (SafetensorError, OSError) as error:

@@ -2,16 +2,21 @@
 pictures of the loss nor waiting for the disk, which take longer than most runs here."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not os.access(os.path.expanduser("~"), os.W_OK):  # libraries keep caches there
+    HOME = tempfile.TemporaryDirectory()
+    os.environ["HOME"] = HOME.name
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
 def seed():
+    import torch  # here: the process that only distributes the tests does without
+
     torch.manual_seed(0)
 
 

@@ -14,6 +14,7 @@ folder is checked as it is, then the run continues with --resume_or_start. What 
 
 Starting Python and torch takes seconds and a step of this model milliseconds, so the processes are forked from this
 one, which has imported everything and computed nothing. (A process that has computed gradients cannot be forked.)
+What is imported later counts too: if most of a run went by before its first step, no kill would come while it saves.
 
 After the kills: several processes against one; one of several killed, and how soon the others end; a full disk and a
 read-only folder (both need root, to mount a small tmpfs); the real torchrun with --max-restarts, and Ctrl-C; and two
@@ -43,6 +44,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import helpers  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402  (every optimizer imports it: longer than a run)
 from helpers import TINY, TUNE, make_checkpoint, make_data, make_set  # noqa: E402
 
 import dpo  # noqa: E402

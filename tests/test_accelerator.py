@@ -120,10 +120,10 @@ class Away(Machine):
         super().__init__(NAME, *rest)
 
 
-MUON = """--optimizer=muon --keep_window_size=8 --copy_steps=8
+MUON = """--optimizer=muon --keep_window_size=8 --copy_steps=2
     --is_moe=true --num_experts=16 --num_experts_per_tok=2 --router_aux_loss_coef=0.1"""
 GRPO = "--batch_size=2 --generations=2 --max_new_tokens=5 --eval_size=2 --kl=0.1"
-STAGES = [(train, None, ""), (train, None, MUON), (sft, "chat", "--eval_answers=2"), (sft, "labels", "--kind=labels")]
+STAGES = [(train, None, MUON), (sft, "chat", "--eval_answers=2"), (sft, "labels", "--kind=labels")]
 STAGES += [(dpo, "preferences", ""), (grpo, "problems", GRPO)]
 
 

@@ -187,6 +187,15 @@ def test_links_do_not_lead_out_of_a_folder(tmp_path):
     assert (other / "mine").read_text() == "mine" and not (folder / "mine").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="folders hold no pipes there")
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pipe_in_place_of_the_weights_is_not_waited_for(folder, name):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name} is not a file"):
+        load_model(folder)
+
+
 FULL_DISK = {  # the ways in which the libraries say it, as tests/crash.py met them
     "No space left.*disk full": ("save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
     "unexpected pos 576 vs 470; is the": ("torch.save", RuntimeError("unexpected pos 576 vs 470\na page of stack")),

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import TINY, TUNE, make_data, make_set, texts
+from helpers import TINY, TUNE, make_data, make_set, texts, tune
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -39,7 +39,6 @@ from nanodoge.checkpoint import load_model, save_checkpoint
 from nanodoge.options import HERE
 from nanodoge.run import read_log
 
-DOGE = Path(__file__).parents[2] / "shared" / "data" / "doge_tokenizer"
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=64)
 MOE = dict(is_moe=True, num_experts=16, num_experts_per_tok=3)
@@ -455,8 +454,8 @@ def test_every_stage_takes_a_name_on_the_hub(hub, tmp_path, words, capsys):
     evaluate.main([name, f"--bpb={data}", "--eval_tokens=64", "--device=cpu"])
     chats = make_set(tmp_path / "chats", name, count=30)  # prepare_data.py --tokenizer=NAME
     options = [option for option in TINY if not option.startswith(("--hidden", "--inter", "--num", "--max_"))]
-    data_and_model = f"--data={data} --init_from={name} --out_dir=run --max_steps=4 --warmup_steps=0 --batch_tokens=128"
-    train.main([*options, *data_and_model.split()])
+    options += f"--init_from={name} --out_dir=run --max_steps=4 --warmup_steps=0 --batch_tokens=128".split()
+    train.main([*options, f"--data={data}"])
     sft.main([*TUNE, f"--data={chats}", f"--init_from={name}", "--out_dir=chat", "--max_steps=1"])
     assert capsys.readouterr().out.count(f"from {name}") == 2  # train.py and sft.py
     assert sum(path.endswith("revision/main") for path in hub.asked) <= 2  # one download for all of them
@@ -586,22 +585,6 @@ def test_damaged_files_are_refused_by_name(tmp_path, words, message):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.skipif(not DOGE.exists(), reason="the published Doge tokenizer is not here")
-def test_the_published_tokenizer_survives_conversion(tmp_path):
-    """The same ids and chats in transformers, from our folder. (test_tokenizer.py compares the published one.)"""
-    doge = tokenizer.Tokenizer.load(DOGE)
-    model = random_model(vocab_size=doge.vocab_size, num_hidden_layers=1, hidden_size=16)
-    save_checkpoint(tmp_path, model, doge)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    messages = [dict(role="user", content=" Hi, \u00fc?\n"), dict(role="assistant", content="2 + 2 = 4")]
-    for text in ["", " a  b\n\n", "It's 12345 \u00fcber \U0001f600", "x = {'a': 1}\n\tif x:", messages[0]["content"]]:
-        assert theirs(text).input_ids == [doge.bos_id, *doge.encode(text)]
-    for prompt in (False, True):
-        chat = theirs.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
-        assert chat == doge.render(messages, add_generation_prompt=prompt)[0]
-    assert (tmp_path / "tokenizer.json").read_bytes() == (DOGE / "tokenizer.json").read_bytes()
-
-
 # ---- Classifiers
 
 
@@ -614,8 +597,7 @@ def classifier(tmp_path_factory, words):
     animals = zip(texts(200), ["cat", "dog"] * 100, strict=True)
     rows = [dict(text=f"{text} {animal}", label=animal) for text, animal in animals]  # the last word decides
     data = make_set(folder / "data", folder / "base", "labels", rows=rows, labels=["dog", "cat"])
-    asked = f"--data={data} --init_from={folder}/base --out_dir={folder}/run --max_steps=12 --learning_rate=1e-2"
-    sft.main([*TUNE, *asked.split(), "--kind=labels"])
+    tune(sft.main, folder / "base", data, folder / "run", "--kind=labels", "--learning_rate=1e-2")
     return folder
 
 
@@ -678,4 +660,4 @@ def test_a_classifier_is_no_language_model_and_labels_are_checked(classifier, tm
         with pytest.raises(ValueError, match=message):
             make_set(tmp_path / f"{len(message)}", classifier / "base", "labels", rows=rows, labels=labels)
     with pytest.raises(ValueError, match="holds --kind=labels, and this stage reads --kind=chat"):
-        sft.main([*TUNE, *f"--data={classifier}/data --init_from={classifier}/base --out_dir={tmp_path}/run".split()])
+        tune(sft.main, classifier / "base", classifier / "data", tmp_path / "run")

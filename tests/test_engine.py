@@ -136,7 +136,7 @@ def test_greedy_text_is_that_of_model_generate(kind):
         for request in many_requests()
     ]
     decoders = [None] if kind == "by definition" else [None, Decoder(model)]
-    for decoder, slots, piece in itertools.product(decoders, (1, 5, 16), (8, 100)):
+    for decoder, (slots, piece) in itertools.product(decoders, ((1, 8), (5, 100), (16, 8))):
         requests = many_requests(temperature=0)
         assert Engine(model, decoder, slots=slots, piece=piece).generate(requests) == expected
         assert all(request.finish_reason == "length" for request in requests)

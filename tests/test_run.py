@@ -75,7 +75,6 @@ def test_a_log_in_bytes_goes_on_in_megabytes(tmp_path):
 
 
 @pytest.mark.draws
-@pytest.mark.draws
 def test_copy_steps_have_a_loss_of_their_own_and_a_shaded_part_of_the_picture(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(Axes, "axvspan", lambda self, *span, **rest: drawn.append((span, rest["label"])))

@@ -193,7 +193,7 @@ def test_train_and_held_out_share_nothing():
 
 
 def test_pretraining_text_holds_the_words_of_both_splits():
-    known = set(words_of("\n".join(text_sample())))
+    known = set(words_of("\n".join(text_sample()[:10_000])))
     assert set(words_of("\n".join(tale.text for tale in some_stories("train", "test")))) <= known
 
 
