@@ -15,8 +15,7 @@ The live rows are always the first of the cache: when a request ends, the last r
 computed without a request, and memory is allocated once: W keys per row are enough for a text of any length.
 
 A request's output does not depend on the others: its row sees only its own keys, and it has its own random numbers, one
-per token. (The shape of a batch may change the last bits of its logits, and so the order of two tokens that are equally
-likely up to these bits.)
+per token. (A batch's shape may change the last bits of its logits, and so which of two equally likely tokens is taken.)
 
 With reuse=True the row of a request that has ended is kept while no other needs it. A prompt that begins with all the
 tokens it has read (a next turn) continues from it: a row is a function of these tokens, also where keys were evicted. A
@@ -198,7 +197,8 @@ class Sampler:
             less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)  # Keskar et al. 2019
             logits = torch.where(self.seen, less, logits)
         if self.temperature is None:
-            tokens = logits.max(dim=-1).indices  # on CPU faster than argmax
+            # On a CPU numpy takes 5 us for 32,768 logits, torch 50.
+            tokens = torch.from_numpy(logits.numpy().argmax(-1)) if logits.is_cpu else logits.argmax(-1)
         else:
             points = [[1 - request.random.random()] for request in self.requests]  # above 0
             wide = torch.float32 if logits.device.type == "mps" else torch.float64

@@ -11,6 +11,7 @@ Why it is fast:
 - onnxruntime starts an operation in 0.4 us, torch in 2 to 5.
 - Most of a layer are operations that onnxruntime has as one, such as attention over the slots in use.
 - The new state is written over the old one, so nothing is copied per token.
+- While no row is full, a form of the graph without the choice of keys runs: of the 20M 238 nodes in place of 302.
 - A product with int8 weights rounds its inputs to int8 too, with a scale for each row and each BLOCK of inputs.
 
 The last point is the one difference from Decoder. In float32 the greedy text is the same; in int8 another token may be
@@ -77,10 +78,11 @@ class Graph:
 
     def store(self, value: Tensor | float | list[int]) -> str:
         """Stores weights, or numbers as float32 or int64 -> their name."""
-        name = self.name()
         if isinstance(value, Tensor):
+            name = f"w{len(self.weights)}"  # the same in both forms of the graph
             self.weights[name] = value.detach().contiguous().numpy()
         else:  # the shapes of other tensors may depend on it
+            name = self.name()
             self.constants.append(numpy_helper.from_array(torch.tensor(value).numpy(), name))
         return name
 
@@ -119,48 +121,51 @@ class Graph:
         return x if scale is None else self.add("Mul", x, scale)
 
 
-class Shared(NamedTuple):
-    """What the layers of one step share, or have been given at once: names, of lists one for each layer."""
+class Weakest(NamedTuple):
+    """Of every layer the key that a full row loses to a stronger one: names, of lists one for each layer."""
 
-    rotary: list[str]  # cos and sin (R, 1, D / 2)
-    position: str  # (R, 1, 1, 1): of the new key
-    slots: str  # (1,): N
     spare: str  # (1,): N - 1
-    at: str  # (R, 1, 1, 1): where GroupQueryAttention puts the new key: the next slot, or the spare one of a full row
-    at32: str  # the same, (R,) int32
-    least: list[str]  # (R, 1, 1, 1): the score of the key that a full row loses to a stronger one. Of others: NEVER
+    least: list[str]  # (R, 1, 1, 1): its score. Of other rows: NEVER
     leaving: list[str]  # (R, 1, 1, 1): its slot; the spare one
     kept: list[str]  # (R, 1, 1, 1): the slot of a new key that is kept
 
 
-def begin_step(graph: Graph, L: int, K: int) -> Shared:
-    """The nodes before the first layer: rotary embedding, and which keys full rows may lose (attention.remember)."""
+class Shared(NamedTuple):
+    """What the layers of one step share: names."""
+
+    rotary: list[str]  # cos and sin (R, 1, D / 2)
+    position: str  # (R, 1, 1, 1): of the new key
+    slots: str  # (1,): N
+    at: str  # (R, 1, 1, 1): where GroupQueryAttention puts the new key: the next slot, or the spare one of a full row
+    at32: str  # the same, (R,) int32
+    weakest: Weakest | None  # None: no row is full
+
+
+def begin_step(graph: Graph, L: int, K: int, evicts: bool) -> Shared:
+    """The nodes before the first layer: positions, and the rotary embedding."""
     add = graph.add
     length = add("Reshape", add("Tile", add("Unsqueeze", "length", [1]), [1, K]), [-1, 1, 1, 1])  # (R, 1, 1, 1)
     angles = add("Mul", add("Reshape", add("Cast", length, to=FLOAT), [-1, 1]), "frequencies")  # (R, D / 2)
-    slots = add("Shape", "s0", start=3)
-    spare = add("Sub", slots, [1])
-    at = add("Min", length, spare)
+    rotary = [add("Unsqueeze", add(name, angles), [1]) for name in ("Cos", "Sin")]
+    at, slots, weakest = length, add("Shape", "s0", start=3), None
+    if evicts:
+        spare = add("Sub", slots, [1])
+        at = add("Min", length, spare)
+        weakest = find_weakest(graph, L, spare, at)
+    at32 = add("Reshape", add("Cast", at, to=INT32), [-1])
+    return Shared(rotary, length, add("Cast", slots, to=INT32), at, at32, weakest)
+
+
+def find_weakest(graph: Graph, L: int, spare: str, at: str) -> Weakest:
+    """The nodes that find which keys full rows may lose (attention.remember)."""
+    add = graph.add
     every = add("Tile", at, [L, 1, 1, 1])  # (L R, 1, 1, 1), as what follows: of all layers at once
     full = add("Equal", every, spare)
     some_full = add("Cast", add("ReduceMax", add("Cast", full, to=INT32), keepdims=0), to=TensorProto.BOOL)
     least, oldest = add("If", some_full, outputs=2, **weakest_branches(graph, L, spare, every))
-
-    def per_layer(x):
-        parts = add("Split", x, axis=0, outputs=L, num_outputs=L)
-        return parts if L > 1 else [parts]
-
-    return Shared(
-        rotary=[add("Unsqueeze", add(name, angles), [1]) for name in ("Cos", "Sin")],
-        position=length,
-        slots=add("Cast", slots, to=INT32),
-        spare=spare,
-        at=at,
-        at32=add("Reshape", add("Cast", at, to=INT32), [-1]),
-        least=per_layer(add("Where", full, least, NEVER)),
-        leaving=per_layer(add("Where", full, oldest, spare)),
-        kept=per_layer(add("Where", full, oldest, every)),
-    )
+    found = [("Where", full, least, NEVER), ("Where", full, oldest, spare), ("Where", full, oldest, every)]
+    parts = (add("Split", add(*node), axis=0, outputs=L, num_outputs=L) for node in found)
+    return Weakest(spare, *(x if L > 1 else [x] for x in parts))
 
 
 def weakest_branches(graph: Graph, L: int, spare: str, every: str) -> dict[str, GraphProto]:
@@ -195,23 +200,25 @@ def attention(graph: Graph, i: int, layer: nn.Module, h: str, shared: Shared, ep
     qk, v = add("Split", heads, [G + 1, 1], axis=1, outputs=2)
     if isinstance(layer.q_norm, RMSNorm):
         weights = torch.cat((layer.q_norm.weight.expand(G, D), layer.k_norm.weight[None]))
-        qk = add("Mul", add("RMSNormalization", qk, torch.ones(D), axis=-1, epsilon=eps), weights)
+        qk = add("RMSNormalization", qk, weights, axis=-1, epsilon=eps)
     qk = add("RotaryEmbedding", add("Reshape", qk, [-1, 1, (G + 1) * D]), *shared.rotary, num_heads=G + 1)
     q, k = add("Split", qk, [G * D, D], axis=2, outputs=2)
-    dt = add("Softplus", add("Gemm", add("Reshape", v, [-1, K * D]), layer.dt_proj.weight, transB=1))  # (B, K)
+    dt = add("Softplus", add("Gemm", h, layer.dt_proj.weight @ layer.v_proj.weight, transB=1))  # (B, K)
     score = add("Reshape", add("Exp", add("Min", add("Mul", dt, layer.A), LARGEST)), [-1, 1, 1, 1])
 
-    # The new key is appended at `at`. Of a full row one key is not seen: the weakest, or the new one if it is weaker.
-    loses = add("Less", score, shared.least[i])
-    new, old = add("Where", loses, NEVER, score), add("Where", loses, shared.least[i], NEVER)
-    slot = add("Where", loses, shared.spare, shared.kept[i])
-    seen = add("ScatterElements", f"s{i}", shared.leaving[i], old, axis=3)
-    seen = add("ScatterElements", seen, shared.at, new, axis=3)
-    inputs = q, k, v, f"k{i}", f"v{i}", shared.at32, shared.slots, "", "", "", seen
+    slot, new, weakest = shared.at, score, shared.weakest
+    if weakest:
+        # The new key is appended at `at`. Of a full row one key is not seen: the weakest, or the new if it is weaker.
+        loses = add("Less", score, weakest.least[i])
+        new, old = add("Where", loses, NEVER, score), add("Where", loses, weakest.least[i], NEVER)
+        slot = add("Where", loses, weakest.spare, weakest.kept[i])
+        seen = add("ScatterElements", f"s{i}", weakest.leaving[i], old, axis=3)
+        seen = add("ScatterElements", seen, shared.at, new, axis=3)
+    new_s = add("ScatterElements", f"s{i}", slot, new, axis=3, outputs=[f"new_s{i}"])
+    add("ScatterElements", f"position{i}", slot, shared.position, axis=3, outputs=[f"new_position{i}"])
+    inputs = q, k, v, f"k{i}", f"v{i}", shared.at32, shared.slots, "", "", "", seen if weakest else new_s
     names = [graph.name(), f"new_k{i}", f"new_v{i}"]
     found, *_ = add("GroupQueryAttention", *inputs, num_heads=G, kv_num_heads=1, outputs=names)
-    add("ScatterElements", f"s{i}", slot, new, axis=3, outputs=[f"new_s{i}"])
-    add("ScatterElements", f"position{i}", slot, shared.position, axis=3, outputs=[f"new_position{i}"])
     return graph.product(add("Reshape", found, [-1, K * G * D]), graph.matrix(layer.o_proj.weight)), slot
 
 
@@ -241,7 +248,7 @@ def feed_forward(graph: Graph, mlp: nn.Module, h: str) -> str:
     return add("Add", y, add("ReduceSum", add("Mul", hidden, up), [1], keepdims=0))
 
 
-def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = False):
+def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = False, evicts: bool = True):
     """The graph as a ModelProto without its weights, and these by name. dtype: of the matrices, float32, float16 or
     int8. vocab_size: tokens that have logits. Raises ValueError for heads that onnxruntime cannot attend with.
 
@@ -256,7 +263,7 @@ def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = 
         raise ValueError(f"ONNX: heads of {D} numbers; onnxruntime takes multiples of 8")
     embedding = graph.matrix(model.embed_tokens.weight[:vocab_size])
     head = embedding if config.tie_word_embeddings else graph.matrix(model.lm_head.weight[:vocab_size])
-    shared, slots = begin_step(graph, L, K), []
+    shared, slots = begin_step(graph, L, K, evicts), []
     x = graph.rows(embedding, "token")
     h = graph.add("RMSNormalization", x, model.layers[0].input_layernorm.weight, axis=-1, epsilon=eps)
 
@@ -272,7 +279,8 @@ def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = 
         slots.append(slot)
         x, h = add_norm(y, x, block.input_residual, block.post_attention_layernorm)
         x, h = add_norm(feed_forward(graph, block.mlp, h), x, block.post_attention_residual, norm)
-    graph.add("Reshape", graph.add("Concat", *slots, axis=0), [L, -1], outputs=["slot"])
+    if evicts:
+        graph.add("Reshape", graph.add("Concat", *slots, axis=0), [L, -1], outputs=["slot"])
     graph.product(h, head, outputs=["logits"])
 
     def tensors(prefix):
@@ -282,7 +290,7 @@ def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = 
 
     info = helper.make_tensor_value_info
     inputs = [info("token", INT64, ["B"]), info("length", INT64, ["B"]), info("frequencies", FLOAT, ["F", D // 2])]
-    outputs = [info("logits", FLOAT, ["B", vocab_size]), info("slot", INT64, [L, "R"])]
+    outputs = [info("logits", FLOAT, ["B", vocab_size])] + [info("slot", INT64, [L, "R"])] * evicts
     proto = helper.make_graph(graph.nodes, "step", inputs + tensors(""), outputs + tensors("new_"), graph.constants)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(proto, opset_imports=opsets, ir_version=11), graph.weights
@@ -314,7 +322,14 @@ class OnnxDecoder:
     def __init__(self, model: Doge, dtype: torch.dtype = torch.float32):
         if model.embed_tokens.weight.device.type != "cpu" or dtype not in (torch.float32, torch.int8):
             raise ValueError("--backend=onnx computes on a CPU: --device=cpu, with --dtype=float32 or int8")
-        proto, weights = step_model(model, dtype, model.config.vocab_size)
+        self.model, self.dtype, self.values, self.cache, self.evicts = model, dtype, {}, None, False
+        self.vocab_size = model.config.vocab_size
+        self.sessions = {False: self.new_session(False)}
+
+    def new_session(self, evicts: bool) -> onnxruntime.InferenceSession:
+        """The graph loaded; both of its forms share the weights."""
+        proto, weights = step_model(self.model, self.dtype, self.vocab_size, evicts=evicts)
+        self.values = self.values or {name: onnxruntime.OrtValue.ortvalue_from_numpy(w) for name, w in weights.items()}
         for name, w in weights.items():  # ONNX files end at 2 GB, so the weights are given as they lie in memory
             kind = helper.np_dtype_to_tensor_dtype(w.dtype)
             tensor = TensorProto(name=name, data_type=kind, dims=w.shape, data_location=TensorProto.EXTERNAL)
@@ -324,32 +339,30 @@ class OnnxDecoder:
         options.intra_op_num_threads = torch.get_num_threads()
         # Threads of onnxruntime that wait for work would take the cores from those of torch, which draw the tokens.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(w) for w in weights.values()]
-        options.add_external_initializers(list(weights), values)
-        self.session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
-        self.weights, self.vocab_size, self.cache = weights, model.config.vocab_size, None
+        options.add_external_initializers(list(self.values), list(self.values.values()))
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options)
 
     def room(self, length: int) -> int:
         return length
 
     def bind(self, cache: Cache) -> None:
-        """Makes the memory of a cache the inputs and outputs of the graph."""
-        self.cache, self.binding, B = cache, self.session.io_binding(), len(cache.length)
-        K, N, D = cache.layers[0].k.shape[1:]
-        self.logits, self.slot = (
-            torch.empty(B, self.vocab_size),
-            torch.empty(len(cache.layers), B * K, dtype=torch.long),
-        )
+        """Makes the memory of a cache the inputs and outputs of the graph, in the form for cache.evicts."""
+        if cache.evicts not in self.sessions:
+            self.sessions[cache.evicts] = self.new_session(cache.evicts)
+        session, (B, K, N, D) = self.sessions[cache.evicts], cache.layers[0].k.shape
+        self.cache, self.evicts, self.binding = cache, cache.evicts, session.io_binding()
+        self.logits = torch.empty(B, self.vocab_size)
+        self.slot = torch.empty(len(cache.layers), B * K, dtype=torch.long)
         frequencies = cache.frequencies.view(-1, D)[:, D // 2 :]
         self.frequencies = frequencies.repeat_interleave(K if len(frequencies) > 1 else 1, dim=0)
         bound = dict(length=cache.length, frequencies=self.frequencies, logits=self.logits, slot=self.slot)
         for i, slots in enumerate(cache.layers):
             for name, x in slots._asdict().items():
                 bound[f"{name}{i}"] = bound[f"new_{name}{i}"] = x.view(B * K, 1, *((N, D) if name in "kv" else (1, N)))
-        for side in (self.binding.bind_input, self.binding.bind_output):
-            names = self.session.get_inputs() if side == self.binding.bind_input else self.session.get_outputs()
-            for name in (x.name for x in names if x.name != "token"):
-                self.bind_tensor(side, name, bound[name])
+        for place in session.get_inputs()[1:]:  # the first is the token
+            self.bind_tensor(self.binding.bind_input, place.name, bound[place.name])
+        for place in session.get_outputs():
+            self.bind_tensor(self.binding.bind_output, place.name, bound[place.name])
 
     def bind_tensor(self, side, name: str, x: Tensor) -> None:
         assert x.is_contiguous(), f"onnxruntime reads the memory of {name} from its beginning on"
@@ -357,16 +370,17 @@ class OnnxDecoder:
 
     @torch.inference_mode()
     def __call__(self, token: Tensor, cache: Cache) -> Tensor:
-        if cache is not self.cache:
+        if cache is not self.cache or cache.evicts != self.evicts:
             self.bind(cache)
         token = token.contiguous()
         self.bind_tensor(self.binding.bind_input, "token", token)
-        self.session.run_with_iobinding(self.binding)
+        self.sessions[self.evicts].run_with_iobinding(self.binding)
         if cache.evicts:  # the keys of full rows are in the last slot
-            for slot, slots in zip(self.slot, cache.layers, strict=True):
-                K, N, _ = slots.k.shape[1:]
-                at, rows = cache.length.clamp(max=N - 1).repeat_interleave(K), torch.arange(len(slot))
-                for x in (slots.k.flatten(0, 1), slots.v.flatten(0, 1)):
-                    x[rows, slot] = x[rows, at]
+            _, K, N, D = cache.layers[0].k.shape
+            begin = torch.arange(0, self.slot.shape[1] * N, N)  # of each row's slots, among those of all rows
+            last = begin + cache.length.clamp(max=N - 1).repeat_interleave(K)
+            for slot, slots in zip(self.slot + begin, cache.layers, strict=True):
+                for x in (slots.k.view(-1, D), slots.v.view(-1, D)):
+                    x.index_copy_(0, slot, x[last])
         cache.length += 1
         return self.logits
