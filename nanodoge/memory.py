@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SLICE = 1024  # positions of a long row that a CPU takes through a block together (other sizes: NOTES.md)
@@ -52,7 +52,15 @@ def outside_graphs(function: Callable) -> Callable:
     return call
 
 
-def run_block(block, x: Tensor, *inputs, last=None, recompute=False, whole=False, size=None):
+def run_block(
+    block: nn.Module,
+    x: Tensor,
+    *inputs,
+    last: Tensor | None = None,
+    recompute: bool = False,
+    whole: bool = False,
+    size: int | None = None,
+) -> tuple[Tensor, Tensor | float]:
     """What block(x, *inputs) of model.py returns, x (B, T, C) -> (B, T, C) and a number, but with `last` (B,) only
     these positions, (B, 1, C): the others are there for their keys.
 
@@ -73,7 +81,9 @@ def run_block(block, x: Tensor, *inputs, last=None, recompute=False, whole=False
     return block.in_slices(x, *inputs, last=last, recompute=beyond, size=size)
 
 
-def in_slices(block, x: Tensor, rotary, padding=None, cache=None, *, last, recompute: bool, size: int):
+def in_slices(
+    block: nn.Module, x: Tensor, rotary, padding=None, cache=None, *, last: Tensor | None, recompute: bool, size: int
+) -> tuple[Tensor, Tensor | float]:
     """The equations of Block, cut before and after attention, which alone needs the whole row."""
     run = recomputed if recompute else lambda function, *inputs: function(*inputs)
 

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import make_checkpoint
 
 from model import Doge, DogeConfig
+from nanodoge import stories
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
+from nanodoge.tokenizer import train_bpe
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnx", reason="onnx is not installed")
@@ -73,6 +76,36 @@ def test_int8_logits_are_near_those_of_float32(name):
     exact = logits(Decoder(model))
     mine, theirs = ((logits(d(model, torch.int8)) - exact).std() / exact.std() for d in (OnnxDecoder, Decoder))
     assert mine < 2 * theirs + 0.01
+
+
+def test_int8_changes_the_held_out_loss_of_a_trained_model_by_less_than_a_thousandth():
+    from nanodoge.onnx_step import OnnxDecoder
+
+    texts = [stories.Story(i, "all").text for i in range(400)]
+    tokenizer = train_bpe(texts, 512)
+    tokens = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
+    rows = tokens[: len(tokens) // 128 * 128].view(-1, 128)
+    learned, held_out = rows[:-32], rows[-32:]
+    torch.manual_seed(0)
+    model = Doge(DogeConfig(**DENSE | dict(vocab_size=512, intermediate_size=128, keep_window_size=128)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(80):
+        batch = learned[torch.arange(8 * step, 8 * step + 8) % len(learned)]
+        model(batch[:, :-1], batch[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def loss(decoder):
+        cache, total = model.new_cache(32, 128), 0.0
+        for i in range(127):
+            cache.used = i + 1
+            total += F.cross_entropy(decoder(held_out[:, i], cache).clone(), held_out[:, i + 1]).item() / 127
+        return total
+
+    frequency = torch.bincount(tokens, minlength=512) / len(tokens)
+    exact = loss(Decoder(model.eval()))
+    assert exact < 0.9 * -torch.xlogy(frequency, frequency).sum()  # more is learned than how often each token occurs
+    assert abs(loss(OnnxDecoder(model, torch.int8)) / exact - 1) < 1e-3
 
 
 def test_the_server_writes_the_same_text(tmp_path):
