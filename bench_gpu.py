@@ -58,9 +58,9 @@ class Trial(NamedTuple):
     timed: bool = True  # nothing may run beside it
 
 
-def plan() -> list[tuple[float, list[Trial]]]:
-    """(share of the minutes, trials) of every experiment."""
-    right, attend, steps, constants, writing = [Trial("limits", gpu.limits)], [], [], [], []
+def checks() -> list[Trial]:
+    """Whether the GPU is right."""
+    right = [Trial("limits", gpu.limits)]
     windows = (1024, 256)  # of texts of 768 tokens: above and below their length
     for way, dtype, W in itertools.product((gpu.chunks, gpu.flex), gpu.RIGHT, windows):
         right.append(Trial(f"right: {way.__name__} {dtype} window {W}", gpu.attention, (way, dtype, W)))
@@ -73,7 +73,12 @@ def plan() -> list[tuple[float, list[Trial]]]:
     texts = [("20m", "float32", "transformers"), *itertools.product(("20m", "20m_moe"), gpu.RIGHT, [""])]
     for model, dtype, how in texts:
         right.append(Trial(f"right: text {model} {dtype} {how}", gpu.text, (model, dtype, how)))
-    right.sort(key=lambda trial: "flex" in trial.name)  # the slow ones last
+    return sorted(right, key=lambda trial: "flex" in trial.name)  # the slow ones last
+
+
+def plan() -> list[tuple[float, list[Trial]]]:
+    """(share of the minutes, trials) of every experiment."""
+    attend, steps, constants, writing = [], [], [], []
     resumed = [Trial(f"right: resume, deterministic={sure}", gpu.resume, (sure,)) for sure in (True, False)]
     resumed.append(Trial("right: first losses", gpu.first_losses, seconds=90))
 
@@ -116,9 +121,7 @@ def plan() -> list[tuple[float, list[Trial]]]:
         options = dict(peer="transformers" * (T == 2048))
         writing.append(Trial(f"prefill 20m {T}", gpu.measured, ("prefill", "20m", T), options))
 
-    eager, compiled = (
-        [trial for trial in right if ("compiled" in trial.name) == is_compiled] for is_compiled in (0, 1)
-    )
+    eager, compiled = ([trial for trial in checks() if ("compiled" in trial.name) == how] for how in (False, True))
     eager += [*map(compile_ahead, (trial for trial in attend if "flex" in trial.name)), *resumed]
     compiled = [*map(compile_ahead, (trial for trial in steps if "compiled" in trial.name)), *compiled]
     beside = [[trial._replace(timed=False) for trial in trials] for trials in (eager, compiled)]

@@ -370,7 +370,7 @@ class ChunkedAttention(torch.autograd.Function):
         return *chunks_gradients(dout, *ctx.saved_tensors, ctx.window, ctx.size), None, None, None
 
 
-@outside_graphs  # a loop over chunks, and a gradient made by autograd within another
+@outside_graphs  # on a GPU its backward pass runs autograd, which the compiler cannot trace
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, s: Tensor, window: int, chunk: int | None):
     """dynamic_mask_attention, all of it in chunks. A CPU computes it in fp32 at least: many have no faster product, and
     rounded to bf16 the logits would be as coarse as 1/16."""

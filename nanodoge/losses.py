@@ -79,8 +79,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             own = y.gather(1, target) - top
             e = torch.sub(y, top, out=exps[: len(piece)]).exp_()
             norm = e.sum(dim=-1, keepdim=True)
+            # Not +=: under the compiler of torch 2.11 that makes every gradient zero.
             total = total + (norm.log() - own).masked_fill(ignored, 0.0).sum()
             if wants_gradient:  # dlogits = e / norm - onehot; instead of it, the shorter rows it multiplies are scaled
+                # Not added into e, which compiled code would then store in fp32, too. At the target e is exp(own).
                 dlogits = e.to(dtype).scatter_(1, target, (own.exp() - norm).to(dtype))
                 scale = norm.reciprocal().masked_fill(ignored, 0.0)
                 dx[i : i + rows] = (dlogits @ matrix) * scale
