@@ -211,7 +211,7 @@ def test_requests_join_and_leave_between_tokens():
         rows.append(len(token))
         return decoder(token, cache)
 
-    count.room, count.compiled = decoder.room, False
+    vars(count).update(room=decoder.room, compiled=False, reads=0, own_threads=False)
     requests = [Request([7 + i], 3 + 5 * (i % 4), 0) for i in range(20)]
     Engine(model, count, slots=4).generate(requests)
     assert sum(rows) == sum(request.max_new_tokens - 1 for request in requests)  # the first comes from the prompt
