@@ -224,6 +224,9 @@ class Decoder:
     decoder(token (B,), cache) -> logits (B, V) fp32, and the cache holds the token. dtype: float32, bfloat16 or int8.
     """
 
+    reads = 0  # the longest prompt that it reads itself, by a method `read`: the model reads all
+    own_threads = False  # it uses those of torch
+
     def __init__(self, model: Doge, dtype: torch.dtype = torch.float32, compile: bool = False):
         config, blocks = model.config, model.layers
         assert config.attention == "fast", "attention by definition has no decoder"

@@ -28,6 +28,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +39,6 @@ from nanodoge.attention import NEVER, Cache, Slots
 from nanodoge.losses import rows_at_once
 
 LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
-BLOCK = 256  # probabilities that are summed at once when a token is drawn
 WORTH = 32  # tokens of a kept row that are worth using: fewer are read sooner, with other prompts, than copied
 
 
@@ -49,8 +49,9 @@ def sample(logits: Tensor, points: Tensor, temperature: Tensor, top_k=None, top_
     Otherwise its logits are divided by the temperature, and of its tokens only these stay: the top_k likeliest (0:
     all), the likeliest whose probabilities first reach top_p (1: all), those at least min_p as likely as the likeliest.
     """
-    greedy, likeliest, V = temperature == 0, logits.max(dim=-1, keepdim=True).indices, logits.shape[-1]
-    logits = logits / temperature.masked_fill(greedy, 1.0)
+    bare, V, greedy = logits, logits.shape[-1], temperature == 0
+    some_greedy = bool(greedy.any())
+    logits = logits / (temperature.masked_fill(greedy, 1.0) if some_greedy else temperature)
     if top_k is not None:
         k = top_k.clamp(max=V)
         least = logits.topk(int(k.max())).values.gather(1, (k - 1).clamp(min=0))
@@ -61,7 +62,8 @@ def sample(logits: Tensor, points: Tensor, temperature: Tensor, top_k=None, top_
         return draw(p if min_p is None else p * (p >= min_p * p.amax(-1, keepdim=True)), points)
 
     if top_p is None:
-        return torch.where(greedy, likeliest, chosen(p))[:, 0]
+        token = chosen(p)
+        return torch.where(greedy, likeliest(bare), token)[:, 0] if some_greedy else token[:, 0]
     cut, size = top_p < 1, min(LIKELY, V)
     values, order = p.topk(size)
     while size < V and bool((cut & (values.sum(-1, keepdim=True) < top_p)).any()):  # a flat distribution: look further
@@ -71,24 +73,25 @@ def sample(logits: Tensor, points: Tensor, temperature: Tensor, top_k=None, top_
     inside[:, 0] = True  # the likeliest itself always stays
     token = order.gather(1, chosen(values * inside))
     token = token if bool(cut.all()) else torch.where(cut, token, chosen(p))
-    return torch.where(greedy, likeliest, token)[:, 0]
+    return torch.where(greedy, likeliest(bare), token)[:, 0] if some_greedy else token[:, 0]
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """(B, 1) int64, of logits (B, V). On a CPU numpy takes 5 us for 32,768 of them, torch 50."""
+    tokens = torch.from_numpy(logits.numpy().argmax(-1)) if logits.is_cpu else logits.argmax(-1)
+    return tokens[:, None]
 
 
 def draw(p: Tensor, points: Tensor) -> Tensor:
     """The index (B, 1) int64 of one of p (B, n) fp32 >= 0, drawn in proportion to them by points (B, 1) in (0, 1].
 
     The cumulative sums of p divide a line, and points[i] of its length lies in the interval of one index. (That is one
-    random number per row; torch.multinomial takes n, and as long as a small model's whole step.) To sum less, first the
-    block of indices is found, then the index. In float64: in float32 thousands of unlikely tokens share the last bit.
+    random number per row; torch.multinomial takes n, and as long as a small model's whole step.) In float64: in float32
+    thousands of unlikely tokens share the last bit.
     """
-    blocks = p.unflatten(1, (-1, BLOCK if p.shape[1] % BLOCK == 0 else p.shape[1]))
-    ends = blocks.sum(-1, dtype=points.dtype).cumsum(-1)
-    point = points * ends[:, -1:]
-    block = torch.searchsorted(ends, point)  # the first whose end is not before the point
-    inner = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=points.dtype)
-    point = point - ends.gather(1, block) + inner[:, -1:]  # counted from where the block begins
-    point = point.clamp(min=torch.finfo(points.dtype).tiny).minimum(inner[:, -1:])  # rounded, it stays in the block
-    return block * blocks.shape[2] + torch.searchsorted(inner, point)
+    ends = p.cumsum(-1, dtype=points.dtype)
+    point = (points * ends[:, -1:]).clamp(min=torch.finfo(points.dtype).tiny)
+    return torch.searchsorted(ends, point)  # the first whose end is not before the point
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, count: int) -> list[tuple[float, list[tuple[int, float]]]]:
@@ -165,6 +168,18 @@ class Request:
         self.finish_reason = self.finish_reason or reason  # last: another thread that sees it finds the text complete
 
 
+@contextmanager
+def one_thread():
+    """Within it torch computes in one thread. For a decoder with threads of its own: after an operation in several
+    threads, those of torch wait for the next by spinning, on the cores that the decoder's need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Sampler:
     """Chooses the next tokens of some requests. It holds their options as tensors, and is made anew when one leaves."""
 
@@ -197,8 +212,7 @@ class Sampler:
             less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)  # Keskar et al. 2019
             logits = torch.where(self.seen, less, logits)
         if self.temperature is None:
-            # On a CPU numpy takes 5 us for 32,768 logits, torch 50.
-            tokens = torch.from_numpy(logits.numpy().argmax(-1)) if logits.is_cpu else logits.argmax(-1)
+            tokens = likeliest(logits)[:, 0]
         else:
             points = [[1 - request.random.random()] for request in self.requests]  # above 0
             wide = torch.float32 if logits.device.type == "mps" else torch.float64
@@ -328,7 +342,8 @@ class Engine:
         else:
             x, _ = self.model.hidden(self.token[:, None], None, self.batch)
             logits = F.linear(x[:, 0], self.model.output_weight)
-        self.token = self.sampler(logits)
+        with one_thread() if self.decoder and self.decoder.own_threads else nullcontext():
+            self.token = self.sampler(logits)
         return self.give(self.live[:], self.token.tolist())
 
     def read(self, requests: list[Request], row: int, start: int) -> Tensor:
@@ -346,6 +361,9 @@ class Engine:
         for slots in cache.layers if start == 0 else ():
             slots.s.fill_(NEVER), slots.position.fill_(-1)
         echo = any(request.echo for request in requests)
+        if self.decoder and T <= self.decoder.reads and start + T <= self.cache.window and not echo:
+            each = enumerate(pieces, row)
+            return torch.cat([self.decoder.read(torch.tensor(ids), self.rows(i, 1, self.decoder)) for i, ids in each])
         x, _ = self.model.hidden(tokens, lengths, cache, None if echo else lengths - 1)
         if echo:
             for i in (i for i, request in enumerate(requests) if request.echo):

@@ -51,18 +51,20 @@ FUSED = {"SkipSimplifiedLayerNormalization", "GroupQueryAttention", "MatMulNBits
 class Matrix(NamedTuple):
     """A matrix of weights (out, in) in a graph."""
 
+    name: str
     inputs: int
-    values: str  # name of: (out, in) fp32, fp16 or int8; for MatMulNBits uint8 (out, blocks, block), with 128 for 0
+    values: np.ndarray  # (out, in) fp32, fp16 or int8; for MatMulNBits uint8 (out, blocks, block), with 128 for 0
     scale: Tensor | None = None  # of int8: (out, 1) fp32
     block: int = 0  # of MatMulNBits
 
 
 class Graph:
     """Nodes and weights of an ONNX graph. expand: int8 becomes float32 when the graph is loaded, for runtimes whose
-    int8 product is slower (in a browser by ten times)."""
+    int8 product is slower (in a browser by ten times). matrices: those of another form of the graph, or {}."""
 
-    def __init__(self, dtype: torch.dtype, expand: bool):
-        self.dtype, self.expand, self.nodes, self.constants, self.weights, self.names = dtype, expand, [], [], {}, 0
+    def __init__(self, dtype: torch.dtype, expand: bool, matrices: dict[str, Matrix]):
+        self.dtype, self.expand, self.matrices = dtype, expand, matrices
+        self.nodes, self.constants, self.weights, self.names = [], [], {}, 0
 
     def name(self) -> str:
         self.names += 1
@@ -79,7 +81,7 @@ class Graph:
     def store(self, value: Tensor | float | list[int]) -> str:
         """Stores weights, or numbers as float32 or int64 -> their name."""
         if isinstance(value, Tensor):
-            name = f"w{len(self.weights)}"  # the same in both forms of the graph
+            name = f"w{len(self.weights)}"  # the same in all forms of the graph
             self.weights[name] = value.detach().contiguous().numpy()
         else:  # the shapes of other tensors may depend on it
             name = self.name()
@@ -88,30 +90,36 @@ class Graph:
 
     def matrix(self, *weights: Tensor) -> Matrix:
         """The rows of all weights (out, in), one after another."""
-        weight = torch.cat([w.detach().float() for w in weights])
+        name = f"w{len(self.weights)}"
+        if name not in self.matrices:
+            self.matrices[name] = self.pack(name, torch.cat([w.detach().float() for w in weights]))
+        self.weights[name] = self.matrices[name].values
+        return self.matrices[name]
+
+    def pack(self, name: str, weight: Tensor) -> Matrix:
         inputs = weight.shape[1]
         block = math.gcd(inputs, BLOCK)
         if self.dtype != torch.int8 or block < LEAST_BLOCK:
             dtype = torch.float32 if self.dtype == torch.int8 else self.dtype
-            return Matrix(inputs, self.store(weight.to(dtype)))
+            return Matrix(name, inputs, weight.to(dtype).numpy())
         values, scale = quantise({"w": weight}).values()
         if self.expand:
-            return Matrix(inputs, self.store(values), scale[:, None])
+            return Matrix(name, inputs, values.numpy(), scale[:, None])
         values = (values.int() + 128).to(torch.uint8).unflatten(1, (-1, block))
-        return Matrix(inputs, self.store(values), scale[:, None], block)
+        return Matrix(name, inputs, values.numpy(), scale[:, None], block)
 
     def product(self, x: str, matrix: Matrix, outputs: int | list[str] = 1) -> str:
         """x (n, in) fp32 -> (n, out)."""
         if not matrix.block:
-            return self.add("Gemm", x, self.floats(matrix, matrix.values, matrix.scale), transB=1, outputs=outputs)
+            return self.add("Gemm", x, self.floats(matrix, matrix.name, matrix.scale), transB=1, outputs=outputs)
         scale = matrix.scale.repeat(1, matrix.inputs // matrix.block)
         sizes = dict(K=matrix.inputs, N=len(scale), bits=8, block_size=matrix.block, accuracy_level=4)  # 4: x as int8
-        return self.add("MatMulNBits", x, matrix.values, scale, **sizes, outputs=outputs)
+        return self.add("MatMulNBits", x, matrix.name, scale, **sizes, outputs=outputs)
 
     def rows(self, matrix: Matrix, index: str) -> str:
         """index (n,) -> (n, in) fp32."""
         scale = None if matrix.scale is None else self.add("Gather", matrix.scale, index)
-        return self.floats(matrix, self.add("Gather", matrix.values, index), scale)
+        return self.floats(matrix, self.add("Gather", matrix.name, index), scale)
 
     def floats(self, matrix: Matrix, values: str, scale: str | Tensor | None) -> str:
         """All rows or some as fp32, from their values and scales."""
@@ -130,15 +138,24 @@ class Weakest(NamedTuple):
     kept: list[str]  # (R, 1, 1, 1): the slot of a new key that is kept
 
 
-class Shared(NamedTuple):
-    """What the layers of one step share: names."""
+class Prompt(NamedTuple):
+    """What is the same in all layers of the form that reads a prompt of T tokens: names."""
 
-    rotary: list[str]  # cos and sin (R, 1, D / 2)
-    position: str  # (R, 1, 1, 1): of the new key
-    slots: str  # (1,): N
-    at: str  # (R, 1, 1, 1): where GroupQueryAttention puts the new key: the next slot, or the spare one of a full row
-    at32: str  # the same, (R,) int32
-    weakest: Weakest | None  # None: no row is full
+    used: str  # (1,): slots in use
+    each: str  # (4,): the shape K, G, T, used
+    joined: str  # (4,): 1, K G, T, used
+
+
+class Shared(NamedTuple):
+    """What the layers of one step share: names. T > 1 only in the form that reads a prompt."""
+
+    rotary: list[str]  # cos and sin (R, 1, D / 2); of a prompt (1, T, D / 2)
+    position: str  # (R, 1, 1, T): of the new keys
+    slots: str  # (1,) int32: N; of a prompt the slots in use
+    at: str  # (R, 1, 1, T): where GroupQueryAttention puts the new keys: the next slots, or the spare one of a full row
+    at32: str  # (R,) int32: the last of these
+    weakest: Weakest | None = None  # None: no row is full
+    prompt: Prompt | None = None
 
 
 def begin_step(graph: Graph, L: int, K: int, evicts: bool) -> Shared:
@@ -154,6 +171,18 @@ def begin_step(graph: Graph, L: int, K: int, evicts: bool) -> Shared:
         weakest = find_weakest(graph, L, spare, at)
     at32 = add("Reshape", add("Cast", at, to=INT32), [-1])
     return Shared(rotary, length, add("Cast", slots, to=INT32), at, at32, weakest)
+
+
+def begin_prompt(graph: Graph, K: int, G: int) -> Shared:
+    """The nodes before the first layer of the form that reads a prompt, whose row has a free slot for every token."""
+    add = graph.add
+    angles = add("Mul", add("Reshape", add("Cast", "position", to=FLOAT), [1, -1, 1]), "frequencies")  # (1, T, D / 2)
+    places = add("Tile", add("Reshape", "position", [1, 1, 1, -1]), [K, 1, 1, 1])
+    last = add("Gather", "position", [-1])
+    used, T = add("Add", last, [1]), add("Shape", "position")
+    prompt = Prompt(used, *(add("Concat", sizes, T, used, axis=0) for sizes in ([K, G], [1, K * G])))
+    last, slots = (add("Cast", x, to=INT32) for x in (last, used))
+    return Shared([add(name, angles) for name in ("Cos", "Sin")], places, slots, places, last, None, prompt)
 
 
 def find_weakest(graph: Graph, L: int, spare: str, at: str) -> Weakest:
@@ -192,19 +221,28 @@ def weakest_branches(graph: Graph, L: int, spare: str, every: str) -> dict[str, 
 
 
 def attention(graph: Graph, i: int, layer: nn.Module, h: str, shared: Shared, eps: float) -> tuple[str, str]:
-    """The nodes of DynamicMaskAttention for one token: h (B, C) -> (B, C), and the slot (R, 1, 1, 1) of the new key."""
-    add, K, D = graph.add, len(layer.A), layer.head_dim
-    G = layer.q_proj.out_features // (K * D)
+    """The nodes of DynamicMaskAttention: h (n, C) -> (n, C), and the slots (R, 1, 1, T) of the new keys. For
+    GroupQueryAttention n rows with one token each are R rows with one key/value head; a prompt is one row with K."""
+    add, K, D, prompt = graph.add, len(layer.A), layer.head_dim, shared.prompt
+    G, heads = layer.q_proj.out_features // (K * D), K if prompt else 1
     qkv = torch.cat([x.weight.unflatten(0, (K, -1)) for x in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=1)
-    heads = add("Reshape", graph.product(h, graph.matrix(*qkv)), [-1, G + 2, D])  # (R, G + 2, D)
-    qk, v = add("Split", heads, [G + 1, 1], axis=1, outputs=2)
+    qkv = add("Reshape", graph.product(h, graph.matrix(*qkv)), [-1, *[K] * bool(prompt), G + 2, D])
+    qk, v = add("Split", qkv, [G + 1, 1], axis=-2, outputs=2)
     if isinstance(layer.q_norm, RMSNorm):
         weights = torch.cat((layer.q_norm.weight.expand(G, D), layer.k_norm.weight[None]))
         qk = add("RMSNormalization", qk, weights, axis=-1, epsilon=eps)
-    qk = add("RotaryEmbedding", add("Reshape", qk, [-1, 1, (G + 1) * D]), *shared.rotary, num_heads=G + 1)
-    q, k = add("Split", qk, [G * D, D], axis=2, outputs=2)
-    dt = add("Softplus", add("Gemm", h, layer.dt_proj.weight @ layer.v_proj.weight, transB=1))  # (B, K)
-    score = add("Reshape", add("Exp", add("Min", add("Mul", dt, layer.A), LARGEST)), [-1, 1, 1, 1])
+    width = heads * (G + 1)
+    qk = add("Reshape", qk, [1, -1, width * D] if prompt else [-1, 1, width * D])
+    qk = add("RotaryEmbedding", qk, *shared.rotary, num_heads=width)
+    dt = add("Softplus", add("Gemm", h, layer.dt_proj.weight @ layer.v_proj.weight, transB=1))  # (n, K)
+    score = add("Exp", add("Min", add("Mul", dt, layer.A), LARGEST))
+    if prompt:
+        q, k = add("Split", add("Reshape", qk, [-1, K, G + 1, D]), [G, 1], axis=2, outputs=2)
+        q, k, v = (add("Reshape", x, [1, -1, K * n * D]) for x, n in ((q, G), (k, 1), (v, 1)))
+        score = add("Reshape", add("Transpose", score, perm=[1, 0]), [K, 1, 1, -1])
+    else:
+        q, k = add("Split", qk, [G * D, D], axis=2, outputs=2)
+        score = add("Reshape", score, [-1, 1, 1, 1])
 
     slot, new, weakest = shared.at, score, shared.weakest
     if weakest:
@@ -216,9 +254,13 @@ def attention(graph: Graph, i: int, layer: nn.Module, h: str, shared: Shared, ep
         seen = add("ScatterElements", seen, shared.at, new, axis=3)
     new_s = add("ScatterElements", f"s{i}", slot, new, axis=3, outputs=[f"new_s{i}"])
     add("ScatterElements", f"position{i}", slot, shared.position, axis=3, outputs=[f"new_position{i}"])
-    inputs = q, k, v, f"k{i}", f"v{i}", shared.at32, shared.slots, "", "", "", seen if weakest else new_s
+    bias = seen if weakest else new_s
+    if prompt:  # for every query the scores of the slots in use; the causal mask is GroupQueryAttention's
+        bias = add("Expand", add("Slice", new_s, [0], prompt.used, [3]), prompt.each)
+        bias = add("Reshape", bias, prompt.joined)
+    inputs = q, k, v, f"k{i}", f"v{i}", shared.at32, shared.slots, "", "", "", bias
     names = [graph.name(), f"new_k{i}", f"new_v{i}"]
-    found, *_ = add("GroupQueryAttention", *inputs, num_heads=G, kv_num_heads=1, outputs=names)
+    found, *_ = add("GroupQueryAttention", *inputs, num_heads=heads * G, kv_num_heads=heads, outputs=names)
     return graph.product(add("Reshape", found, [-1, K * G * D]), graph.matrix(layer.o_proj.weight)), slot
 
 
@@ -248,7 +290,9 @@ def feed_forward(graph: Graph, mlp: nn.Module, h: str) -> str:
     return add("Add", y, add("ReduceSum", add("Mul", hidden, up), [1], keepdims=0))
 
 
-def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = False, evicts: bool = True):
+def step_model(
+    model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = False, form: str = "evicts", matrices=None
+):
     """The graph as a ModelProto without its weights, and these by name. dtype: of the matrices, float32, float16 or
     int8. vocab_size: tokens that have logits. Raises ValueError for heads that onnxruntime cannot attend with.
 
@@ -256,14 +300,20 @@ def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = 
     each layer k, v (R, 1, N, D), s and position (R, 1, 1, N). There must be a free slot beside the spare one, or W + 1
     slots. Outputs: logits (B, V), new_k ... of each layer, and slot (L, R). The new key of a full row is in the last
     slot of new_k and new_v: the caller copies it from there to `slot`.
+
+    form "evicts": this; "free": no row is full, and there is no output `slot`; "prompt": one row is not full, its
+    tokens are token (T,), their places position (T,), and the logits (1, V) are those after the last; k and v are
+    (1, K, N, D). matrices: the weights of one form, which another need not make again.
     """
-    config, graph = model.config, Graph(dtype, expand)
+    config, graph = model.config, Graph(dtype, expand, {} if matrices is None else matrices)
+    evicts, is_prompt = form == "evicts", form == "prompt"
     L, K, D, eps = config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.rms_norm_eps
     if D % 8:
         raise ValueError(f"ONNX: heads of {D} numbers; onnxruntime takes multiples of 8")
     embedding = graph.matrix(model.embed_tokens.weight[:vocab_size])
     head = embedding if config.tie_word_embeddings else graph.matrix(model.lm_head.weight[:vocab_size])
-    shared, slots = begin_step(graph, L, K, evicts), []
+    G, slots = config.num_attention_heads // K, []
+    shared = begin_prompt(graph, K, G) if is_prompt else begin_step(graph, L, K, evicts)
     x = graph.rows(embedding, "token")
     h = graph.add("RMSNormalization", x, model.layers[0].input_layernorm.weight, axis=-1, epsilon=eps)
 
@@ -281,15 +331,17 @@ def step_model(model: Doge, dtype: torch.dtype, vocab_size: int, expand: bool = 
         x, h = add_norm(feed_forward(graph, block.mlp, h), x, block.post_attention_residual, norm)
     if evicts:
         graph.add("Reshape", graph.add("Concat", *slots, axis=0), [L, -1], outputs=["slot"])
-    graph.product(h, head, outputs=["logits"])
+    graph.product(graph.add("Gather", h, [-1]) if is_prompt else h, head, outputs=["logits"])
 
     def tensors(prefix):
-        kinds = dict(k=(FLOAT, ["R", 1, "N", D]), v=(FLOAT, ["R", 1, "N", D]))
+        keys = FLOAT, [1, K, "N", D] if is_prompt else ["R", 1, "N", D]
+        kinds = dict(k=keys, v=keys)
         kinds |= dict(s=(FLOAT, ["R", 1, 1, "N"]), position=(INT64, ["R", 1, 1, "N"]))
         return [info(f"{prefix}{name}{i}", *kind) for i in range(L) for name, kind in kinds.items()]
 
     info = helper.make_tensor_value_info
-    inputs = [info("token", INT64, ["B"]), info("length", INT64, ["B"]), info("frequencies", FLOAT, ["F", D // 2])]
+    place = info("position", INT64, ["T"]) if is_prompt else info("length", INT64, ["B"])
+    inputs = [info("token", INT64, [place.name[0]]), place, info("frequencies", FLOAT, ["F", D // 2])]
     outputs = [info("logits", FLOAT, ["B", vocab_size])] + [info("slot", INT64, [L, "R"])] * evicts
     proto = helper.make_graph(graph.nodes, "step", inputs + tensors(""), outputs + tensors("new_"), graph.constants)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
@@ -317,19 +369,25 @@ class OnnxDecoder:
     float32 or int8.
     """
 
-    compiled = False
+    compiled, own_threads = False, True
+    reads = 256  # tokens of a prompt that it reads faster than the model: of 32 in 0.3 of the time, of 256 in 0.8
 
     def __init__(self, model: Doge, dtype: torch.dtype = torch.float32):
         if model.embed_tokens.weight.device.type != "cpu" or dtype not in (torch.float32, torch.int8):
             raise ValueError("--backend=onnx computes on a CPU: --device=cpu, with --dtype=float32 or int8")
-        self.model, self.dtype, self.values, self.cache, self.evicts = model, dtype, {}, None, False
+        self.model, self.dtype, self.sessions = model, dtype, {}
+        self.matrices, self.values = {}, {}  # of all forms of the graph
+        if dtype == torch.float32:  # the form for prompts would be one more copy of the weights
+            self.reads = 0
         self.vocab_size = model.config.vocab_size
-        self.sessions = {False: self.new_session(False)}
+        self.bound = None, ""  # the cache and the form of the step that `binding` is of
+        self.session("free")
 
-    def new_session(self, evicts: bool) -> onnxruntime.InferenceSession:
-        """The graph loaded; both of its forms share the weights."""
-        proto, weights = step_model(self.model, self.dtype, self.vocab_size, evicts=evicts)
-        self.values = self.values or {name: onnxruntime.OrtValue.ortvalue_from_numpy(w) for name, w in weights.items()}
+    def session(self, form: str) -> onnxruntime.InferenceSession:
+        """A form of the graph (see step_model), loaded at the first call. All share the weights."""
+        if form in self.sessions:
+            return self.sessions[form]
+        proto, weights = step_model(self.model, self.dtype, self.vocab_size, form=form, matrices=self.matrices)
         for name, w in weights.items():  # ONNX files end at 2 GB, so the weights are given as they lie in memory
             kind = helper.np_dtype_to_tensor_dtype(w.dtype)
             tensor = TensorProto(name=name, data_type=kind, dims=w.shape, data_location=TensorProto.EXTERNAL)
@@ -339,48 +397,58 @@ class OnnxDecoder:
         options.intra_op_num_threads = torch.get_num_threads()
         # Threads of onnxruntime that wait for work would take the cores from those of torch, which draw the tokens.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.values = self.values or {name: onnxruntime.OrtValue.ortvalue_from_numpy(w) for name, w in weights.items()}
         options.add_external_initializers(list(self.values), list(self.values.values()))
-        return onnxruntime.InferenceSession(proto.SerializeToString(), options)
+        self.sessions[form] = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+        return self.sessions[form]
 
     def room(self, length: int) -> int:
         return length
 
-    def bind(self, cache: Cache) -> None:
-        """Makes the memory of a cache the inputs and outputs of the graph, in the form for cache.evicts."""
-        if cache.evicts not in self.sessions:
-            self.sessions[cache.evicts] = self.new_session(cache.evicts)
-        session, (B, K, N, D) = self.sessions[cache.evicts], cache.layers[0].k.shape
-        self.cache, self.evicts, self.binding = cache, cache.evicts, session.io_binding()
-        self.logits = torch.empty(B, self.vocab_size)
-        self.slot = torch.empty(len(cache.layers), B * K, dtype=torch.long)
+    def bind(self, form: str, cache: Cache, **tensors: Tensor) -> tuple[onnxruntime.IOBinding, dict[str, Tensor]]:
+        """Makes these tensors and the memory of a cache the inputs and outputs of a form of the graph -> the binding,
+        and all of its tensors by name."""
+        session, (B, K, N, D) = self.session(form), cache.layers[0].k.shape
         frequencies = cache.frequencies.view(-1, D)[:, D // 2 :]
-        self.frequencies = frequencies.repeat_interleave(K if len(frequencies) > 1 else 1, dim=0)
-        bound = dict(length=cache.length, frequencies=self.frequencies, logits=self.logits, slot=self.slot)
+        tensors["frequencies"] = frequencies.repeat_interleave(K if len(frequencies) > 1 else 1, dim=0)
+        tensors["logits"] = torch.empty(B, self.vocab_size)
+        tensors["slot"] = torch.empty(len(cache.layers), B * K, dtype=torch.long)
+        heads = (1, K) if form == "prompt" else (B * K, 1)
         for i, slots in enumerate(cache.layers):
             for name, x in slots._asdict().items():
-                bound[f"{name}{i}"] = bound[f"new_{name}{i}"] = x.view(B * K, 1, *((N, D) if name in "kv" else (1, N)))
-        for place in session.get_inputs()[1:]:  # the first is the token
-            self.bind_tensor(self.binding.bind_input, place.name, bound[place.name])
-        for place in session.get_outputs():
-            self.bind_tensor(self.binding.bind_output, place.name, bound[place.name])
+                x = x.view(*heads, N, D) if name in "kv" else x.view(B * K, 1, 1, N)
+                tensors[f"{name}{i}"] = tensors[f"new_{name}{i}"] = x
+        binding = session.io_binding()
+        for places, side in ((session.get_inputs(), binding.bind_input), (session.get_outputs(), binding.bind_output)):
+            for name in (place.name for place in places):
+                x = tensors[name]
+                assert x.is_contiguous(), f"onnxruntime reads the memory of {name} from its beginning on"
+                side(name, "cpu", 0, np.float32 if x.dtype == torch.float32 else np.int64, x.shape, x.data_ptr())
+        return binding, tensors
 
-    def bind_tensor(self, side, name: str, x: Tensor) -> None:
-        assert x.is_contiguous(), f"onnxruntime reads the memory of {name} from its beginning on"
-        side(name, "cpu", 0, np.float32 if x.dtype == torch.float32 else np.int64, x.shape, x.data_ptr())
+    @torch.inference_mode()
+    def read(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Adds tokens (T,) to a cache of one row that has a free slot for each -> the logits (1, V) after the last."""
+        position = cache.length + torch.arange(len(tokens))
+        binding, tensors = self.bind("prompt", cache, token=tokens, position=position)
+        self.session("prompt").run_with_iobinding(binding)
+        cache.length += len(tokens)
+        return tensors["logits"]
 
     @torch.inference_mode()
     def __call__(self, token: Tensor, cache: Cache) -> Tensor:
-        if cache is not self.cache or cache.evicts != self.evicts:
-            self.bind(cache)
-        token = token.contiguous()
-        self.bind_tensor(self.binding.bind_input, "token", token)
-        self.sessions[self.evicts].run_with_iobinding(self.binding)
+        form = "evicts" if cache.evicts else "free"
+        if self.bound != (cache, form):
+            self.bound = cache, form
+            self.binding, self.tensors = self.bind(form, cache, token=torch.empty_like(token), length=cache.length)
+        self.tensors["token"].copy_(token)
+        self.session(form).run_with_iobinding(self.binding)
         if cache.evicts:  # the keys of full rows are in the last slot
             _, K, N, D = cache.layers[0].k.shape
-            begin = torch.arange(0, self.slot.shape[1] * N, N)  # of each row's slots, among those of all rows
+            begin = torch.arange(0, len(token) * K * N, N)  # of each row's slots, among those of all rows
             last = begin + cache.length.clamp(max=N - 1).repeat_interleave(K)
-            for slot, slots in zip(self.slot + begin, cache.layers, strict=True):
+            for slot, slots in zip(self.tensors["slot"] + begin, cache.layers, strict=True):
                 for x in (slots.k.view(-1, D), slots.v.view(-1, D)):
                     x.index_copy_(0, slot, x[last])
         cache.length += 1
-        return self.logits
+        return self.tensors["logits"]

@@ -58,6 +58,46 @@ def test_tokens_may_be_a_column_of_a_table():
         assert torch.equal(first, step(tokens[:, i].contiguous(), by_row))
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_prompt_read_at_once_leaves_what_the_model_leaves(name):
+    """In two pieces, into one row of a cache with others: its logits, its keys, and nothing in the other rows."""
+    from nanodoge.onnx_step import OnnxDecoder
+
+    model, ids = make(name), [5, 9, 5, 200, 17, 3, 88]  # 7 of a window of 8
+    theirs, all_rows = model.new_cache(1, 20), Engine(model, slots=2)
+    all_rows.allocate(20)
+    decoder = OnnxDecoder(model)
+    mine = all_rows.rows(1, 1, decoder)
+    with torch.inference_mode():
+        x, _ = model.hidden(torch.tensor([ids]), None, theirs)
+        expected = F.linear(x[:, -1], model.output_weight)
+    decoder.read(torch.tensor(ids[:4]), mine)
+    torch.testing.assert_close(decoder.read(torch.tensor(ids[4:]), mine), expected)
+    assert mine.length.item() == all_rows.cache.length[1] == len(ids) and all_rows.cache.length[0] == 0
+    for ours, reference, every in zip(mine.layers, theirs.layers, all_rows.cache.layers, strict=True):
+        for name, x in ours._asdict().items():
+            torch.testing.assert_close(x[:, :, : len(ids)], getattr(reference, name)[:, :, : len(ids)])
+        assert not every.k[0].any() and (every.position[0] == -1).all()
+
+
+def test_the_engine_has_short_prompts_read_in_int8_unless_keys_have_to_leave(monkeypatch):
+    """Prompts of 3, 8 and 9 tokens, of which 9 are more than the window; in float32 none."""
+    from nanodoge.onnx_step import OnnxDecoder
+
+    read, model = [], make("dense")
+    whole = OnnxDecoder.read
+    monkeypatch.setattr(OnnxDecoder, "read", lambda self, ids, cache: read.append(len(ids)) or whole(self, ids, cache))
+    for dtype, expected in ((torch.float32, []), (torch.int8, [3, 8])):
+        engine = Engine(model, OnnxDecoder(model, dtype), slots=2)
+        for n in (3, 8, 9):
+            [text] = engine.generate([Request(list(range(n)), 12, temperature=0)])
+            assert len(text) == 12
+        assert read == expected
+    both = [Request([7] * n, 5, temperature=0) for n in (4, 6)]
+    alone = [engine.generate([Request([7] * n, 5, temperature=0)])[0] for n in (4, 6)]
+    assert engine.generate(both) == alone  # whether or not it is read beside another
+
+
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_int8_logits_are_near_those_of_float32(name):
     """As near as those of torch's int8, whose inputs are not rounded, within a factor of two."""
