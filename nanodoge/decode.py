@@ -86,6 +86,18 @@ def without_onednn():
         torch.backends.mkldnn.enabled = before
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Within it torch computes in one thread: after an operation in several, its threads wait for the next by spinning,
+    on the cores that a decoder with threads of its own needs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def materialise(x: Tensor) -> Tensor:
     """x, which the compiler then stores instead of computing it again in each round of the loop that needs it."""
     return x.as_strided(x.shape, x.stride())
@@ -225,7 +237,7 @@ class Decoder:
     """
 
     reads = 0  # the longest prompt that it reads itself, by a method `read`: the model reads all
-    own_threads = False  # it uses those of torch
+    sampling = contextlib.nullcontext  # in which the engine chooses tokens
 
     def __init__(self, model: Doge, dtype: torch.dtype = torch.float32, compile: bool = False):
         config, blocks = model.config, model.layers

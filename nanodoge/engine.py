@@ -28,9 +28,10 @@ import math
 import random
 from collections import deque
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +39,7 @@ from torch import Tensor
 from nanodoge.attention import NEVER, Cache, Slots
 from nanodoge.losses import rows_at_once
 
-LIKELY = 256  # top_p looks at this many tokens first: sorting 32,768 takes longer than a small model's whole step
+LIKELY = 256  # top_p looks at so many tokens first: sorting 32,768 takes as long as a small model's whole step
 WORTH = 32  # tokens of a kept row that are worth using: fewer are read sooner, with other prompts, than copied
 
 
@@ -49,31 +50,22 @@ def sample(logits: Tensor, points: Tensor, temperature: Tensor, top_k=None, top_
     Otherwise its logits are divided by the temperature, and of its tokens only these stay: the top_k likeliest (0:
     all), the likeliest whose probabilities first reach top_p (1: all), those at least min_p as likely as the likeliest.
     """
-    bare, V, greedy = logits, logits.shape[-1], temperature == 0
-    some_greedy = bool(greedy.any())
-    logits = logits / (temperature.masked_fill(greedy, 1.0) if some_greedy else temperature)
+    greedy, bare, V = temperature == 0, logits, logits.shape[-1]
+    logits = logits / temperature.masked_fill(greedy, 1.0)
     if top_k is not None:
         k = top_k.clamp(max=V)
         least = logits.topk(int(k.max())).values.gather(1, (k - 1).clamp(min=0))
         logits = logits.masked_fill((logits < least) & (k > 0), -math.inf)
     p = logits.softmax(-1)
-
-    def chosen(p):
-        return draw(p if min_p is None else p * (p >= min_p * p.amax(-1, keepdim=True)), points)
-
-    if top_p is None:
-        token = chosen(p)
-        return torch.where(greedy, likeliest(bare), token)[:, 0] if some_greedy else token[:, 0]
-    cut, size = top_p < 1, min(LIKELY, V)
-    values, order = p.topk(size)
-    while size < V and bool((cut & (values.sum(-1, keepdim=True) < top_p)).any()):  # a flat distribution: look further
-        size = min(16 * size, V)
-        values, order = p.topk(size)
-    inside = values.cumsum(-1) - values < top_p
-    inside[:, 0] = True  # the likeliest itself always stays
-    token = order.gather(1, chosen(values * inside))
-    token = token if bool(cut.all()) else torch.where(cut, token, chosen(p))
-    return torch.where(greedy, likeliest(bare), token)[:, 0] if some_greedy else token[:, 0]
+    least = 0.0 if min_p is None else min_p * p.amax(-1, keepdim=True)
+    if top_p is not None:
+        values = p.topk(min(LIKELY, V)).values
+        if bool(((top_p < 1) & (values.sum(-1, keepdim=True) < top_p)).any()):  # a flat distribution: look at all
+            values = torch.from_numpy(-np.sort(-p.numpy())) if p.is_cpu else p.sort(descending=True).values
+        inside = (values.cumsum(-1) - values < top_p).sum(-1, keepdim=True).clamp(min=1)  # the likeliest always stays
+        least = values.gather(1, inside - 1).masked_fill(top_p == 1, 0.0).clamp(min=least)
+    token = draw(p if top_p is None and min_p is None else p * (p >= least), points)
+    return torch.where(greedy, likeliest(bare), token)[:, 0] if bool(greedy.any()) else token[:, 0]
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -166,18 +158,6 @@ class Request:
         if self.text:
             self.text.feed(None)
         self.finish_reason = self.finish_reason or reason  # last: another thread that sees it finds the text complete
-
-
-@contextmanager
-def one_thread():
-    """Within it torch computes in one thread. For a decoder with threads of its own: after an operation in several
-    threads, those of torch wait for the next by spinning, on the cores that the decoder's need."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Sampler:
@@ -342,7 +322,7 @@ class Engine:
         else:
             x, _ = self.model.hidden(self.token[:, None], None, self.batch)
             logits = F.linear(x[:, 0], self.model.output_weight)
-        with one_thread() if self.decoder and self.decoder.own_threads else nullcontext():
+        with self.decoder.sampling() if self.decoder else nullcontext():
             self.token = self.sampler(logits)
         return self.give(self.live[:], self.token.tolist())
 

@@ -12,6 +12,7 @@ Why it is fast:
 - Most of a layer are operations that onnxruntime has as one, such as attention over the slots in use.
 - The new state is written over the old one, so nothing is copied per token.
 - While no row is full, a form of the graph without the choice of keys runs: of the 20M 238 nodes in place of 302.
+- A third form reads the tokens of a short prompt together.
 - A product with int8 weights rounds its inputs to int8 too, with a scale for each row and each BLOCK of inputs.
 
 The last point is the one difference from Decoder. In float32 the greedy text is the same; in int8 another token may be
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from model import CDMoE, Doge, RMSNorm, rotary_frequencies
 from nanodoge.attention import LARGEST, NEVER, Cache
+from nanodoge.decode import one_thread
 from nanodoge.layouts import quantise
 
 try:
@@ -138,24 +140,17 @@ class Weakest(NamedTuple):
     kept: list[str]  # (R, 1, 1, 1): the slot of a new key that is kept
 
 
-class Prompt(NamedTuple):
-    """What is the same in all layers of the form that reads a prompt of T tokens: names."""
-
-    used: str  # (1,): slots in use
-    each: str  # (4,): the shape K, G, T, used
-    joined: str  # (4,): 1, K G, T, used
-
-
 class Shared(NamedTuple):
-    """What the layers of one step share: names. T > 1 only in the form that reads a prompt."""
+    """What the layers of one step share: names. T = 1 but in the form that reads a prompt."""
 
     rotary: list[str]  # cos and sin (R, 1, D / 2); of a prompt (1, T, D / 2)
     position: str  # (R, 1, 1, T): of the new keys
-    slots: str  # (1,) int32: N; of a prompt the slots in use
+    slots: str  # (1,) int32: N; of a prompt those in use
     at: str  # (R, 1, 1, T): where GroupQueryAttention puts the new keys: the next slots, or the spare one of a full row
     at32: str  # (R,) int32: the last of these
     weakest: Weakest | None = None  # None: no row is full
-    prompt: Prompt | None = None
+    used: str = ""  # (1,) of a prompt: slots in use
+    bias_shape: str = ""  # (4,) of a prompt: K, G, T, used
 
 
 def begin_step(graph: Graph, L: int, K: int, evicts: bool) -> Shared:
@@ -180,9 +175,9 @@ def begin_prompt(graph: Graph, K: int, G: int) -> Shared:
     places = add("Tile", add("Reshape", "position", [1, 1, 1, -1]), [K, 1, 1, 1])
     last = add("Gather", "position", [-1])
     used, T = add("Add", last, [1]), add("Shape", "position")
-    prompt = Prompt(used, *(add("Concat", sizes, T, used, axis=0) for sizes in ([K, G], [1, K * G])))
-    last, slots = (add("Cast", x, to=INT32) for x in (last, used))
-    return Shared([add(name, angles) for name in ("Cos", "Sin")], places, slots, places, last, None, prompt)
+    last32, used32 = (add("Cast", x, to=INT32) for x in (last, used))
+    rotary, bias_shape = [add(name, angles) for name in ("Cos", "Sin")], add("Concat", [K, G], T, used, axis=0)
+    return Shared(rotary, places, used32, places, last32, None, used, bias_shape)
 
 
 def find_weakest(graph: Graph, L: int, spare: str, at: str) -> Weakest:
@@ -223,20 +218,20 @@ def weakest_branches(graph: Graph, L: int, spare: str, every: str) -> dict[str, 
 def attention(graph: Graph, i: int, layer: nn.Module, h: str, shared: Shared, eps: float) -> tuple[str, str]:
     """The nodes of DynamicMaskAttention: h (n, C) -> (n, C), and the slots (R, 1, 1, T) of the new keys. For
     GroupQueryAttention n rows with one token each are R rows with one key/value head; a prompt is one row with K."""
-    add, K, D, prompt = graph.add, len(layer.A), layer.head_dim, shared.prompt
-    G, heads = layer.q_proj.out_features // (K * D), K if prompt else 1
+    add, K, D, is_prompt = graph.add, len(layer.A), layer.head_dim, bool(shared.used)
+    G, heads = layer.q_proj.out_features // (K * D), K if is_prompt else 1
     qkv = torch.cat([x.weight.unflatten(0, (K, -1)) for x in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=1)
-    qkv = add("Reshape", graph.product(h, graph.matrix(*qkv)), [-1, *[K] * bool(prompt), G + 2, D])
+    qkv = add("Reshape", graph.product(h, graph.matrix(*qkv)), [-1, *[K] * is_prompt, G + 2, D])
     qk, v = add("Split", qkv, [G + 1, 1], axis=-2, outputs=2)
     if isinstance(layer.q_norm, RMSNorm):
         weights = torch.cat((layer.q_norm.weight.expand(G, D), layer.k_norm.weight[None]))
         qk = add("RMSNormalization", qk, weights, axis=-1, epsilon=eps)
     width = heads * (G + 1)
-    qk = add("Reshape", qk, [1, -1, width * D] if prompt else [-1, 1, width * D])
+    qk = add("Reshape", qk, [1, -1, width * D] if is_prompt else [-1, 1, width * D])
     qk = add("RotaryEmbedding", qk, *shared.rotary, num_heads=width)
     dt = add("Softplus", add("Gemm", h, layer.dt_proj.weight @ layer.v_proj.weight, transB=1))  # (n, K)
     score = add("Exp", add("Min", add("Mul", dt, layer.A), LARGEST))
-    if prompt:
+    if is_prompt:
         q, k = add("Split", add("Reshape", qk, [-1, K, G + 1, D]), [G, 1], axis=2, outputs=2)
         q, k, v = (add("Reshape", x, [1, -1, K * n * D]) for x, n in ((q, G), (k, 1), (v, 1)))
         score = add("Reshape", add("Transpose", score, perm=[1, 0]), [K, 1, 1, -1])
@@ -255,9 +250,9 @@ def attention(graph: Graph, i: int, layer: nn.Module, h: str, shared: Shared, ep
     new_s = add("ScatterElements", f"s{i}", slot, new, axis=3, outputs=[f"new_s{i}"])
     add("ScatterElements", f"position{i}", slot, shared.position, axis=3, outputs=[f"new_position{i}"])
     bias = seen if weakest else new_s
-    if prompt:  # for every query the scores of the slots in use; the causal mask is GroupQueryAttention's
-        bias = add("Expand", add("Slice", new_s, [0], prompt.used, [3]), prompt.each)
-        bias = add("Reshape", bias, prompt.joined)
+    if is_prompt:  # for every query the scores of the slots in use; the causal mask is GroupQueryAttention's
+        bias = add("Expand", add("Slice", new_s, [0], shared.used, [3]), shared.bias_shape)
+        bias = add("Reshape", bias, [1, K * G, 0, 0])  # 0: as before
     inputs = q, k, v, f"k{i}", f"v{i}", shared.at32, shared.slots, "", "", "", bias
     names = [graph.name(), f"new_k{i}", f"new_v{i}"]
     found, *_ = add("GroupQueryAttention", *inputs, num_heads=heads * G, kv_num_heads=heads, outputs=names)
@@ -369,7 +364,7 @@ class OnnxDecoder:
     float32 or int8.
     """
 
-    compiled, own_threads = False, True
+    compiled, sampling = False, staticmethod(one_thread)
     reads = 256  # tokens of a prompt that it reads faster than the model: of 32 in 0.3 of the time, of 256 in 0.8
 
     def __init__(self, model: Doge, dtype: torch.dtype = torch.float32):

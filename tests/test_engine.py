@@ -1,6 +1,7 @@
 """nanodoge/engine.py: how a token is drawn; that a request's text is what model.generate defines, whoever shares the
 batch; what a slot costs and when it is free."""
 
+import contextlib
 import itertools
 import math
 import types
@@ -211,7 +212,7 @@ def test_requests_join_and_leave_between_tokens():
         rows.append(len(token))
         return decoder(token, cache)
 
-    vars(count).update(room=decoder.room, compiled=False, reads=0, own_threads=False)
+    vars(count).update(room=decoder.room, compiled=False, reads=0, sampling=contextlib.nullcontext)
     requests = [Request([7 + i], 3 + 5 * (i % 4), 0) for i in range(20)]
     Engine(model, count, slots=4).generate(requests)
     assert sum(rows) == sum(request.max_new_tokens - 1 for request in requests)  # the first comes from the prompt
