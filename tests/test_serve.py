@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers import make_checkpoint, texts
@@ -355,18 +354,18 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(checkpoi
         assert httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a", max_tokens=2)).status_code == 200
 
 
-def test_a_client_that_reads_nothing_is_left(checkpoint):
+def test_a_client_that_reads_nothing_is_left(checkpoint, monkeypatch):
     """Its connection is closed after --patience, and its place is free."""
     with served(checkpoint, "--patience=0.2", "--slots=1", "--max_queue=0") as service:
         protocol = service.server.config.http_protocol_class
-        made, protocol.connection_made = (
-            protocol.connection_made,
-            lambda self, transport: (
-                made(self, transport),
-                transport.set_write_buffer_limits(0),
-                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1),
-            ),
-        )
+        made = protocol.connection_made
+
+        def without_buffers(self, transport):
+            made(self, transport)
+            transport.set_write_buffer_limits(0)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+        monkeypatch.setattr(protocol, "connection_made", without_buffers)
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
             client.connect(("127.0.0.1", int(service.url.rpartition(":")[2])))
@@ -480,16 +479,20 @@ def test_thoughts_are_apart_and_tags_never_shown():
         assert all(b.startswith(a) for a, b in zip(before, after, strict=True))
 
 
-def test_thoughts_of_a_reply_are_its_reasoning_content():
+def test_thoughts_of_a_reply_are_its_reasoning_content(service, client, monkeypatch):
     text = "<|begin_of_thought|>1 + 1<|end_of_thought|><|begin_of_solution|>2<|end_of_solution|>"
-    request, pieces = api.ClientRequest([0], 99, streams=True), []
-    choice = api.Choice(0, request, 99, "delta")
-    for n in range(0, len(text) + 1):
-        request.text, request.finish_reason = SimpleNamespace(text=text[:n]), "stop" if n == len(text) else ""
-        pieces += [choice.take(None) or {}]
-    deltas = [piece["delta"] for piece in pieces if piece]
-    whole = {name: "".join(delta.get(name, "") for delta in deltas) for name in ("reasoning_content", "content")}
-    assert whole == dict(reasoning_content="1 + 1", content="2") and pieces[-1]["finish_reason"] == "stop"
+
+    def feed(self, id):  # a model that writes this text, a character a token
+        self.text = text[: len(self.text) + 1]
+
+    monkeypatch.setattr("nanodoge.engine.TextStream.feed", feed)
+    common = dict(model="tiny", messages=HELLO, max_tokens=len(text), extra_body=dict(ignore_eos=True))
+    message = client.chat.completions.create(**common).choices[0].message
+    assert (message.reasoning_content, message.content) == ("1 + 1", "2")
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**common, stream=True)]
+    for name, wanted in (("reasoning_content", "1 + 1"), ("content", "2")):
+        assert "".join(getattr(chunk.delta, name, None) or "" for chunk in chunks) == wanted
+    assert chunks[-1].finish_reason == "length"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
