@@ -1,13 +1,20 @@
-"""The words of OpenAI's API: what a client may send, and how tokens become its reply. (serve.py has the server.)
+"""The words of OpenAI's API, and the thread that owns the engine. (serve.py is the server.)
 
-A request body is a pydantic model, which checks it and describes it in /openapi.json. A Choice turns the tokens of a
-request into the fields of a reply, as many as have come since it was last asked: a chunk of a stream, or all.
+A request body is a pydantic model, which checks it and describes it in /openapi.json. A Choice turns tokens into the
+fields of a reply, as many as have come since it was last asked: a chunk of a stream, or all.
 """
 
 import asyncio
 import itertools
 import json
+import queue
 import re
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -15,13 +22,13 @@ from fastapi import HTTPException, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from nanodoge.engine import Request
+from nanodoge.engine import Engine, Request
 from nanodoge.tokenizer import REASONING_TAGS, Tokenizer
 
 # ---- What clients send
 
 Penalty = Annotated[float, Field(ge=-2, le=2)] | None
-Part01 = Annotated[float, Field(ge=0, le=1)] | None
+Share = Annotated[float, Field(ge=0, le=1)] | None
 Whole = Annotated[int, Field(ge=0, lt=2**31)] | None
 Few = Annotated[int, Field(ge=0, le=20)] | None
 StopText = Annotated[str, Field(max_length=128)]
@@ -44,26 +51,22 @@ class Message(BaseModel):
 Messages = Annotated[list[Message], Field(min_length=1)]
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool | None = False
-
-
 class Sampled(BaseModel):
     """What chats and completions have in common. Null means absent. Other fields are ignored, but for UNSUPPORTED."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     model: str | None = None
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict | None = Field(None, description="include_usage: whether the last chunk has the usage")
     n: Annotated[int, Field(ge=1, le=16)] | None = 1
     max_tokens: Whole = Field(None, description="absent: up to the context")
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     ignore_eos: bool | None = False
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Part01 = None
+    top_p: Share = None
     top_k: Whole = None
-    min_p: Part01 = None
+    min_p: Share = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     frequency_penalty: Penalty = None
     presence_penalty: Penalty = None
@@ -98,78 +101,75 @@ class APIError(HTTPException):
         self.code, self.param = code, param
 
 
-def json_reply(content, status: int = 200, headers=None) -> Response:
+@contextmanager
+def refusing(param: str):
+    """Within it a ValueError says what is wrong with a parameter."""
+    try:
+        yield
+    except ValueError as error:
+        raise APIError(400, str(error), param=param) from None
+
+
+def json_reply(content: dict, status: int = 200, headers: dict | None = None) -> Response:
     """json.dumps escapes half characters, which a client can send and UTF-8 cannot hold."""
     return Response(json.dumps(content), status, headers, "application/json")
 
 
-def error_fields(error: Exception) -> dict:
-    """OpenAI's envelope."""
+def error_reply(error: Exception) -> Response:
+    """An error in OpenAI's envelope."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         where = [str(place) for place in first["loc"] if place != "body"]
         error = APIError(400, f"{'.'.join(where) or 'body'}: {first['msg']}", "invalid", where[0] if where else None)
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = "server_error" if error.status_code >= 500 else kinds.get(error.status_code, "invalid_request_error")
-    code, param = getattr(error, "code", None), getattr(error, "param", None)
-    return dict(error=dict(message=str(error.detail), type=kind, param=param, code=code))
-
-
-def error_reply(error: Exception) -> Response:
-    return json_reply(error_fields(error), getattr(error, "status_code", 400), getattr(error, "headers", None))
+    about = {name: getattr(error, name, None) for name in ("param", "code")}  # Starlette's own errors have none
+    return json_reply(dict(error=dict(message=error.detail, type=kind) | about), error.status_code, error.headers)
 
 
 # ---- From tokens to replies
 
 
 @dataclass(eq=False)
-class ClientRequest(Request):
-    """A Request, and how its handler is woken: `event` is set when it has new tokens, if `streams`, and at its end."""
+class Choice(Request):
+    """One of the continuations that a client asked for: a Request, and how much of it has been taken."""
 
-    event: asyncio.Event = field(default_factory=asyncio.Event)
+    index: int = 0
+    limit: int = 1  # new tokens at most; the engine makes at least one
+    kind: str = "text"  # the field of the reply: "text" or, of a chat, "message" or "delta"
+    echoed: str = ""  # the prompt's text, if it is wanted
     streams: bool = False
-    wants_held: bool = False
-    held: list | None = field(default=None, init=False)  # if wanted: see Engine.held, after the prompt
-
-
-class Choice:
-    """One of the continuations that a client asked for, and how much of it has been taken."""
-
-    def __init__(self, index: int, request: ClientRequest, limit: int, kind: str = "text", echoed: str = ""):
-        """limit: new tokens at most; the engine makes at least one. kind: the field of the reply, "text" or, of a chat,
-        "message" or "delta". echoed: the prompt's text, if it is wanted."""
-        self.index, self.request, self.limit, self.kind, self.echoed = index, request, limit, kind, echoed
-        self.sent, self.scored, self.ended = None, 0, False
+    event: asyncio.Event = field(default_factory=asyncio.Event)  # set at the end and, if it streams, at a first token
+    sent: dict[str, int] = field(default_factory=dict, init=False)  # {field: how much of its text}
+    scored: int = field(default=0, init=False)  # tokens whose log-probabilities were taken
+    ended: bool = field(default=False, init=False)  # all was taken
 
     def take(self, coder: Tokenizer) -> dict | None:
-        """The choice of a reply, with what has come since the last call. Raises APIError if the request failed."""
-        request, reason = self.request, self.request.finish_reason  # first: when it is there, so is all the rest
+        """The fields of a reply, with what has come since the last call. Raises APIError if the request failed."""
+        reason = self.finish_reason  # first: when it is there, so is all the rest
         if reason == "cancelled":
             raise APIError(504, "the reply took longer than this server allows", "timeout")
         if reason == "error":
             raise APIError(503, "the model could not compute this request", "engine_error")
-        if not (reason or request.streams):
+        if not (reason or self.streams):
             return None
-        whole = "", self.echoed + (request.text.text if self.limit and request.text else "")
-        whole = whole if self.kind == "text" else split_thoughts(whole[1], bool(reason))
-        before = self.sent or (0, 0)
-        thoughts, text = (part[at:] for part, at in zip(whole, before, strict=True))
-        scores = []
-        if request.logprobs is not None:
-            ids = (request.prompt if request.echo else []) + request.tokens[: self.limit]
-            scores = list(zip(ids, request.scores, strict=False))[self.scored :]
-        if not (text or thoughts or scores or reason):
+        text, scores = self.echoed + (self.text.text if self.limit and self.text else ""), []
+        thoughts, answer = ("", text) if self.kind == "text" else split_thoughts(text, bool(reason))
+        whole = dict(text=text) if self.kind == "text" else dict(content=answer, reasoning_content=thoughts)
+        before, new = self.sent, {name: part[self.sent.get(name, 0) :] for name, part in whole.items()}
+        if self.logprobs is not None:
+            ids = (self.prompt if self.echo else []) + self.tokens[: self.limit]
+            scores = list(zip(ids, self.scores, strict=False))[self.scored :]
+        if not (any(new.values()) or scores or reason):
             return None
-        message = {} if self.sent else dict(role="assistant", content="")
-        self.sent, self.scored, self.ended = tuple(map(len, whole)), self.scored + len(scores), bool(reason)
-        fields = dict(index=self.index, logprobs=None)
-        fields["finish_reason"] = (reason if self.limit else "length") if reason else None
+        self.sent = {name: len(part) for name, part in whole.items()}
+        self.scored, self.ended = self.scored + len(scores), bool(reason)
+        fields = dict(index=self.index, finish_reason=(reason and (reason if self.limit else "length")) or None)
         if self.kind == "text":
-            return fields | dict(text=text, logprobs=text_logprobs(coder, scores, before[1]) if scores else None)
-        if scores:
-            fields["logprobs"] = dict(content=[chat_logprob(coder, *score) for score in scores])
-        message |= dict(content=text) if text else {}
-        return fields | {self.kind: message | (dict(reasoning_content=thoughts) if thoughts else {})}
+            return fields | new | dict(logprobs=text_logprobs(coder, scores, before.get("text", 0)) if scores else None)
+        fields["logprobs"] = dict(content=[chat_logprob(coder, *score) for score in scores]) if scores else None
+        message = {} if before else dict(role="assistant", content="")
+        return fields | {self.kind: message | {name: part for name, part in new.items() if part}}
 
 
 def split_thoughts(text: str, is_complete: bool) -> tuple[str, str]:
@@ -184,12 +184,8 @@ def split_thoughts(text: str, is_complete: bool) -> tuple[str, str]:
 
 
 def token_text(coder: Tokenizer, id: int) -> str:
-    """The text of a token. Half a character is written as OpenAI writes it, so that different tokens differ."""
-    data = coder.token_bytes(id)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    """The text of a token. The bytes of half a character are written as \\xff, so that different tokens differ."""
+    return coder.token_bytes(id).decode(errors="backslashreplace")
 
 
 def chat_logprob(coder: Tokenizer, id: int, score: tuple) -> dict:
@@ -206,3 +202,80 @@ def text_logprobs(coder: Tokenizer, scores: list, offset: int) -> dict:
     offsets = [*itertools.accumulate(map(len, tokens), initial=offset)][:-1]
     own = [score and score[0] for _, score in scores]
     return dict(tokens=tokens, token_logprobs=own, top_logprobs=top, text_offset=offsets)
+
+
+# ---- The engine's thread
+
+
+class EngineThread(threading.Thread):
+    """The only thread that touches the engine. Others leave calls in the queue `calls`; None ends it.
+
+    It makes the engine, too. OpenMP gives every thread that computes with torch a team of threads. If all teams
+    together have more threads than there are cores, they wait by sleeping instead of spinning, and a token takes 1.5
+    times as long.
+    """
+
+    def __init__(self, make: Callable[[], tuple[Engine, dict]]):
+        """Starts. `engine` and `about` are what make() returned. Raises what it raises."""
+        super().__init__(daemon=True)
+        self.calls, self.active, self.make, self.made = queue.SimpleQueue(), set(), make, Future()
+        self.sums = Counter(prompt_tokens=0, reused_tokens=0, generated_tokens=0)
+        self.loop: asyncio.AbstractEventLoop | None = None  # of the handlers
+        self.start()
+        self.engine, self.about = self.made.result()
+
+    def run(self) -> None:
+        try:
+            engine, about = self.make()
+        except BaseException as error:
+            return self.made.set_exception(error)
+        self.made.set_result((engine, about))
+        while True:
+            while not (self.active and self.calls.empty()):
+                if (call := self.calls.get()) is None:
+                    return
+                call()
+            try:
+                self.notify(engine.step())
+            except Exception as error:  # damaged weights, full memory: these requests fail, the server stays
+                traceback.print_exception(error)
+                for request in self.active:
+                    request.finish("error")
+                self.cancel(self.active)
+
+    def notify(self, new: list[Choice]) -> None:
+        """Counts, and wakes the handlers of what has ended or begun."""
+        ended = {request for request in self.active if request.finish_reason}
+        self.active -= ended
+        for request in ended:
+            self.sums["prompt_tokens"] += len(request.prompt)
+            self.sums["reused_tokens"] += request.reused
+        self.sums["generated_tokens"] += len(new)
+        if to_wake := ended.union(request for request in new if request.streams and len(request.tokens) == 1):
+            with suppress(RuntimeError):  # the loop is closed: a second signal has ended the server
+                self.loop.call_soon_threadsafe(lambda: [request.event.set() for request in to_wake])
+
+    def add(self, requests: list[Choice]) -> None:
+        self.active.update(requests)
+        for request in requests:
+            self.engine.add(request)
+
+    def cancel(self, requests: Collection[Choice]) -> None:
+        for request in self.active.intersection(requests):
+            self.engine.cancel(request)
+        self.notify([])
+
+    def stop(self) -> None:
+        self.calls.put(None)
+        self.join()
+
+
+@dataclass(eq=False)
+class HeldChoice(Choice):
+    """A choice that remembers what its caches hold when its prompt has been read: see Engine.held."""
+
+    engine: Engine | None = None
+
+    def append(self, id: int) -> None:
+        self.held = self.engine.held(self)
+        super().append(id)
