@@ -38,17 +38,13 @@ from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, check_ranges, parse_options, run_command
+from nanodoge.tokenizer import REASONING_TAGS
 
 HELP = """/new or /clear begins another conversation, /system TEXT changes the system message (none without TEXT),
 /save FILE writes the conversation as prepare_data.py --kind=chat reads it, /quit or Ctrl-D leaves. Ctrl-C stops an
 answer. A line that ends in \\ goes on in the next one; pasted lines stay together."""
 DIM, PLAIN = "\033[2m", "\033[0m"  # of a terminal
-TAGS = {
-    "<|begin_of_thought|>": DIM,
-    "<|end_of_thought|>": PLAIN,
-    "<|begin_of_solution|>": "",
-    "<|end_of_solution|>": "",
-}
+CODES = dict(zip(REASONING_TAGS, (DIM, PLAIN, "", ""), strict=True))
 
 
 @dataclass
@@ -97,7 +93,7 @@ class SampleOptions:
 def write(engine: Engine, ids: list[int], options: SampleOptions, seed: int, prompt: str = "") -> Request:
     """Prints the prompt, what the model writes after ids, as it is made, and the speed. -> the ended request. In a
     conversation in a terminal, thoughts are dimmed."""
-    start, shown, codes = time.perf_counter(), 0, TAGS if options.chat and sys.stdout.isatty() else {}
+    start, shown, codes = time.perf_counter(), 0, CODES if options.chat and sys.stdout.isatty() else {}
     names = "max_new_tokens temperature top_k top_p min_p repetition_penalty stop".split()
     choices = {name: getattr(options, name) for name in names}
     request = Request(ids, **choices, seed=seed, stop_ids=[engine.tokenizer.eos_id])

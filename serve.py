@@ -3,30 +3,22 @@
     python serve.py out/stories-preferences                     the page is at http://127.0.0.1:8000
     python serve.py out/stories-preferences --keep_window_size=64      lossy: see in the page what the model keeps
 
-A client of OpenAI's API needs base_url=http://127.0.0.1:8000/v1 and any key. nanodoge/api.py has the words of the API.
-
-A handler turns what it was sent into Requests and leaves a call in a queue, which the engine's thread makes between two
-steps: to add or to cancel them. So all requests share every step (see nanodoge/engine.py), handlers never wait for a
-step, and the engine never waits for a client. The thread wakes a handler at the first token and at the end; one that
-streams looks by itself what has come, some times a second. A reply that is not streamed is the streamed one, collected.
+A client of OpenAI's API needs base_url=http://127.0.0.1:8000/v1 and any key. Here are the options, the addresses and
+the connections. nanodoge/api.py has the words of the API, and how requests share the engine.
 """
 
 import asyncio
 import base64
 import hmac
-import json
 import logging
 import re
-import secrets
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
-
-import numpy as np
 
 from nanodoge import options as parsing
 from nanodoge.checkpoint import load_model, load_options
@@ -40,12 +32,12 @@ try:
     from fastapi import Body, FastAPI, Response
     from fastapi import Request as Connection
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
+    from fastapi.responses import FileResponse, PlainTextResponse
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
 
     from nanodoge import api
-    from nanodoge.api import APIError, Chat, Choice, Completion, EngineThread, error_reply, json_reply, refusing
+    from nanodoge.api import APIError, Service, error_reply, json_reply, refusing
 except ImportError as missing:
     print(f"error: serve.py needs two packages: pip install fastapi uvicorn ({one_line(missing)})", file=sys.stderr)
     sys.exit(2)
@@ -53,8 +45,6 @@ except ImportError as missing:
 
 EVERYWHERE = ("0.0.0.0", "::")  # hosts that mean every address of this machine, whatever its name
 PIECE = 512  # prompt tokens read in a step (see Engine): a first token waits for two steps at most
-PAUSE = 0.02  # seconds between two chunks of a stream: to wake for one takes 0.3 ms of the cores that the engine needs
-CHUNKS = 500  # chunks a second of all streams together, which share these moments: each takes 0.06 ms
 
 
 @dataclass
@@ -88,8 +78,8 @@ class ServeOptions:
             raise ValueError(f"one checkpoint folder, not {len(self.checkpoint)}: {' '.join(self.checkpoint)}")
 
 
-def load_engine(options: ServeOptions) -> tuple[Engine, dict]:
-    """The engine, and {chat: whether the model was tuned on conversations, example: a question it answers right}."""
+def load_service(options: ServeOptions) -> "Service":
+    """The page is told whether the model was tuned on conversations, and a question that it answers right."""
     machine = Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
     model, tokenizer = load_model(options.checkpoint[0])
     model, config = model.to(machine.device, machine.dtype), model.config
@@ -104,217 +94,7 @@ def load_engine(options: ServeOptions) -> tuple[Engine, dict]:
     engine.allocate(config.max_position_embeddings + 1)
     engine.generate([Request([tokenizer.bos_id], 2)])  # ValueError for damaged weights
     is_chat = "epochs" in trained if trained else bool(tokenizer.chat_template)
-    return engine, dict(chat=is_chat, example=shown and shown[0])
-
-
-def load_service(options: ServeOptions) -> "Service":
-    return Service(options, EngineThread(lambda: load_engine(options)))
-
-
-# ---- What each address does
-
-
-class Service:
-    """A model and its clients. Its methods that return a Response are the handlers of `make_app`'s addresses."""
-
-    def __init__(self, options: ServeOptions, thread: EngineThread):
-        self.options, self.name, self.thread = options, Path(options.checkpoint[0]).name, thread
-        self.engine, self.coder = thread.engine, thread.engine.tokenizer
-        self.context = self.engine.model.config.max_position_embeddings
-        self.pending, self.at_once = 0, options.slots + options.max_queue  # requests that run or wait; most of them
-        self.is_stopping = False  # set by the server
-        self.defaults = dict(temperature=options.temperature, top_p=options.top_p)
-        self.card = dict(id=self.name, object="model", created=int(time.time()), owned_by="nanodoge")
-
-    async def page(self) -> Response:
-        return FileResponse(HERE / "nanodoge" / "web" / "chat.html")
-
-    async def health(self) -> Response:
-        return json_reply(dict(status="ok"))
-
-    async def metrics(self) -> Response:
-        """In Prometheus's format."""
-        rows = dict(slots=self.engine.slots, running=len(self.engine.live), waiting=len(self.engine.waiting))
-        rows |= dict(pending=self.pending) | {f"{name}_total": count for name, count in self.thread.sums.items()}
-        kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in rows}
-        text = "".join(f"# TYPE nanodoge_{x} {kinds[x]}\nnanodoge_{x} {n}\n" for x, n in rows.items())
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-    async def models(self) -> Response:
-        return json_reply(dict(object="list", data=[self.card]))
-
-    async def model(self, name: str) -> Response:
-        if name != self.name:
-            raise APIError(404, f"there is only {self.name}", "model_not_found", "model")
-        return json_reply(self.card)
-
-    async def tokenize(
-        self, prompt: Annotated[str, Body()], add_special_tokens: Annotated[bool, Body()] = True
-    ) -> Response:
-        ids = await asyncio.to_thread(self.coder.encode_prompt, prompt, add_special_tokens)
-        return json_reply(dict(tokens=ids, count=len(ids), max_model_len=self.context))
-
-    async def detokenize(self, tokens: Annotated[list[int], Body(embed=True)]) -> Response:
-        with refusing("tokens"):
-            return json_reply(dict(prompt=self.coder.decode(tokens)))
-
-    async def tokenizer_info(self) -> Response:  # with this lm_eval needs no tokenizer of its own
-        return json_reply(self.coder.names | dict(chat_template=self.coder.chat_template))
-
-    async def info(self) -> Response:
-        return json_reply(self.about())
-
-    def about(self) -> dict:
-        config = self.engine.model.config
-        sizes = dict(context=self.context, window=config.keep_window_size, layers=config.num_hidden_layers)
-        sizes |= dict(kv_heads=config.num_key_value_heads, defaults=self.defaults)
-        return dict(model=self.name) | sizes | self.thread.about
-
-    async def chat(self, body: Chat, connection: Connection) -> Response:
-        return await self.reply(body, connection)
-
-    async def completions(self, body: Completion, connection: Connection) -> Response:
-        return await self.reply(body, connection)
-
-    def check(self, ids: list[int], param: str, new: int) -> None:
-        """Raises APIError if the model cannot read these and write `new` tokens."""
-        if not 0 < len(ids) <= self.context - new:
-            words = f"the prompt has {len(ids)} tokens, and the context holds from 1 to {self.context}, reply included"
-            raise APIError(400, words, "context_length_exceeded" if ids else None, param)
-        with refusing(param):
-            self.coder.decode(ids)
-
-    def render(self, messages: list[api.Message], add_generation_prompt: bool) -> list[int]:
-        self.check(4 * [0] * len(messages), "messages", 0)  # each has four tokens or more, and a template is slow
-        rows = [dict(role=each.role.replace("developer", "system"), content=each.content) for each in messages]
-        with refusing("messages"):
-            return self.coder.render(rows, add_generation_prompt)[0]
-
-    def choices(self, body: Chat | Completion) -> list[Choice]:
-        """What a chat or completion asks for. Raises APIError for what cannot be done."""
-        for name, harmless in api.UNSUPPORTED.items():
-            if (value := body.model_extra.get(name)) and value not in harmless:
-                raise APIError(400, f"{name} is not supported", "unsupported_parameter", name)
-        if isinstance(body, Chat):
-            prompts, param, kind = [self.render(body.messages, True)], "messages", "delta" if body.stream else "message"
-            limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-            logprobs, echo = body.top_logprobs or 0 if body.logprobs else None, False
-        else:
-            is_one = isinstance(body.prompt, str) or bool(body.prompt) and isinstance(body.prompt[0], int)
-            prompts, param, kind = [body.prompt] if is_one else body.prompt, "prompt", "text"
-            limit, logprobs, echo = body.max_tokens, body.logprobs, bool(body.echo)
-        if not 0 < len(prompts) * (body.n or 1) <= self.at_once:
-            raise APIError(400, f"from 1 to {self.at_once} continuations in one request", param="prompt")
-        common = self.defaults | body.model_dump(include=api.SAMPLING, exclude_none=True)
-        common["temperature"] *= common["temperature"] >= 1e-3  # logits are divided by it
-        common |= dict(stop=[body.stop] if isinstance(body.stop, str) else body.stop or [], logprobs=logprobs)
-        common |= dict(stop_ids=[] if body.ignore_eos else [self.coder.eos_id], echo=echo and logprobs is not None)
-        common |= dict(event=asyncio.Event(), streams=bool(body.stream), kind=kind)
-        seed, found = secrets.randbits(62) if body.seed is None else body.seed, []
-        for prompt in prompts:
-            ids = self.coder.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-            self.check(ids, param, 0 if limit == 0 else 1)
-            new = min(self.context - len(ids), self.context if limit is None else limit)
-            echoed = prompt if isinstance(prompt, str) else self.coder.decode(ids)
-            common |= dict(limit=new, echoed=echoed if echo else "")
-            for i in range(body.n or 1):
-                found.append(Choice(ids, max(new, 1), **common, seed=seed + i, index=len(found)))
-        return found
-
-    async def pieces(self, connection: Connection, choices: list[Choice]) -> AsyncIterator[dict]:
-        """What choices have to say, as it comes. Leaving it cancels them, as does the client that disconnects."""
-        thread, loop, event = self.thread, asyncio.get_running_loop(), choices[0].event
-        if self.pending + len(choices) > self.at_once:
-            raise APIError(429, "too many requests are waiting", "queue_full", **{"Retry-After": "1"})
-
-        def cancel():
-            thread.calls.put(lambda: thread.cancel(choices))
-
-        async def watch():
-            while (await connection.receive())["type"] != "http.disconnect":
-                pass
-            cancel()
-
-        thread.loop, self.pending = loop, self.pending + len(choices)
-        watcher, timer = asyncio.create_task(watch()), loop.call_later(self.options.timeout, cancel)
-        try:
-            thread.calls.put(lambda: thread.add(choices))
-            while not all(choice.ended for choice in choices):
-                await event.wait()
-                event.clear()
-                for choice in choices:
-                    if not choice.ended and (piece := choice.take(self.coder)):
-                        yield piece
-                if choices[0].streams:
-                    pause = max(PAUSE, self.pending / CHUNKS)
-                    loop.call_at((loop.time() // pause + 1) * pause, event.set)  # all streams at the same moments
-        finally:
-            watcher.cancel(), timer.cancel(), cancel()
-            self.pending -= len(choices)
-
-    async def reply(self, body: Chat | Completion, connection: Connection) -> Response:
-        """The reply to a chat or completion, streamed or collected."""
-        choices = await asyncio.to_thread(self.choices, body)
-        kind = "chat.completion" if isinstance(body, Chat) else "text_completion"
-        head = dict(id=f"{kind[:4]}-{secrets.token_hex(12)}", object=kind, created=int(time.time()), model=self.name)
-        pieces = self.pieces(connection, choices)
-        first = await anext(pieces)  # what goes wrong before it has a status of its own
-        if not body.stream:
-            found = sorted([first, *[piece async for piece in pieces]], key=lambda piece: piece["index"])
-            return json_reply(head | dict(choices=found, usage=usage(choices, body.n or 1)))
-        with_usage = (body.stream_options or {}).get("include_usage")
-        head |= dict(object=kind + ".chunk") if isinstance(body, Chat) else {}
-        head |= dict(usage=None) if with_usage else {}
-
-        async def events():
-            try:
-                yield json.dumps(head | dict(choices=[first]))
-                async for piece in pieces:
-                    yield json.dumps(head | dict(choices=[piece]))
-                if with_usage:
-                    yield json.dumps(head | dict(choices=[], usage=usage(choices, body.n or 1)))
-                yield "[DONE]"
-            except APIError as error:
-                yield error_reply(error).body.decode()
-
-        stream = (f"data: {event}\n\n" async for event in events())
-        return StreamingResponse(stream, media_type="text/event-stream")
-
-    async def kept(
-        self,
-        connection: Connection,
-        messages: Annotated[api.Messages, Body()],
-        layer: Annotated[api.Whole, Body()] = None,
-    ) -> Response:
-        """For each token of a conversation, how many (layer, key/value head) caches hold it after reading all."""
-        ids, about = await asyncio.to_thread(self.render, messages, False), self.about()
-        self.check(ids, "messages", 0)
-        if layer is not None and layer >= about["layers"]:
-            raise APIError(400, f"layer {layer} must be below {about['layers']}", param="layer")
-        choice, feed = api.HeldChoice(ids, 1, temperature=0.0, engine=self.engine), self.coder.stream()
-        async for _ in self.pieces(connection, [choice]):
-            pass
-        layers = choice.held if layer is None else [choice.held[layer]]
-        positions, scores = (np.concatenate([x.cpu().numpy() for x in each]) for each in zip(*layers, strict=True))
-        kept = np.bincount(positions[positions >= 0], minlength=len(ids))
-        positions, scores = (x[positions.min(1) >= 0] for x in (positions, scores))  # of full caches the weakest key is
-        weakest = np.where(scores == scores.min(1, keepdims=True), positions, len(ids)).min(
-            1
-        )  # next, of equal ones the oldest
-        following = np.bincount(weakest, minlength=len(ids))
-        texts = [feed(id) for id in ids]
-        texts[-1] += feed(None)
-        counts = dict(kept=kept.tolist(), next=following.tolist(), possible=len(layers) * about["kv_heads"])
-        return json_reply(about | dict(object="nanodoge.kept", layer=layer, tokens=texts) | counts)
-
-
-def usage(choices: list[Choice], n: int) -> dict:
-    """The tokens of `n` choices for each prompt."""
-    read = sum(len(choice.prompt) for choice in choices[::n])
-    written = sum(min(len(choice.tokens), choice.limit) for choice in choices)
-    details = dict(cached_tokens=sum(choice.reused for choice in choices[::n]))
-    counts = dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
-    return counts | dict(prompt_tokens_details=details)
+    return Service(options, engine, dict(chat=is_chat, example=shown and shown[0]))
 
 
 # ---- HTTP
@@ -327,20 +107,66 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(guard, service=service)
     if origin := service.options.cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=[origin], allow_methods=["*"], allow_headers=["*"])
-    app.get("/", include_in_schema=False)(service.page)
-    app.get("/health")(service.health)
-    app.get("/metrics", response_class=PlainTextResponse)(service.metrics)
-    app.get("/v1/models")(service.models)
-    app.get("/v1/models/{name}")(service.model)
-    streams = {200: {"content": {"text/event-stream": {}}}}
-    app.post("/v1/chat/completions", responses=streams)(service.chat)
-    app.post("/v1/completions", responses=streams)(service.completions)
-    app.get("/v1/nanodoge/info")(service.info)
-    app.post("/v1/nanodoge/kept")(service.kept)
-    app.post("/tokenize")(service.tokenize)
-    app.post("/detokenize")(service.detokenize)
-    app.get("/tokenizer_info")(service.tokenizer_info)
+    add_routes(app, service)
     return app
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    streams = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(HERE / "nanodoge" / "web" / "chat.html")
+
+    @app.get("/health")
+    async def health() -> Response:
+        return json_reply(dict(status="ok"))
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return json_reply(dict(object="list", data=[service.card]))
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        if name != service.name:
+            raise APIError(404, f"there is only {service.name}", "model_not_found", "model")
+        return json_reply(service.card)
+
+    @app.post("/v1/chat/completions", responses=streams)
+    async def chat(body: api.Chat, connection: Connection) -> Response:
+        return await service.reply(body, connection)
+
+    @app.post("/v1/completions", responses=streams)
+    async def completions(body: api.Completion, connection: Connection) -> Response:
+        return await service.reply(body, connection)
+
+    @app.get("/v1/nanodoge/info")
+    async def info() -> Response:
+        return json_reply(service.about)
+
+    @app.post("/v1/nanodoge/kept")
+    async def kept(
+        messages: Annotated[api.Messages, Body()], connection: Connection, layer: Annotated[api.Whole, Body()] = None
+    ) -> Response:
+        return await service.kept(messages, layer, connection)
+
+    @app.post("/tokenize")
+    async def tokenize(prompt: Annotated[str, Body()], add_special_tokens: Annotated[bool, Body()] = True) -> Response:
+        ids = await asyncio.to_thread(service.coder.encode_prompt, prompt, add_special_tokens)
+        return json_reply(dict(tokens=ids, count=len(ids), max_model_len=service.context))
+
+    @app.post("/detokenize")
+    async def detokenize(tokens: Annotated[list[int], Body(embed=True)]) -> Response:
+        with refusing("tokens"):
+            return json_reply(dict(prompt=service.coder.decode(tokens)))
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:  # with this lm_eval needs no tokenizer of its own
+        return json_reply(service.coder.names | dict(chat_template=service.coder.chat_template))
 
 
 def refusal(options: ServeOptions, is_stopping: bool, path: str, headers: dict[bytes, bytes]) -> APIError | None:
@@ -389,6 +215,12 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(make_app(service), **common))
         self.service, self.options, self.since, self.deadline = service, options, {}, 0.0
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            super().run(sockets)
+        finally:
+            self.service.calls.put(None)
+
     def handle_exit(self, sig: int, frame) -> None:
         self.should_exit = self.force_exit = self.service.is_stopping
         logging.getLogger("uvicorn.error").disabled = self.force_exit  # it would print a traceback of every reply cut
@@ -404,9 +236,11 @@ class Server(uvicorn.Server):
                 if now > start + self.options.patience and is_stuck:
                     connection.transport.abort()
                 elif now > start + self.options.patience:
-                    late = error_reply(APIError(408, "the request did not arrive in time", Connection="close"))
-                    head = "".join(f"{name}: {value}\r\n" for name, value in late.headers.items())
-                    connection.transport.write(f"HTTP/1.1 408 Request Timeout\r\n{head}\r\n".encode() + late.body)
+                    late = error_reply(APIError(408, "the request did not arrive in time")).body
+                    head = (
+                        b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+                    )
+                    connection.transport.write(head + late)
                     connection.transport.close()
         self.since = since
         if self.service.is_stopping:
@@ -429,8 +263,11 @@ def main(argv: list[str]) -> None:
         key = " -H 'Authorization: Bearer KEY'" if options.api_key else ""
         body = '{"messages": [{"role": "user", "content": "Hello"}]}'
         print(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
-        Server(service, options).run(sockets=[listening])
-    service.thread.stop()
+        server = Server(service, options)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.handle_exit)
+        threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+        service.run()  # here: OpenMP gives each thread that computes a team of threads; two teams are slow
 
 
 if __name__ == "__main__":

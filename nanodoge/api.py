@@ -1,7 +1,7 @@
-"""The words of OpenAI's API, and the thread that owns the engine. (serve.py is the server.)
+"""OpenAI's API on an engine: what clients may send, what they get, and what is done for it. (serve.py is the server.)
 
 A request body is a pydantic model, which checks it and describes it in /openapi.json. A Choice turns tokens into the
-fields of a reply, as many as have come since it was last asked: a chunk of a stream, or all.
+fields of a reply, as many as have come since it was last asked: a chunk of a stream, or all. A Service has the engine.
 """
 
 import asyncio
@@ -9,21 +9,28 @@ import itertools
 import json
 import queue
 import re
-import threading
+import secrets
+import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Collection
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from fastapi import HTTPException, Response
+from fastapi import Request as Connection
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nanodoge.engine import Engine, Request
 from nanodoge.tokenizer import REASONING_TAGS, Tokenizer
+
+PAUSE = 0.02  # seconds between two chunks of a stream: to wake for one takes 0.3 ms of the cores that the engine needs
+CHUNKS = 500  # chunks a second of all streams together, which share these moments: each takes 0.06 ms
 
 # ---- What clients send
 
@@ -204,39 +211,54 @@ def text_logprobs(coder: Tokenizer, scores: list, offset: int) -> dict:
     return dict(tokens=tokens, token_logprobs=own, top_logprobs=top, text_offset=offsets)
 
 
-# ---- The engine's thread
+@dataclass(eq=False)
+class HeldChoice(Choice):
+    """A choice that remembers what its caches hold when its prompt has been read: see Engine.held."""
+
+    engine: Engine | None = None
+
+    def append(self, id: int) -> None:
+        self.held = self.engine.held(self)
+        super().append(id)
 
 
-class EngineThread(threading.Thread):
-    """The only thread that touches the engine. Others leave calls in the queue `calls`; None ends it.
+# ---- The engine and its clients
 
-    It makes the engine, too. OpenMP gives every thread that computes with torch a team of threads. If all teams
-    together have more threads than there are cores, they wait by sleeping instead of spinning, and a token takes 1.5
-    times as long.
+
+class Service:
+    """An engine and its clients. `run` belongs to the thread that made the engine, the handlers to an event loop.
+
+    A handler leaves calls in a queue, which `run` makes between two steps of the engine: to add or to cancel requests.
+    So all requests share every step (see nanodoge/engine.py), handlers never wait for a step, nor does the engine for
+    clients. `run` wakes a handler at the first token and at the end. One that streams looks by itself what has
+    come, some times a second. A reply that is not streamed is the streamed one, collected.
     """
 
-    def __init__(self, make: Callable[[], tuple[Engine, dict]]):
-        """Starts. `engine` and `about` are what make() returned. Raises what it raises."""
-        super().__init__(daemon=True)
-        self.calls, self.active, self.make, self.made = queue.SimpleQueue(), set(), make, Future()
+    def __init__(self, options, engine: Engine, about: dict):
+        """options: serve.py's ServeOptions. about: what the page is told besides."""
+        self.options, self.name = options, Path(options.checkpoint[0]).name
+        self.engine, self.coder, config = engine, engine.tokenizer, engine.model.config
+        self.context = config.max_position_embeddings
+        self.defaults = dict(temperature=options.temperature, top_p=options.top_p)
+        self.about = dict(model=self.name, defaults=self.defaults, context=self.context, window=config.keep_window_size)
+        self.about |= dict(layers=config.num_hidden_layers, kv_heads=config.num_key_value_heads) | about
+        self.card = dict(id=self.name, object="model", created=int(time.time()), owned_by="nanodoge")
+        self.pending, self.at_once = 0, options.slots + options.max_queue  # requests that run or wait; most of them
+        self.is_stopping = False  # set by the server
+        self.calls, self.active, self.loop = queue.SimpleQueue(), set(), None  # loop: of the handlers
         self.sums = Counter(prompt_tokens=0, reused_tokens=0, generated_tokens=0)
-        self.loop: asyncio.AbstractEventLoop | None = None  # of the handlers
-        self.start()
-        self.engine, self.about = self.made.result()
+
+    # ---- The engine's thread
 
     def run(self) -> None:
-        try:
-            engine, about = self.make()
-        except BaseException as error:
-            return self.made.set_exception(error)
-        self.made.set_result((engine, about))
+        """Makes the calls in `calls`, and steps of the engine while there are requests. A None in it ends this."""
         while True:
             while not (self.active and self.calls.empty()):
                 if (call := self.calls.get()) is None:
                     return
                 call()
             try:
-                self.notify(engine.step())
+                self.notify(self.engine.step())
             except Exception as error:  # damaged weights, full memory: these requests fail, the server stays
                 traceback.print_exception(error)
                 for request in self.active:
@@ -265,17 +287,143 @@ class EngineThread(threading.Thread):
             self.engine.cancel(request)
         self.notify([])
 
-    def stop(self) -> None:
-        self.calls.put(None)
-        self.join()
+    # ---- The handlers
+
+    def metrics(self) -> str:
+        """In Prometheus's format."""
+        rows = dict(slots=self.engine.slots, running=len(self.engine.live), waiting=len(self.engine.waiting))
+        rows |= dict(pending=self.pending) | {f"{name}_total": count for name, count in self.sums.items()}
+        kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in rows}
+        return "".join(f"# TYPE nanodoge_{x} {kinds[x]}\nnanodoge_{x} {n}\n" for x, n in rows.items())
+
+    def check(self, ids: list[int], param: str, new: int) -> None:
+        """Raises APIError if the model cannot read these and write `new` tokens."""
+        if not 0 < len(ids) <= self.context - new:
+            words = f"the prompt has {len(ids)} tokens, and the context holds from 1 to {self.context}, reply included"
+            raise APIError(400, words, "context_length_exceeded" if ids else None, param)
+        with refusing(param):
+            self.coder.decode(ids)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
+        self.check(4 * [0] * len(messages), "messages", 0)  # each has four tokens or more, and a template is slow
+        rows = [dict(role=each.role.replace("developer", "system"), content=each.content) for each in messages]
+        with refusing("messages"):
+            return self.coder.render(rows, add_generation_prompt)[0]
+
+    def choices(self, body: Chat | Completion) -> list[Choice]:
+        """What a chat or completion asks for. Raises APIError for what cannot be done."""
+        for name, harmless in UNSUPPORTED.items():
+            if (value := body.model_extra.get(name)) and value not in harmless:
+                raise APIError(400, f"{name} is not supported", "unsupported_parameter", name)
+        if isinstance(body, Chat):
+            prompts, param, kind = [self.render(body.messages, True)], "messages", "delta" if body.stream else "message"
+            limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+            logprobs, echo = body.top_logprobs or 0 if body.logprobs else None, False
+        else:
+            is_one = isinstance(body.prompt, str) or bool(body.prompt) and isinstance(body.prompt[0], int)
+            prompts, param, kind = [body.prompt] if is_one else body.prompt, "prompt", "text"
+            limit, logprobs, echo = body.max_tokens, body.logprobs, bool(body.echo)
+        if not 0 < len(prompts) * (body.n or 1) <= self.at_once:
+            raise APIError(400, f"from 1 to {self.at_once} continuations in one request", param="prompt")
+        common = self.defaults | body.model_dump(include=SAMPLING, exclude_none=True)
+        common["temperature"] *= common["temperature"] >= 1e-3  # logits are divided by it
+        common |= dict(stop=[body.stop] if isinstance(body.stop, str) else body.stop or [], logprobs=logprobs)
+        common |= dict(stop_ids=[] if body.ignore_eos else [self.coder.eos_id], echo=echo and logprobs is not None)
+        common |= dict(event=asyncio.Event(), streams=bool(body.stream), kind=kind)
+        seed, found = secrets.randbits(62) if body.seed is None else body.seed, []
+        for prompt in prompts:
+            ids = self.coder.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+            self.check(ids, param, 0 if limit == 0 else 1)
+            new = min(self.context - len(ids), self.context if limit is None else limit)
+            echoed = prompt if isinstance(prompt, str) else self.coder.decode(ids)
+            common |= dict(limit=new, echoed=echoed if echo else "")
+            for i in range(body.n or 1):
+                found.append(Choice(ids, max(new, 1), **common, seed=seed + i, index=len(found)))
+        return found
+
+    async def pieces(self, connection: Connection, choices: list[Choice]) -> AsyncIterator[dict]:
+        """What choices have to say, as it comes. Leaving it cancels them, as does the client that disconnects."""
+        loop, event = asyncio.get_running_loop(), choices[0].event
+        if self.pending + len(choices) > self.at_once:
+            raise APIError(429, "too many requests are waiting", "queue_full", **{"Retry-After": "1"})
+
+        def cancel():
+            self.calls.put(lambda: self.cancel(choices))
+
+        async def watch():
+            while (await connection.receive())["type"] != "http.disconnect":
+                pass
+            cancel()
+
+        self.loop, self.pending = loop, self.pending + len(choices)
+        watcher, timer = asyncio.create_task(watch()), loop.call_later(self.options.timeout, cancel)
+        try:
+            self.calls.put(lambda: self.add(choices))
+            while not all(choice.ended for choice in choices):
+                await event.wait()
+                event.clear()
+                for choice in choices:
+                    if not choice.ended and (piece := choice.take(self.coder)):
+                        yield piece
+                if choices[0].streams:
+                    pause = max(PAUSE, self.pending / CHUNKS)
+                    loop.call_at((loop.time() // pause + 1) * pause, event.set)  # all streams at the same moments
+        finally:
+            watcher.cancel(), timer.cancel(), cancel()
+            self.pending -= len(choices)
+
+    async def reply(self, body: Chat | Completion, connection: Connection) -> Response:
+        """The reply to a chat or completion, streamed or collected."""
+        choices = await asyncio.to_thread(self.choices, body)
+        kind = "chat.completion" if isinstance(body, Chat) else "text_completion"
+        head = dict(id=f"{kind[:4]}-{secrets.token_hex(12)}", object=kind, created=int(time.time()), model=self.name)
+        pieces = self.pieces(connection, choices)
+        first = await anext(pieces)  # what goes wrong before it has a status of its own
+        if not body.stream:
+            found = sorted([first, *[piece async for piece in pieces]], key=lambda piece: piece["index"])
+            return json_reply(head | dict(choices=found, usage=usage(choices, body.n or 1)))
+        with_usage = (body.stream_options or {}).get("include_usage")
+        head |= dict(object=kind + ".chunk") if isinstance(body, Chat) else {}
+        head |= dict(usage=None) if with_usage else {}
+
+        async def events():
+            event = "data: {}\n\n".format
+            try:
+                yield event(json.dumps(head | dict(choices=[first])))
+                async for piece in pieces:
+                    yield event(json.dumps(head | dict(choices=[piece])))
+                if with_usage:
+                    yield event(json.dumps(head | dict(choices=[], usage=usage(choices, body.n or 1))))
+                yield event("[DONE]")
+            except APIError as error:
+                yield event(error_reply(error).body.decode())
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def kept(self, messages: list[Message], layer: int | None, connection: Connection) -> Response:
+        """For each token of a conversation, how many (layer, key/value head) caches hold it after reading all."""
+        ids = await asyncio.to_thread(self.render, messages, False)
+        self.check(ids, "messages", 0)
+        if layer is not None and layer >= self.about["layers"]:
+            raise APIError(400, f"layer {layer} must be below {self.about['layers']}", param="layer")
+        choice = HeldChoice(ids, 1, temperature=0.0, engine=self.engine)
+        async for _ in self.pieces(connection, [choice]):
+            pass
+        layers, feed, n = choice.held if layer is None else [choice.held[layer]], self.coder.stream(), len(ids)
+        positions, scores = (np.concatenate([x.cpu().numpy() for x in part]) for part in zip(*layers, strict=True))
+        kept = np.bincount(positions[positions >= 0], minlength=n).tolist()
+        positions, scores = (x[positions.min(1) >= 0] for x in (positions, scores))  # the caches that are full
+        oldest = np.where(scores == scores.min(1, keepdims=True), positions, n).min(1)  # of their weakest keys
+        counts = dict(possible=len(layers) * self.about["kv_heads"], kept=kept)
+        counts |= dict(next=np.bincount(oldest, minlength=n).tolist())
+        texts = [feed(id) for id in ids]
+        texts[-1] += feed(None)
+        return json_reply(self.about | dict(object="nanodoge.kept", layer=layer, tokens=texts) | counts)
 
 
-@dataclass(eq=False)
-class HeldChoice(Choice):
-    """A choice that remembers what its caches hold when its prompt has been read: see Engine.held."""
-
-    engine: Engine | None = None
-
-    def append(self, id: int) -> None:
-        self.held = self.engine.held(self)
-        super().append(id)
+def usage(choices: list[Choice], n: int) -> dict:
+    """The tokens of `n` choices for each prompt."""
+    read, reused = sum(len(choice.prompt) for choice in choices[::n]), sum(choice.reused for choice in choices[::n])
+    written = sum(min(len(choice.tokens), choice.limit) for choice in choices)
+    counts = dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+    return counts | dict(prompt_tokens_details=dict(cached_tokens=reused))

@@ -156,6 +156,6 @@ def test_the_server_writes_the_same_text(tmp_path):
     make_checkpoint(tmp_path / "model", hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
     texts = []
     for backend in ("torch", "onnx"):
-        engine, _ = serve.load_engine(serve.ServeOptions([str(tmp_path / "model")], backend=backend, slots=3))
+        engine = serve.load_service(serve.ServeOptions([str(tmp_path / "model")], backend=backend, slots=3)).engine
         texts.append(engine.generate([Request(list(range(9, 9 + n)), 12, temperature=0) for n in (3, 40, 7, 43)]))
     assert texts[0] == texts[1]

@@ -37,15 +37,16 @@ def served(checkpoint, *argv):
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
         service.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         server = service.server = serve.Server(service, options)
-        thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
-        thread.start()
+        threads = [threading.Thread(target=server.run, args=([listening],)), threading.Thread(target=service.run)]
+        for thread in threads:
+            thread.start()
         wait_for(lambda: server.started)
         yield service
         if not service.is_stopping:
             server.handle_exit(signal.SIGTERM, None)
-        thread.join(20)
-    service.thread.stop()
-    assert not thread.is_alive()
+        for thread in threads:
+            thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def wait_for(condition, seconds=20):
@@ -246,8 +247,8 @@ def test_the_line_that_is_printed_works_in_a_shell_and_sigterm_lets_a_reply_end(
 
 def test_new_requests_get_503_while_running_ones_end(checkpoint):
     with served(checkpoint, "--slots=2") as service:
-        step = service.thread.engine.step
-        service.thread.engine.step = lambda: time.sleep(0.02) or step()
+        step = service.engine.step
+        service.engine.step = lambda: time.sleep(0.02) or step()
         body = dict(prompt="the cat", max_tokens=100, stream=True)
         with (
             httpx.Client(timeout=30) as client,
@@ -263,8 +264,8 @@ def test_new_requests_get_503_while_running_ones_end(checkpoint):
 def test_a_second_signal_cuts_replies_without_a_traceback(checkpoint, capfd, monkeypatch):
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "disabled", False)
     with served(checkpoint, "--slots=2") as service, httpx.Client(timeout=30) as client:
-        step = service.thread.engine.step
-        service.thread.engine.step = lambda: time.sleep(0.05) or step()
+        step = service.engine.step
+        service.engine.step = lambda: time.sleep(0.05) or step()
         body = dict(prompt="the cat", max_tokens=100, stream=True)
         with pytest.raises(httpx.RemoteProtocolError):
             with client.stream("POST", f"{service.url}/v1/completions", json=body) as reply:
@@ -332,7 +333,7 @@ def test_a_slow_client_gets_408(service, sent):
 def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(checkpoint, streams):
     with served(checkpoint, "--slots=1", "--max_queue=1") as service:
         engine, body = (
-            service.thread.engine,
+            service.engine,
             json.dumps(dict(prompt="the cat", max_tokens=100, stream=streams)).encode(),
         )
         step, may_go_on = engine.step, threading.Event()
@@ -385,7 +386,7 @@ def test_a_reply_that_takes_too_long_gets_504(checkpoint):
 
 def test_damaged_weights_get_503_and_the_server_stays(checkpoint, capfd):
     with served(checkpoint) as service:
-        weight = service.thread.engine.model.norm.weight
+        weight = service.engine.model.norm.weight
         kept = weight.detach().clone()
         weight.data[0] = float("nan")
         assert httpx.post(f"{service.url}/v1/completions", json=dict(prompt="a")).status_code == 503
