@@ -211,7 +211,7 @@ class Server(uvicorn.Server):
     ends at once."""
 
     def __init__(self, service: Service, options: ServeOptions):
-        common = dict(http="h11", ws="none", log_level="error", timeout_graceful_shutdown=1)
+        common = dict(http="h11", ws="none", proxy_headers=False, log_level="error", timeout_graceful_shutdown=1)
         super().__init__(uvicorn.Config(make_app(service), **common))
         self.service, self.options, self.since, self.deadline = service, options, {}, 0.0
 
