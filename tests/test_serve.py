@@ -102,7 +102,8 @@ def test_openai_client_chats(client, checkpoint):
     assert reply.choices[0].finish_reason == wanted.finish_reason
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(ids), len(wanted.tokens))
     parts = [{"role": "user", "content": [{"type": "text", "text": "the red "}, {"type": "text", "text": "cat sees"}]}]
-    assert client.chat.completions.create(model="x", messages=parts, max_tokens=9).choices == reply.choices
+    long = dict(model="x", messages=parts, max_tokens=9, user="me" * 10_000)  # is encoded in another thread
+    assert client.chat.completions.create(**long).choices == reply.choices
 
 
 def test_openai_client_streams(client, service):
