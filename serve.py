@@ -78,7 +78,7 @@ class ServeOptions:
             raise ValueError(f"one checkpoint folder, not {len(self.checkpoint)}: {' '.join(self.checkpoint)}")
 
 
-def load_service(options: ServeOptions) -> "Service":
+def load_service(options: ServeOptions) -> Service:
     """The page is told whether the model was tuned on conversations, and a question that it answers right."""
     machine = Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
     model, tokenizer = load_model(options.checkpoint[0])
@@ -237,12 +237,11 @@ class Server(uvicorn.Server):
                     connection.transport.abort()
                 elif now > start + self.options.patience:
                     late = error_reply(APIError(408, "the request did not arrive in time")).body
-                    head = (
-                        b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
-                    )
+                    head = b"HTTP/1.1 408 Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
                     connection.transport.write(head + late)
                     connection.transport.close()
         self.since = since
+        self.service.calls.put(bool)  # does nothing but wake the main thread: without, Windows delivers no Ctrl-C
         if self.service.is_stopping:
             self.should_exit |= not self.service.pending or now > self.deadline
         return await super().on_tick(counter)
