@@ -124,7 +124,7 @@ async def storm(url: str, process: subprocess.Popen, options: LoadOptions, bodie
         async def run():
             while queue:
                 i, body = queue.pop()
-                leave_after = draw.random() * 0.5 if draw.random() < 0.3 else None  # some are answered before
+                leave_after = draw.random() * 0.5 if draw.random() < 0.4 else None  # some are answered before
                 try:
                     replies[i] = await asyncio.wait_for(ask(client, url, body), leave_after)
                 except asyncio.TimeoutError:
