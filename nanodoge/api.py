@@ -192,8 +192,12 @@ def split_thoughts(text: str, is_complete: bool) -> tuple[str, str]:
 
 
 def token_text(coder: Tokenizer, id: int) -> str:
-    """The text of a token. The bytes of half a character are written as \\xff, so that different tokens differ."""
-    return coder.token_bytes(id).decode(errors="backslashreplace")
+    """The text of a token. Half a character is written by its bytes, as OpenAI does: different tokens differ."""
+    data = coder.token_bytes(id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def chat_logprob(coder: Tokenizer, id: int, score: tuple) -> dict:
