@@ -28,19 +28,18 @@ A SOURCE is one of these; an existing file or folder comes before the other mean
     swh:NAME[:SUBSET[:SPLIT]]    the same for a dataset whose rows name files of the Software Heritage archive (blob_id)
 
 Documents. A row is one document (its --text_column), and so is a .py file, and text up to a --document_separator.
-Without a separator, .txt and .md files are cut into pieces of at most --piece_chars characters: after the last blank
-line in the second half of the piece, else a line, else a space. No text is lost. Empty documents are counted only.
+Without one, .txt and .md files are cut into pieces of at most --piece_chars characters: after the last blank line in
+the second half of the piece, else a line, else a space. No text is lost.
 
 Train or validation? The hash of a document decides (of a row: the hash of the user's first words). So a document stays
 on its side when data is added, and two copies of it are never on both sides. Where that leaves a side empty, the one of
 the smallest hash is held out, and few texts are cut for it. --val=SOURCE gives a validation set of your own instead.
 
 Bad rows. A row that cannot be used is left out and counted, with the reason and the place of the first. The run stops
-when there are more than --max_left_out. So it does at once if the first row of a file has not the columns it needs.
+when there are more than --max_left_out, and at once if the first row of a file has not the columns it needs.
 
-Mixing. SOURCE@RATIO gives each source a share of the --tokens training tokens. A source that is used up starts again,
-and its number of epochs is reported. Without ratios the shares follow the sizes (equal if one is unknown); without
---tokens every document is taken once. Documents of different sources alternate from start to end.
+Mixing. SOURCE@RATIO gives each source a share of the --tokens training tokens. A source that is used up starts again.
+Without ratios the shares follow the sizes (equal if one is unknown); without --tokens every document is taken once.
 
 Stopping. Tokens are written to OUT.partial. After every 128 MB of text meta.json records how far each source is read: a
 killed run continues from there and ends with the same bytes. OUT appears at the end, in one rename.
@@ -100,12 +99,11 @@ class PrepareOptions:
     document_separator: str = ""  # cut .txt and .md files here instead, as at <|endoftext|>
     max_left_out: Share = 0.01  # the run stops when more of the rows cannot be used (one always may be so)
     workers: Whole = 0  # threads; 0: one per core; the output does not depend on it
-    cache: str = ""  # folder for downloads; empty: downloads/ beside OUT
 
     def __post_init__(self) -> None:
         check_ranges(self)
         names, self.limit = self.labels, 0 if self.val else self.val_fraction * 2**64  # validation is what hashes below
-        self.whole = False  # the hash is of whole rows
+        self.cut, self.whole = 0, False  # see divide_again
         if self.kind != "text" and not self.tokenizer:
             raise ValueError(f"--kind={self.kind} needs the --tokenizer of the model to be tuned")
         if self.kind in ("text", "labels") and self.system:
@@ -118,29 +116,29 @@ class PrepareOptions:
 
 
 def encode(tokenizer: Tokenizer, options: PrepareOptions, dtype: np.dtype, document: Document) -> Document:
-    """The document with its tokens. Runs in a thread, since tiktoken releases Python's lock."""
-    if document.left_out:
+    """The document with its tokens in place of its text. Runs in a thread: tiktoken releases Python's lock."""
+    if isinstance(document.text, RowError):
         return document
+    text, answer = document.text, b""
     try:
-        if not document.text:
+        if not text:
             raise RowError("empty")
-        utf8 = document.text.encode()
+        utf8 = text.encode()
         if options.kind == "text":
-            ids, answer = tokenizer.encode_to_numpy(document.text), b""
-            sequences = [(np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(dtype), None)]
-            number = hash_of(utf8)
+            ids = np.concatenate(([tokenizer.bos_id], tokenizer.encode_to_numpy(text), [tokenizer.eos_id]))
+            sequences, number = [(ids.astype(dtype), None)], hash_of(utf8)
         else:
-            row = json.loads(document.text)  # as conversations.document made it
+            row = json.loads(text)  # as conversations.document made it
             sequences, answer = conversations.encode(tokenizer, row, dtype)
             number = hash_of(utf8 if options.whole else conversations.key_of(row))
             if "held_out" in row and not options.val:
                 number = 0 if row["held_out"] else 2**64
     except UnicodeEncodeError:  # JSON can spell half a character, which UTF-8 cannot
-        return document._replace(text="", left_out=RowError("with half a character (a lone surrogate)"))
+        return document._replace(text=RowError("with half a character (a lone surrogate)"))
     except RowError as error:
-        return document._replace(text="", left_out=error)
-    is_val, size = document.is_val or number < options.limit, len(utf8)
-    return document._replace(text="", is_val=is_val, size=size, hash=number, sequences=sequences, answer=answer)
+        return document._replace(text=error)
+    is_val = document.is_val or number < options.limit
+    return document._replace(text="", is_val=is_val, size=len(utf8), hash=number, sequences=sequences, answer=answer)
 
 
 class Writer:
@@ -156,7 +154,7 @@ class Writer:
     def write(self, document: Document) -> None:
         """Appends a document and counts it."""
         split = "val" if document.is_val else "train"
-        counts = self.meta[split]
+        counts, (low, high) = self.meta[split], self.meta["hashes"]
         for ids, mask in document.sequences:
             counts["tokens"] += len(ids)
             if mask is None:
@@ -167,7 +165,6 @@ class Writer:
                 self.files[f"{split}.{name}.bin"].write(array)
         if document.answer:
             self.files[f"{split}.answers.jsonl"].write(document.answer)
-        low, high = self.meta["hashes"]
         self.meta["hashes"] = [min(low, document.hash), max(high, document.hash)]
         counts["bytes"] += document.size
         counts["documents"] += 1
@@ -178,8 +175,10 @@ class Writer:
             file.flush()
             os.fsync(file.fileno())
             self.meta["sizes"][name] = file.tell()
-        self.meta["finished"] = finished
-        write_meta(self.folder, self.meta)
+        self.meta["finished"], temporary = finished, self.folder / "meta.json.tmp"
+        temporary.write_text(json.dumps(self.meta, indent=1), encoding="utf-8")
+        flush(temporary)
+        os.replace(temporary, self.folder / "meta.json")
 
 
 def write_documents(sources: list[Source], options: PrepareOptions, folder: Path, meta: dict, quiet: bool) -> None:
@@ -209,22 +208,21 @@ def write_documents(sources: list[Source], options: PrepareOptions, folder: Path
             writer.commit(finished=True)
 
 
-def other_split(meta: dict, options: PrepareOptions) -> dict:
-    """How to divide a folder of which one side is empty. Few texts are cut into pieces, and rows whose users all begin
-    alike are hashed as a whole; else the smallest hash is for validation, or the largest for training. Raises
-    ValueError if there is nothing to divide."""
-    train, val = (meta[split]["documents"] for split in ("train", "val"))
-    split, (low, high) = {name: meta[name] for name in ("limit", "cut", "whole", "note")}, meta["hashes"]
-    size, is_text = meta["train"]["bytes"] + meta["val"]["bytes"], options.kind == "text"
-    if not options.val and is_text and not meta["cut"] and train + val < 8 and size >= SMALLEST:
-        cut = min(4096, size // 8)
-        return split | dict(cut=cut, note=f"cut into pieces of at most {cut:,} characters; ")
-    if not options.val and low < high and meta["limit"] == options.limit:
-        which = "the smallest hash is for validation" if train else "the largest hash is for training"
-        return split | dict(limit=high if val else low + 1, note=f"{meta['note']}too few to hold out a share: {which}")
-    if not options.val and low == high and not is_text and not meta["whole"] and train + val > 1:
-        return split | dict(whole=True, note="all rows begin alike: the same words may be on both sides")
-    problem = f"of {train + val} documents none is in {'val' if train else 'train'}.bin{left_out(meta)}"
+def divide_again(meta: dict, options: PrepareOptions) -> dict:
+    """How to divide documents of which all fell on one side. Few texts are cut into pieces; rows whose users all begin
+    alike are hashed as a whole; else the smallest hash is held out. Raises ValueError if there is nothing to divide."""
+    count, size = (sum(meta[split][name] for split in ("train", "val")) for name in ("documents", "bytes"))
+    division, (low, high) = {name: meta[name] for name in ("limit", "cut", "whole", "note")}, meta["hashes"]
+    if not options.val:
+        if options.kind == "text" and not meta["cut"] and count < 8 and size >= SMALLEST:
+            cut = min(4096, size // 8)
+            return division | dict(cut=cut, note=f"cut into pieces of at most {cut:,} characters; ")
+        if low < high:
+            note = f"{meta['note']}too few to hold out a share: the smallest hash is for validation"
+            return division | dict(limit=low + 1, note=note)
+        if options.kind != "text" and not meta["whole"] and count > 1:
+            return division | dict(whole=True, note="all rows begin alike: the same words may be on both sides; ")
+    problem = f"of {count} documents none is in {'val' if meta['train']['documents'] else 'train'}.bin{left_out(meta)}"
     raise ValueError(f"--val_fraction={options.val_fraction}: {problem}; give more text or more rows")
 
 
@@ -232,7 +230,7 @@ def other_split(meta: dict, options: PrepareOptions) -> dict:
 
 
 def describe(options: PrepareOptions, sources: list[Source], tokenizer: Tokenizer | None) -> dict:
-    """All that the output depends on: calls with equal descriptions write the same bytes."""
+    """All that the output depends on: calls with equal requests write the same bytes."""
     names = "sources tokens val_fraction text_column piece_chars document_separator stories"
     names += {"text": "", "labels": " kind system labels"}.get(options.kind, " kind system")
     request = {name: getattr(options, name) for name in names.split()}
@@ -245,13 +243,6 @@ def describe(options: PrepareOptions, sources: list[Source], tokenizer: Tokenize
 def meta_of(folder: Path) -> dict:
     path = Path(folder, "meta.json")
     return read_json(path) if path.is_file() else {}
-
-
-def write_meta(folder: Path, meta: dict) -> None:
-    temporary = folder / "meta.json.tmp"
-    temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, folder / "meta.json")
 
 
 def holds(folder: Path, request: dict, overwrite: bool) -> bool:
@@ -267,7 +258,7 @@ def holds(folder: Path, request: dict, overwrite: bool) -> bool:
 
 
 def begin(folder: Path, request: dict, tokenizer: Tokenizer) -> dict:
-    """Makes the unfinished folder with its tokenizer -> its meta.json, which says that nothing is written yet."""
+    """Makes the unfinished folder with its tokenizer -> what its meta.json will say: nothing is written yet."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tokenizer.save(folder)
@@ -284,9 +275,7 @@ def begin(folder: Path, request: dict, tokenizer: Tokenizer) -> dict:
     start = {"tokens": 0, "characters": 0, "epochs": 1, "position": [0, 0, 0]}
     meta["mix"] = [{"source": spec, **start} for spec in request["sources"] + request.get("val", [])]
     meta |= {"rows": 0, "left_out": {}, "first_left_out": {}, "hashes": [2**64, 0]}
-    meta |= {"finished": False, "request": request}
-    write_meta(folder, meta)
-    return meta
+    return meta | {"finished": False, "request": request}
 
 
 def default_out(place: str, kind: str) -> str:
@@ -302,21 +291,18 @@ def prepare(options: PrepareOptions, quiet: bool = False) -> Path:
     if not out.name or (out.exists() and not meta_of(out) and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"--out={out}: exists and was not made by prepare_data.py; give another folder")
     tokenizer = Tokenizer.load(locate(options.tokenizer)) if options.tokenizer else None
-    request = describe(options, sources, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(out.name + ".lock")
     try:
         with FileLock(lock):  # two processes would write into each other's files: the second waits
-            is_there = holds(out, request, options.overwrite)
+            is_there = holds(out, describe(options, sources, tokenizer), options.overwrite)
             meta = meta_of(out) if is_there else make(out, sources, tokenizer, options, quiet)
     finally:
         lock.unlink(missing_ok=True)
     if not quiet:
-        for source in [source for source in sources if source.note]:
-            print(f"{source.spec}: {source.note}")
-        if options.val:
-            print(f"--val={','.join(options.val)} is held out, and --val_fraction is not used")
-        print(f"{out} is there already, made by the same call" if is_there else f"{out} is complete")
+        notes = [f"{source.spec}: {source.note}" for source in sources if source.note]
+        notes += [f"--val={','.join(options.val)} is held out, and --val_fraction is not used"] * bool(options.val)
+        print(*notes, f"{out} is there already, made by the same call" if is_there else f"{out} is complete", sep="\n")
         report(out, meta)
     return out
 
@@ -328,33 +314,27 @@ def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options:
     if options.kind not in ("text", "labels") and not tokenizer.chat_template:
         raise ValueError(f"--tokenizer={options.tokenizer} has no chat template, which --kind={options.kind} needs")
     for source in sources:
-        open_source(source, options, options.cache or out.parent / "downloads", quiet)
-    limit, split = options.limit, dict(limit=options.limit, cut=0, whole=False, note="")
+        open_source(source, options, out.parent / "downloads", quiet)
+    division = dict(limit=options.limit, cut=0, whole=False, note="")
     try:
         while not meta.get("finished"):
-            split = {name: meta.get(name, value) for name, value in split.items()}
-            options.limit, options.whole = split["limit"], split["whole"]
-            for source in sources:
-                source.cut = split["cut"]
+            division = {name: meta.get(name, value) for name, value in division.items()}
+            vars(options).update(division)
             if not meta:
-                if not tokenizer and not quiet and not split["note"]:
+                if not tokenizer and not quiet and not division["note"]:
                     print(f"learning a vocabulary of {options.vocab_size} tokens")
                 meta = begin(folder, request, tokenizer or train_bpe(sample(sources, options), options.vocab_size))
-            meta |= split
+            meta |= division
             write_documents(sources, options, folder, meta, quiet)
-            options.limit, options.whole = limit, False
             if not meta["finished"]:
-                split, meta = other_split(meta, options), {}
+                division, meta = divide_again(meta, options), {}
     except ValueError:
         if not meta_of(folder).get("train", {}).get("documents"):  # nothing worth continuing
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    replaced = out.with_name(out.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
-        os.replace(out, replaced)
+        shutil.rmtree(out)  # a call that is killed here finds the finished OUT.partial
     os.replace(folder, out)
-    shutil.rmtree(replaced, ignore_errors=True)
     return meta
 
 

@@ -19,19 +19,17 @@ from nanodoge.options import one_line
 TRIES, WAIT, TIMEOUT = 6, 1.0, (10, 60)  # attempts; seconds before the second; to connect, and between two bytes
 
 
-def retry(attempt: Callable, address: str, size: Callable[[], int] = lambda: 0) -> Any:
+def retry(attempt: Callable, address: str) -> Any:
     """What attempt() returns, called again WAIT, 2 WAIT, 4 WAIT, ... seconds after a network error. Raises ValueError
-    after TRIES errors in a row without growth of size(), and for an error that stays (404)."""
-    failures, before = 0, size()
-    while True:
+    after TRIES errors, and for one that stays (404)."""
+    for failures in range(1, TRIES + 1):
         try:
             return attempt()
         except (requests.RequestException, zlib.error) as error:
-            failures, before = 0 if size() > before else failures + 1, size()
             status = getattr(getattr(error, "response", None), "status_code", 0)
             if failures == TRIES or (400 <= status < 500 and status not in (408, 416, 429)):
                 raise ValueError(f"{address}: {one_line(error)} (run again to continue)") from None
-            time.sleep(WAIT * 2 ** max(failures - 1, 0))
+            time.sleep(WAIT * 2 ** (failures - 1))
 
 
 def download(url: str, cache: str | Path, quiet: bool = False) -> Path:
@@ -41,7 +39,7 @@ def download(url: str, cache: str | Path, quiet: bool = False) -> Path:
     path, part = Path(cache, name), Path(cache, name + ".part")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        retry(partial(download_rest, address, part, quiet), address, lambda: part.exists() and part.stat().st_size)
+        retry(partial(download_rest, address, part, quiet), address)
         with open(part, "rb") as file:
             is_right = not digest or sha_fileobj(file).hex() == digest
         if not is_right:

@@ -12,15 +12,14 @@ FEW = 10_000  # rows after which --max_left_out is judged; it is once more at th
 
 
 class Document(NamedTuple):
-    """A document between its source and the files. A thread replaces the text by the last fields."""
+    """A document between its source and the files. A thread replaces the text by the last four fields."""
 
     source: int  # the number of its source
     epoch: int  # how often that source was read before
     place: tuple  # its part of that source, and its number there
-    text: str
+    text: str | RowError  # or why it is not to be written
     characters: int  # of the text, and one
     is_val: bool
-    left_out: RowError | None  # why it is not to be written
     size: int = 0  # bytes of text
     hash: int = 0  # of what decides between training and validation
     sequences: Sequence = ()  # (ids, mask): one pair, or a preference's two; the mask of plain text is None
@@ -37,8 +36,6 @@ class Mixer:
     def __init__(self, sources: list[Source], meta: dict, options: Any):
         """meta: of the folder, updated in place. options: PrepareOptions."""
         self.sources, self.meta, self.mix, self.options = sources, meta, meta["mix"], options
-        for name, value in dict(rows=0, first_left_out={}, hashes=[2**64, 0]).items():
-            meta.setdefault(name, value)  # an unfinished folder of an older version
         others = [source for source in sources if source.is_val]  # the last ones: each is read once
         self.shares = shares_of(sources[: len(sources) - len(others)])
         self.quotas = [share * options.tokens or math.inf for share in self.shares] + [math.inf] * len(others)
@@ -52,12 +49,11 @@ class Mixer:
         epoch, first, number = mix["position"]
         while True:
             for part in range(first, len(source.parts)):
-                for text in source.read(source.parts[part], number):
+                for text in source.read(source.parts[part], number, self.options.cut):
                     number += 1
                     mix["position"] = [epoch, part, number]
-                    text, error = (text, None) if isinstance(text, str) else ("", text)
-                    place = source.parts[part], number
-                    yield Document(i, epoch, place, text, len(text) + 1, source.is_val, error)
+                    characters = len(text) + 1 if isinstance(text, str) else 1
+                    yield Document(i, epoch, (source.parts[part], number), text, characters, source.is_val)
                 number = 0
             if not self.options.tokens or source.is_val:
                 return
@@ -91,9 +87,9 @@ class Mixer:
         self.waiting[i] -= document.characters
         self.mix[i]["characters"] += document.characters
         self.meta["rows"] += is_first
-        if document.left_out:
+        if isinstance(document.text, RowError):
             if is_first:
-                self.leave_out(document)
+                self.leave_out(document.source, document.place, document.text)
             return False
         if document.is_val or self.mix[i]["tokens"] >= self.quotas[i]:
             return document.is_val and is_first  # validation documents are never repeated
@@ -101,11 +97,11 @@ class Mixer:
         self.mix[i]["epochs"] = document.epoch + 1
         return True
 
-    def leave_out(self, document: Document) -> None:
+    def leave_out(self, source: int, place: tuple, error: RowError) -> None:
         """Counts a document that is left out. The first of every reason is recorded with its place."""
-        error, counts = document.left_out, self.meta["left_out"]
-        where, detail = self.sources[document.source].where(*document.place), one_line(error.detail or error.reason)
-        self.meta["first_left_out"].setdefault(error.reason, f"{where}: {detail[:300]}" if error.detail else where)
+        where, counts = self.sources[source].where(*place), self.meta["left_out"]
+        detail = f": {one_line(error.detail)[:300]}" if error.detail else ""
+        self.meta["first_left_out"].setdefault(error.reason, where + detail)
         counts[error.reason] = counts.get(error.reason, 0) + 1
         check_left_out(self.meta, self.options, FEW)
 

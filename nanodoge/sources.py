@@ -2,9 +2,9 @@
 
 prepare_data.py says what a SOURCE of its command line can be. Here each becomes a `Source`: a list of parts (files,
 shards) whose documents are read one after the other, so that a killed run continues in the right part and no source is
-held in memory. A document is a text; conversations.document makes it from a row of a .jsonl, .csv, .parquet or dataset.
-Nothing is skipped in silence: a file must be UTF-8 text, a download must have the promised length and hash, a row that
-cannot be used becomes a RowError in place of a document, and files passed over are counted.
+held in memory. A document is a text; conversations.document makes it from a row. Nothing is skipped in silence: a file
+must be UTF-8 text, a download must have the promised length and hash, a row that cannot be used becomes a RowError in
+place of a document, and files passed over are counted.
 """
 
 import ast
@@ -16,7 +16,7 @@ import sysconfig
 import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,9 +38,11 @@ SAMPLE = 20_000_000  # characters a vocabulary is learned from; our trainer take
 NO_ROWS = "files in a folder, without the columns"
 BLOBS = "https://softwareheritage.s3.amazonaws.com/content/"  # the public bucket of archived files, each one gzipped
 FETCHES = 32  # archived files fetched at a time: each is small and costs a round trip
-
-
-# ---- Sources
+# {source: {--kind: (what makes a row, None for text; about how many bytes of text it has)}}
+BUILT_IN = {
+    "stories": {"text": (None, 640), "chat": (stories.conversation, 470), "preferences": (stories.preference, 400)},
+    "sums": {"chat": (stories.worked_sum, 200), "problems": (stories.worked_sum, 100)},
+}
 
 
 @dataclass
@@ -54,17 +56,17 @@ class Source:
     inputs: list  # equal for a later call that reads the same: names, sizes and times of files
     note: str = ""  # printed at the end
     is_val: bool = False  # a source of --val
-    cut: int = 0  # characters of the pieces that every document is cut into, 0: none is
-    parts: list | None = None
+    parts: Sequence = ()
     documents: Callable[[Any, int], Iterator[str | RowError]] | None = None  # (part, skip)
     size: int = 0  # about how many bytes of text, 0 if unknown
 
-    def read(self, part: Any, skip: int = 0) -> Iterator[str | RowError]:
-        """Yields the documents of a part after the first `skip`. Raises ValueError for what cannot be read, and if the
-        first row lacks the columns (but a folder may also have .json and .csv files of other things)."""
-        documents, is_first = self.documents(part, 0 if self.cut else skip), not skip
-        if self.cut:
-            pieces = (split_pieces([text], self.cut) if isinstance(text, str) else [text] for text in documents)
+    def read(self, part: Any, skip: int = 0, cut: int = 0) -> Iterator[str | RowError]:
+        """Yields the documents of a part, or their pieces of at most `cut` characters, after the first `skip`. Raises
+        ValueError for what cannot be read, and if the first row lacks the columns (but a folder may also have .json and
+        .csv files of other things)."""
+        documents, is_first = self.documents(part, 0 if cut else skip), not skip
+        if cut:
+            pieces = (split_pieces([text], cut) if isinstance(text, str) else [text] for text in documents)
             documents = islice(chain.from_iterable(pieces), skip, None)
         try:
             for number, text in enumerate(documents, skip + 1):
@@ -88,8 +90,16 @@ class Source:
         return f"{self.spec}, row {number} of part {part}"
 
 
+def hash_of(key: bytes) -> int:
+    """A number from 0 to 2^64. Validation is what lies below a limit, so it does not depend on what else is there."""
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
+# ---- What the command line means: looks at local files only, and opens none
+
+
 def parse_source(spec: str) -> Source:
-    """The Source that a SOURCE of the command line means. Looks at local files only, and opens none."""
+    """The Source that a SOURCE of the command line means."""
     place, ratio, inputs, note = spec, 0.0, [], ""
     if not os.path.exists(spec) and (match := re.fullmatch(r"(.+)@([0-9.]+)", spec)):
         place, ratio = match[1], convert(match[2], float, f"ratio of {spec!r}")
@@ -99,7 +109,7 @@ def parse_source(spec: str) -> Source:
     if os.path.exists(place):
         paths, note = list_files(place)
         kind, inputs = "file", [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in paths]
-    elif place in ("stories", "sums"):
+    elif place in BUILT_IN:
         world = [path.read_bytes() for path in (Path(stories.__file__), stories.WORLD)]  # text and code
         inputs = [hashlib.sha256(b"".join(world)).hexdigest()]
     elif place == "stdlib":
@@ -113,49 +123,25 @@ def parse_source(spec: str) -> Source:
         place = name
     else:
         advice = f"; the dataset of that name is hf:{place}" if re.fullmatch(r"[\w.-]+/[\w.-]+", place) else ""
-        reason = f"there is no such file or folder{advice}"
-        raise ValueError(f"source {place!r}: {reason} (--help lists the kinds of source)")
+        raise ValueError(f"source {place!r}: no such file or folder{advice} (--help lists the kinds of source)")
     return Source(spec, kind, place, ratio, inputs, note)
 
 
 def parse_sources(options: Any) -> list[Source]:
     """The sources of the command line, those of --val last. options: PrepareOptions."""
-    sources = [parse_source(spec) for spec in options.sources]
-    vals = [parse_source(spec) for spec in options.val]
+    sources, vals = (list(map(parse_source, specs)) for specs in (options.sources, options.val))
     if len({source.place for source in sources + vals}) < len(sources + vals) or not sources:
         raise ValueError(f"sources {options.sources + options.val}: at least one is needed, and each only once")
-    if ratio := next((source.spec for source in vals if source.ratio), ""):
-        raise ValueError(f"--val={ratio}: what is held out has no ratio")
+    for source in vals:
+        source.is_val = True
+        if source.ratio:
+            raise ValueError(f"--val={source.spec}: what is held out has no ratio")
     bare = [source.spec for source in sources if not source.ratio]
     if 0 < len(bare) < len(sources):
         raise ValueError(f"source {bare[0]!r} has no @RATIO: give one to every source or to none")
     if not bare and not options.tokens:
         raise ValueError("ratios need --tokens=N: the training tokens they are shares of")
-    for source in vals:
-        source.is_val = True
     return sources + vals
-
-
-def shares_of(sources: list[Source]) -> list[float]:
-    """The part of the tokens that each source contributes: by its ratio, else by its size, else all alike."""
-    sized = all(source.size for source in sources)
-    weights = [source.ratio or (source.size if sized else 1) for source in sources]
-    return [weight / sum(weights) for weight in weights]
-
-
-def sample(sources: list[Source], options: Any) -> Iterator[str]:
-    """Yields training documents to learn a vocabulary from: SAMPLE characters, shared by the sources as they are mixed
-    and by up to 64 evenly spaced parts of each."""
-    sources = [source for source in sources if not source.is_val]
-    for source, share in zip(sources, shares_of(sources), strict=True):
-        for part in (parts := source.parts[:: -(-len(source.parts) // 64) or 1]):
-            left = SAMPLE * share / len(parts)
-            for text in source.read(part):
-                if isinstance(text, str):
-                    if hash_of(text.encode("utf-8", "replace")) >= options.limit:
-                        yield text
-                    if (left := left - len(text)) <= 0:
-                        break
 
 
 def list_files(place: str) -> tuple[list[str], str]:
@@ -185,47 +171,62 @@ def list_files(place: str) -> tuple[list[str], str]:
     return [str(Path(place, name)) for name in sorted(found)], note
 
 
+def shares_of(sources: list[Source]) -> list[float]:
+    """The part of the tokens that each source contributes: by its ratio, else by its size, else all alike."""
+    sized = all(source.size for source in sources)
+    weights = [source.ratio or (source.size if sized else 1) for source in sources]
+    return [weight / sum(weights) for weight in weights]
+
+
+def sample(sources: list[Source], options: Any) -> Iterator[str]:
+    """Yields training documents to learn a vocabulary from: SAMPLE characters, shared by the sources as they are mixed
+    and by up to 64 evenly spaced parts of each."""
+    sources = [source for source in sources if not source.is_val]
+    for source, share in zip(sources, shares_of(sources), strict=True):
+        for part in (parts := source.parts[:: -(-len(source.parts) // 64) or 1]):
+            left = SAMPLE * share / len(parts)
+            for text in source.read(part, 0, options.cut):
+                if isinstance(text, str):
+                    if hash_of(text.encode("utf-8", "replace")) >= options.limit:
+                        yield text
+                    if (left := left - len(text)) <= 0:
+                        break
+
+
+# ---- Opening
+
+
 def open_source(source: Source, options: Any, cache: str | Path, quiet: bool) -> None:
     """Downloads or connects where needed, and fills in parts, documents and size. options: PrepareOptions."""
-    if options.kind != "text" and source.kind in ("stdlib", "swh"):
+    kind = source.kind
+    if options.kind != "text" and kind in ("stdlib", "swh"):
         raise ValueError(f"source {source.spec!r} has no --kind={options.kind}: it is plain text")
-    if source.kind in ("stories", "sums"):
-        return open_built_in(source, options)
-    if source.kind in ("hf", "swh"):
-        return open_dataset(source, options)
-    if source.kind == "stdlib":
-        source.parts, source.documents = stdlib_parts(), read_stdlib
+    if kind in BUILT_IN:
+        if options.kind not in BUILT_IN[kind]:
+            raise ValueError(f"source {source.spec!r} has no --kind={options.kind}; it has {' '.join(BUILT_IN[kind])}")
+        source.parts, source.size = [options.stories], options.stories * BUILT_IN[kind][options.kind][1]
+        source.documents = partial(read_built_in, kind, options)
+    elif kind in ("hf", "swh"):
+        open_dataset(source, options)
     else:
-        is_url = source.kind == "url"
-        source.parts = [str(download(source.place, cache, quiet))] if is_url else [path for path, *_ in source.inputs]
-        source.documents = partial(read_file, options=options)
-    source.size = sum(map(os.path.getsize, source.parts))
+        if kind == "stdlib":
+            source.parts, source.documents = stdlib_parts(), read_stdlib
+        else:
+            paths = [path for path, *_ in source.inputs] or [str(download(source.place, cache, quiet))]
+            source.parts, source.documents = paths, partial(read_file, options=options)
+        source.size = sum(map(os.path.getsize, source.parts))
 
 
-def open_built_in(source: Source, options: Any) -> None:
-    """The built-in world: its text, or rows about it. Held-out rows have other words (see stories.py), so a row says on
-    which side it is."""
-    makers = {  # --kind: (what makes a row, about how many bytes of text it has)
-        "stories": {"text": (None, 640), "chat": (stories.conversation, 470), "preferences": (stories.preference, 400)},
-        "sums": {"chat": (stories.worked_sum, 200), "problems": (stories.worked_sum, 100)},
-    }[source.kind]
-    if options.kind not in makers:
-        raise ValueError(f"source {source.spec!r} has no --kind={options.kind}; it has {' '.join(makers)}")
-    make, size = makers[options.kind]
+def read_built_in(name: str, options: Any, count: int, skip: int) -> Iterator[str]:
+    """Yields documents skip ... count - 1 of the built-in world: text, or rows about it. Held-out rows have other words
+    (see stories.py), so a row says on which side it is."""
+    make, _ = BUILT_IN[name][options.kind]
 
     def row(i: int) -> dict:
-        held_out = hash_of(f"{source.kind} {i}".encode()) < options.limit
+        held_out = hash_of(f"{name} {i}".encode()) < options.limit
         return make(i, "test" if held_out else "train") | {"held_out": held_out}
 
-    def documents(count: int, skip: int) -> Iterator[str]:
-        return documents_of(map(row, range(skip, count)), options) if make else stories.documents(count - skip, skip)
-
-    source.parts, source.size, source.documents = [options.stories], options.stories * size, documents
-
-
-def hash_of(key: bytes) -> int:
-    """A number from 0 to 2^64. Validation is what lies below a limit, so it does not depend on what else is there."""
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+    return documents_of(map(row, range(skip, count)), options) if make else stories.documents(count - skip, skip)
 
 
 def stdlib_parts() -> list[str]:
@@ -252,9 +253,6 @@ def read_stdlib(path: str, skip: int = 0) -> list[str]:
     return documents[skip:]
 
 
-# ---- The network
-
-
 def open_dataset(source: Source, options: Any) -> None:
     """A dataset of the hub, streamed. Its parts are the shards it is stored in, so a resumed run fetches none twice.
 
@@ -272,7 +270,7 @@ def open_dataset(source: Source, options: Any) -> None:
     def read(shard: int, skip: int) -> Iterator[str | RowError]:
         return documents_of(data.shard(data.num_shards, shard).skip(skip), options)
 
-    source.parts = list(range(data.num_shards))
+    source.parts = range(data.num_shards)
     source.documents = read if source.kind == "hf" else lambda shard, skip: fetch_blobs(read(shard, skip))
 
 
@@ -280,16 +278,17 @@ def fetch_blobs(names: Iterator[str | RowError]) -> Iterator[str | RowError]:
     """Yields the texts of archived files in the order of their names, FETCHES of them fetched at a time. One that the
     archive no longer has is an empty document, so it is counted."""
 
-    def fetch(name: str | RowError) -> str | RowError:
-        if isinstance(name, RowError):
-            return name
+    def fetch(name: str) -> str:
         response = session.get(BLOBS + name, timeout=TIMEOUT)
         if response.status_code == 404:
             return ""
         response.raise_for_status()
         return zlib.decompress(response.content, wbits=31).decode("utf-8-sig", errors="replace")  # 31: gzip
 
+    def fetched(name: str | RowError) -> str | RowError:
+        return retry(partial(fetch, name), BLOBS + name) if isinstance(name, str) else name
+
     with ThreadPoolExecutor(FETCHES) as pool, requests.Session() as session:
         session.mount("https://", requests.adapters.HTTPAdapter(pool_maxsize=FETCHES))
         while some := list(islice(names, 16 * FETCHES)):
-            yield from pool.map(lambda name: retry(partial(fetch, name), f"{BLOBS}{name}"), some)
+            yield from pool.map(fetched, some)
