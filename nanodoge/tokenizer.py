@@ -156,8 +156,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, config_folder: str | os.PathLike | None = None) -> "Tokenizer":
-        """The tokenizer of a tokenizer.json or a folder with one, with the tokenizer_config.json and chat_template.jinja
-        beside it or in `config_folder`. Raises ValueError for a file whose ids would differ here."""
+        """The tokenizer of a tokenizer.json or of its folder, with tokenizer_config.json and chat_template.jinja beside
+        it or in `config_folder`. Raises ValueError for a file whose ids would differ here."""
         file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
         refuse_if(not file.is_file(), f"{path} holds no tokenizer.json")
         data, folder = file.read_bytes(), Path(config_folder or file.parent)

@@ -22,7 +22,7 @@ import pytest
 from helpers import command
 
 import prepare_data
-from nanodoge import download, readers
+from nanodoge import readers
 from nanodoge import sources as reading
 from nanodoge.data import read_meta
 from nanodoge.tokenizer import Tokenizer, train_bpe
@@ -511,8 +511,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(download, "WAIT", 0.001)
-    monkeypatch.setattr(download, "TRIES", 3)
+    monkeypatch.setattr(reading, "WAIT", 0.001)
+    monkeypatch.setattr(reading, "TRIES", 3)
     monkeypatch.setattr(Server, "files", {"x.txt": "".join(documents(3000)).encode()})
     monkeypatch.setattr(Server, "log", [])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
@@ -527,10 +527,10 @@ REQUESTS = dict(plain=[0], cut=[0, 19], norange=[0, 19], changes=[0, 19], shifts
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_download(server, kind):
     data = Server.files["x.txt"]
-    path = download.download(f"{server}/{kind}/x.txt", "cache", True)
+    path = reading.download(f"{server}/{kind}/x.txt", "cache", True)
     assert path.read_bytes() == (data[::-1] if kind == "changes" else data)
     assert [start // 10_000 for _, start in Server.log] == REQUESTS[kind]  # up to 64 kB that had arrived may be lost
-    assert download.download(f"{server}/{kind}/x.txt", "cache", True) == path
+    assert reading.download(f"{server}/{kind}/x.txt", "cache", True) == path
     assert len(Server.log) == len(REQUESTS[kind]) and os.listdir("cache") == [path.name]
 
 
