@@ -54,28 +54,23 @@ PROGRAM_ERRORS = ArithmeticError, AttributeError, LookupError, MemoryError, Recu
 
 @lru_cache(maxsize=8)
 def compile_template(source: str) -> Any:
-    """A chat template with the settings and helpers that transformers gives it, in a sandbox without files."""
-    from jinja2 import TemplateError, nodes  # imported where used: many texts need no template
-    from jinja2.ext import Extension
+    """A chat template with the settings and helpers that transformers gives it, in a sandbox without files. What stands
+    between its `generation` tags, which jinja2 does not know, goes through a filter that puts a mark at both ends."""
+    from jinja2 import TemplateError, pass_context  # imported where used: many texts need no template
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):
-        """The tag {% generation %} ... {% endgeneration %}: two marks, around what the assistant writes."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            marks = (nodes.Output([nodes.Name(name, "load")]) for name in ("generation_begin", "generation_end"))
-            return nodes.Scope([next(marks), *body, next(marks)], lineno=line)
+    @pass_context
+    def generation(context: Any, text: str) -> str:
+        return context["generation_begin"] + text + context["generation_end"]
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    extensions = [Generation, "jinja2.ext.loopcontrols"]
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own escapes <, > and & for HTML
+    tags = r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})"
+    source = re.sub(tags, lambda tag: tag[1] + ("endfilter" if tag[2] else "filter generation"), source)
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    # jinja's own tojson escapes <, > and & for HTML
+    jinja.filters |= dict(generation=generation, tojson=partial(json.dumps, ensure_ascii=False))
     now = datetime.datetime.now
     jinja.globals |= dict(raise_exception=raise_exception, strftime_now=lambda format: now().strftime(format))
     return jinja.from_string(source)
@@ -193,11 +188,8 @@ def guessed_parts(
     the first. marks: of each text the number of its message, or ""."""
     speaks = [None, *(mark if mark and roles[int(mark)] == "assistant" else None for mark in marks), None]
     for mark, text, before, after in zip(marks, texts, speaks, speaks[2:], strict=False):
-        if mark:
-            yield text, roles[int(mark)], roles[int(mark)] == "assistant"
-            continue
-        if before == after:
-            yield text, None, before is not None
+        if mark or before == after:
+            yield text, roles[int(mark)] if mark else None, bool(before or mark and roles[int(mark)] == "assistant")
             continue
         end = "".join(split(text)[:2]) if before and len(split(text)) > 1 else ""
         rest = text[len(end) :]

@@ -64,14 +64,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     """A vocabulary of `vocab_size` ids learned from `texts`: the special tokens, the 256 bytes, then merge after merge;
     of fewer, when no pair is left. Takes about 10 s for 32,768 ids from 20 MB.
 
-    The pair that occurs most often is merged; of equals, the one with the smaller ids (the left one first), so the same
-    texts always give the same vocabulary.
+    The pair that occurs most often is merged; of equals, the one with the smaller ids (the left one first).
 
     A chunk is held as a string with one character per token, chr(id), so `chunk.replace(pair, new)` is a merge.
     Three tables keep a round cheap. Only *unique* chunks are held, each with how often it occurs. `places` knows which
     chunks contain a pair, so that a merge touches only those. And the heap is lazy: a count that has fallen since it
-    was pushed is noticed when it is popped, and pushed again. (Counts never rise: a merge makes new pairs only with the
-    new token in them, and these are pushed when it is made.)
+    was pushed is noticed when it is popped, and pushed again. (Counts never rise: new pairs have the new token.)
     """
     refuse_if(isinstance(texts, str), "train_bpe needs several texts (a list, a generator), not one str: pass [text]")
     base = len(SPECIAL_TOKENS)
@@ -160,9 +158,15 @@ class Tokenizer:
         it or in `config_folder`. Raises ValueError for a file whose ids would differ here."""
         file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
         refuse_if(not file.is_file(), f"{path} holds no tokenizer.json")
-        data, folder = file.read_bytes(), Path(config_folder or file.parent)
+        folder, config = Path(config_folder or file.parent), {}
         try:
-            return cls(tokenizer_json.read_tokenizer_json(data), read_tokenizer_config(folder), data)
+            if (place := folder / "tokenizer_config.json").is_file():
+                config = read_object(place.read_bytes(), place.name)
+            if (place := folder / "chat_template.jinja").is_file():  # where newer transformers keep it
+                config["chat_template"] = place.read_text(encoding="utf-8-sig")
+            several = not isinstance(config.get("chat_template") or "", str)
+            refuse_if(several, "tokenizer_config.json has several chat templates: leave the one to use, as text")
+            return cls(tokenizer_json.read_tokenizer_json(file.read_bytes()), config, file.read_bytes())
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {one_line(error)}") from None
 
@@ -229,16 +233,14 @@ class Tokenizer:
     def render(
         self, messages: list[dict], add_generation_prompt: bool = False, tools: list[dict] | None = None
     ) -> tuple[list[int], list[int]]:
-        """(ids, mask) of a conversation in the layout of the chat template.
-
-        messages: as for plain_messages in template.py. tools: JSON schemas for the template. The ids are those of
-        transformers' `apply_chat_template`, except that special tokens in messages and tools stay plain text. (The
-        assistant may write the reasoning tags.)
+        """(ids, mask) of a conversation in the layout of the chat template. messages: as for plain_messages in
+        template.py. tools: JSON schemas for the template. The ids are those of transformers' `apply_chat_template`,
+        but special tokens in messages and tools stay plain text. (The assistant may write the reasoning tags.)
 
         The mask marks what the model learns to write: what the template puts between its `generation` tags, else the
-        assistant's words and the special token that ends its turn, EOS; not the header before them, and not the blank
-        lines after. A token belongs to the writer of its first byte: one that begins in the header and runs into the
-        answer is not the assistant's, because at generation time the header is already there.
+        assistant's words and the special token that ends its turn, EOS. A token belongs to the writer of its first
+        byte: one that begins in the header and runs into the answer is not the assistant's, because at generation time
+        the header is already there.
         """
         refuse_if(not self.chat_template, "the tokenizer has no chat template: it cannot render a conversation")
         learned, pieces = bytearray(), []  # a flag per byte; (text, is it a special token)
@@ -263,24 +265,10 @@ def splitter(tokens: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def split_long_whitespace(text: str, limit: int = 500_000) -> list[str]:
-    r"""`text`, cut after every `limit` blanks in a row: `\s+(?!\S)` on a million overflows tiktoken's regex engine.
-
-    The lookbehind makes a match begin where a run of blanks begins. Without it, a run that is too short would be read
-    again from each of its blanks, which is quadratic.
-    """
+    r"""`text`, cut after every `limit` blanks in a row: `\s+(?!\S)` on a million overflows tiktoken's regex engine. The
+    lookbehind makes a match begin where a run begins; else a short run would be read again from each of its blanks."""
     if len(text) <= limit:
         return [text]
     runs = re.finditer(rf"\s(?<!\s\s)\s{{{limit - 1},}}", text)
     cuts = [cut for run in runs for cut in range(run.start() + limit, run.end() + 1, limit)]
     return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
-
-
-def read_tokenizer_config(folder: Path) -> dict:
-    """tokenizer_config.json, with the chat template that newer transformers keep in a file of its own beside it."""
-    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = read_object(file.read_bytes(), file.name) if file.is_file() else {}
-    if template.is_file():
-        config["chat_template"] = template.read_text(encoding="utf-8-sig")
-    several = not isinstance(config.get("chat_template") or "", str)
-    refuse_if(several, "tokenizer_config.json has several chat templates: leave the one to use, as text")
-    return config

@@ -8,7 +8,6 @@ refused with the reason, because a model that gets slightly wrong ids gives no e
 import functools
 import json
 import re
-from collections import Counter
 from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple
@@ -50,8 +49,7 @@ def read_object(data: bytes, name: str = "it") -> dict:
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs twice")
+        refuse_if(len(found) < len(pairs), f"a key occurs twice among {list(found)[:9]}")
         return found
 
     try:
@@ -110,12 +108,10 @@ def read_tokenizer_json(data: bytes) -> Vocabulary:
     document = read_object(data)
     try:
         model = document["model"]
-        kind, normalizer = model.get("type", "BPE"), document.get("normalizer")
-        refuse_if(kind != "BPE", f"its model is {kind}, and only byte-level BPE is known here")
+        refuse_if((kind := model.get("type", "BPE")) != "BPE", f"its model is {kind}, not byte-level BPE")
         options = {key: model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")}
-        refuse_if(any(options.values()), f"its model has {options}, which tiktoken cannot do")
-        refuse_if(normalizer is not None, f"it normalizes text ({normalizer}): some characters would be changed")
-
+        options["normalizer"] = document.get("normalizer")
+        refuse_if(any(options.values()), f"it has {options}, which tiktoken cannot do")
         steps = document["pre_tokenizer"].get("pretokenizers", [])
         known = len(steps) == 2 and SPLIT.items() <= (steps[0] | {"pattern": None}).items()
         known = known and BYTE_LEVEL.items() <= (steps[1] | {"trim_offsets": True}).items()  # it changes no ids
@@ -149,15 +145,12 @@ def check_words(added: list[dict], words: dict[str, int], vocab: dict[str, int])
     """Raises ValueError for added tokens, if some are `words`, that tiktoken and the library treat differently: they
     choose otherwise where two overlap in a text, and the library numbers those beyond the vocabulary itself."""
     names, top = [token["content"] for token in added], len(vocab) - 1
-
-    def overlap(a: str, b: str) -> bool:
-        return a in b or any(b.startswith(a[n:]) for n in range(1, len(a)))
-
     for name, token in zip(names, added, strict=True):
         renumbered = name not in vocab and token["id"] != top + 1
         refuse_if(renumbered, f"its added token {name!r} has the id {token['id']}, which should be {top + 1}")
         top = max(top, token["id"])
-        shared = [a for a in names if a != name and (overlap(a, name) or overlap(name, a))] if name in words else []
+        pairs = [pair for a in names if a != name and name in words for pair in ((a, name), (name, a))]
+        shared = [{a, b} - {name} for a, b in pairs if a in b or any(b.startswith(a[n:]) for n in range(1, len(a)))]
         refuse_if(shared, f"its added token {name!r}, which is not special, overlaps with {shared[:1]}")
 
 
