@@ -28,12 +28,12 @@ A SOURCE is one of these; an existing file or folder comes before the other mean
     swh:NAME[:SUBSET[:SPLIT]]    the same for a dataset whose rows name files of the Software Heritage archive (blob_id)
 
 Documents. A row is one document (its --text_column), and so is a .py file, and text up to a --document_separator.
-Without one, .txt and .md files are cut into pieces of at most --piece_chars characters: after the last blank line in
-the second half of the piece, else a line, else a space. No text is lost.
+Without one, .txt and .md files are cut into pieces of at most --piece_chars characters, and into eight or more: after
+the last blank line in the second half of a piece, else a line, else a space. No text is lost.
 
 Train or validation? The hash of a document decides (of a row: the hash of the user's first words). So a document stays
 on its side when data is added, and two copies of it are never on both sides. Where that leaves a side empty, the one of
-the smallest hash is held out, and few texts are cut for it. --val=SOURCE gives a validation set of your own instead.
+the smallest hash is held out. --val=SOURCE gives a validation set of your own instead.
 
 Bad rows. A row that cannot be used is left out and counted, with the reason and the place of the first. The run stops
 when there are more than --max_left_out, and at once if the first row of a file has not the columns it needs.
@@ -74,7 +74,6 @@ __doc__ += conversations.SCHEMAS_HELP  # for --help
 BATCH = 1 << 19  # characters a thread tokenises at a time: about 50 ms
 AHEAD = 64  # batches read ahead of the one being written: work for as many cores, at most 32 MB of text
 SHARD = 1 << 27  # characters between two commits: a killed run loses a few seconds of work at most
-SMALLEST = 2000  # bytes of text that can be divided into training and validation
 
 
 @dataclass
@@ -103,7 +102,7 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
         names, self.limit = self.labels, 0 if self.val else self.val_fraction * 2**64  # validation is what hashes below
-        self.cut, self.whole = 0, False  # see divide_again
+        self.whole = False  # the hash is of whole rows
         if self.kind != "text" and not self.tokenizer:
             raise ValueError(f"--kind={self.kind} needs the --tokenizer of the model to be tuned")
         if self.kind in ("text", "labels") and self.system:
@@ -209,19 +208,15 @@ def write_documents(sources: list[Source], options: PrepareOptions, folder: Path
 
 
 def divide_again(meta: dict, options: PrepareOptions) -> dict:
-    """How to divide documents of which all fell on one side. Few texts are cut into pieces; rows whose users all begin
-    alike are hashed as a whole; else the smallest hash is held out. Raises ValueError if there is nothing to divide."""
-    count, size = (sum(meta[split][name] for split in ("train", "val")) for name in ("documents", "bytes"))
-    division, (low, high) = {name: meta[name] for name in ("limit", "cut", "whole", "note")}, meta["hashes"]
-    if not options.val:
-        if options.kind == "text" and not meta["cut"] and count < 8 and size >= SMALLEST:
-            cut = min(4096, size // 8)
-            return division | dict(cut=cut, note=f"cut into pieces of at most {cut:,} characters; ")
-        if low < high:
-            note = f"{meta['note']}too few to hold out a share: the smallest hash is for validation"
-            return division | dict(limit=low + 1, note=note)
-        if options.kind != "text" and not meta["whole"] and count > 1:
-            return division | dict(whole=True, note="all rows begin alike: the same words may be on both sides; ")
+    """How to divide documents that all fell on one side: the smallest hash is held out; if all rows begin alike, their
+    hash is that of the whole row. Raises ValueError if there is nothing to divide."""
+    count, (low, high) = sum(meta[split]["documents"] for split in ("train", "val")), meta["hashes"]
+    if not options.val and low < high:
+        note = f"{meta['note']}too few to hold out a share: the smallest hash is for validation"
+        return dict(limit=low + 1, whole=meta["whole"], note=note)
+    if not options.val and options.kind != "text" and not meta["whole"] and count > 1:
+        note = "all rows begin alike: the same words may be on both sides; "
+        return dict(limit=meta["limit"], whole=True, note=note)
     problem = f"of {count} documents none is in {'val' if meta['train']['documents'] else 'train'}.bin{left_out(meta)}"
     raise ValueError(f"--val_fraction={options.val_fraction}: {problem}; give more text or more rows")
 
@@ -315,7 +310,7 @@ def make(out: Path, sources: list[Source], tokenizer: Tokenizer | None, options:
         raise ValueError(f"--tokenizer={options.tokenizer} has no chat template, which --kind={options.kind} needs")
     for source in sources:
         open_source(source, options, out.parent / "downloads", quiet)
-    division = dict(limit=options.limit, cut=0, whole=False, note="")
+    division = dict(limit=options.limit, whole=False, note="")
     try:
         while not meta.get("finished"):
             division = {name: meta.get(name, value) for name, value in division.items()}

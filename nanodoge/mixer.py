@@ -49,7 +49,7 @@ class Mixer:
         epoch, first, number = mix["position"]
         while True:
             for part in range(first, len(source.parts)):
-                for text in source.read(source.parts[part], number, self.options.cut):
+                for text in source.read(source.parts[part], number):
                     number += 1
                     mix["position"] = [epoch, part, number]
                     characters = len(text) + 1 if isinstance(text, str) else 1

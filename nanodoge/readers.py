@@ -23,6 +23,7 @@ from nanodoge.options import one_line
 MAX_DOCUMENT = 1 << 24  # characters; a longer document would take too much memory (the Bible has 4.3 million)
 MAX_LINE = 4 * MAX_DOCUMENT  # of a file of rows: escapes make a text longer
 TOO_LONG = RowError(f"longer than {MAX_DOCUMENT:,} characters")
+SMALLEST = 200  # characters of a piece, of however small a file
 SUFFIXES = ".txt .md .py .json .jsonl .csv .tsv (also .gz .zst) .parquet"
 READABLE = r".*[^/\\](?:(\.txt|\.md|\.py|\.jsonl?|\.csv|\.tsv)(?:\.gz|\.zst)?|(\.parquet))"
 READABLE = re.compile(READABLE, re.DOTALL | re.IGNORECASE)
@@ -133,8 +134,9 @@ def kind_of(path: str) -> str:
     raise ValueError(f"{path}: cannot read this kind of file; readable: {SUFFIXES}")
 
 
-def read_file(path: str, skip: int, options: Any) -> Iterator[str | RowError]:
-    """Yields the documents of one file after the first `skip`. options: PrepareOptions."""
+def read_file(path: str, skip: int, options: Any, size: int) -> Iterator[str | RowError]:
+    """Yields the documents of one file after the first `skip`. options: PrepareOptions. size: bytes of all files of the
+    source; a small text is cut into eight pieces or more, so that one of them can be held out."""
     suffix, is_text, separator = kind_of(path), options.kind == "text", options.document_separator
     if suffix in (".json", ".jsonl"):
         documents = documents_of(read_json(path), options)
@@ -145,7 +147,7 @@ def read_file(path: str, skip: int, options: Any) -> Iterator[str | RowError]:
     elif not is_text:
         raise ValueError(f"{path}: --kind={options.kind} reads rows: .json .jsonl .csv .tsv .parquet or a dataset")
     elif suffix != ".py" and options.piece_chars and not separator:
-        documents = split_pieces(read_text(path), options.piece_chars)
+        documents = split_pieces(read_text(path), min(options.piece_chars, max(size // 8, SMALLEST)))
     else:
         documents = split_records(read_text(path), separator if separator and suffix != ".py" else "\0")
     return islice(documents, skip, None)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from nanodoge import stories
 from nanodoge.conversations import RowError
 from nanodoge.options import convert, one_line
-from nanodoge.readers import MAX_DOCUMENT, READABLE, SUFFIXES, TOO_LONG, documents_of, kind_of, read_file, split_pieces
+from nanodoge.readers import MAX_DOCUMENT, READABLE, SUFFIXES, TOO_LONG, documents_of, kind_of, read_file
 
 SAMPLE = 20_000_000  # characters a vocabulary is learned from; our trainer takes about ten seconds for 32,768 tokens
 NO_ROWS = "files in a folder, without the columns"
@@ -63,16 +63,12 @@ class Source:
     documents: Callable[[Any, int], Iterator[str | RowError]] | None = None  # (part, skip)
     size: int = 0  # about how many bytes of text, 0 if unknown
 
-    def read(self, part: Any, skip: int = 0, cut: int = 0) -> Iterator[str | RowError]:
-        """Yields the documents of a part, or their pieces of at most `cut` characters, after the first `skip`. Raises
-        ValueError for what cannot be read, and if the first row lacks the columns (but a folder may also have .json and
-        .csv files of other things)."""
-        documents, is_first = self.documents(part, 0 if cut else skip), not skip
-        if cut:
-            pieces = (split_pieces([text], cut) if isinstance(text, str) else [text] for text in documents)
-            documents = islice(chain.from_iterable(pieces), skip, None)
+    def read(self, part: Any, skip: int = 0) -> Iterator[str | RowError]:
+        """Yields the documents of a part after the first `skip`. Raises ValueError for what cannot be read, and if the
+        first row lacks the columns (but a folder may also have .json and .csv files of other things)."""
+        is_first = not skip
         try:
-            for number, text in enumerate(documents, skip + 1):
+            for number, text in enumerate(self.documents(part, skip), skip + 1):
                 if isinstance(text, str):
                     text, is_first = text if len(text) <= MAX_DOCUMENT else TOO_LONG, False
                 elif text.is_schema and is_first:
@@ -188,7 +184,7 @@ def sample(sources: list[Source], options: Any) -> Iterator[str]:
     for source, share in zip(sources, shares_of(sources), strict=True):
         for part in (parts := source.parts[:: -(-len(source.parts) // 64) or 1]):
             left = SAMPLE * share / len(parts)
-            for text in source.read(part, 0, options.cut):
+            for text in source.read(part):
                 if isinstance(text, str):
                     if hash_of(text.encode("utf-8", "replace")) >= options.limit:
                         yield text
@@ -216,7 +212,7 @@ def open_source(source: Source, options: Any, cache: str | Path, quiet: bool) ->
             source.parts, source.documents = stdlib_parts(), read_stdlib
         else:
             paths = [path for path, *_ in source.inputs] or [str(download(source.place, cache, quiet))]
-            source.parts, source.documents = paths, partial(read_file, options=options)
+            source.parts, source.documents = paths, lambda path, skip: read_file(path, skip, options, source.size)
         source.size = sum(map(os.path.getsize, source.parts))
 
 

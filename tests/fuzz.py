@@ -72,7 +72,7 @@ import train  # noqa: E402
 from nanodoge import run  # noqa: E402
 from nanodoge.conversations import SCHEMAS  # noqa: E402
 from nanodoge.options import Count, check_ranges, is_out_of_memory, parse_options, run_command  # noqa: E402
-from nanodoge.sources import split_pieces  # noqa: E402
+from nanodoge.readers import split_pieces  # noqa: E402
 from nanodoge.tokenizer import Tokenizer, train_bpe  # noqa: E402
 
 SOURCES = [*HERE.parent.glob("*.py"), *(HERE.parent / "nanodoge").glob("*.py")]
