@@ -28,18 +28,16 @@ def read_meta(folder: str | Path, kind: str | None = "text") -> dict:
     meta = read_json(path)
     if kind not in (None, found := meta.get("kind", "text")):
         raise ValueError(f"{folder} holds --kind={found}, and this stage reads --kind={kind}")
-    counts = [part.get("tokens") if isinstance(part := meta.get(name), dict) else None for name in ("train", "val")]
-    labels = meta.get("labels") if found == "labels" else ["", ""]
-    checks = {
-        "dtype": meta.get("dtype") in ("uint16", "uint32"),
-        "vocab_size": type(meta.get("vocab_size")) is int and meta["vocab_size"] >= 0,
-        "tokenizer_sha256": isinstance(meta.get("tokenizer_sha256"), str),
-        "number of tokens": all(type(n) is int and n >= 0 for n in counts),
-        "sizes": found == "text" or isinstance(meta.get("sizes"), dict),
-        "labels": isinstance(labels, list) and len(labels) > 1 and all(isinstance(label, str) for label in labels),
-    }
-    if wrong := [name for name, is_right in checks.items() if not is_right]:
-        raise ValueError(f"{path} is damaged: its {wrong[0]} is missing or wrong")
+    try:
+        numbers = [meta["vocab_size"], meta["train"]["tokens"], meta["val"]["tokens"]]
+        right = meta["dtype"] in ("uint16", "uint32") and all(type(n) is int and n >= 0 for n in numbers)
+        texts = [meta["tokenizer_sha256"], *(meta["labels"] if found == "labels" else ())]
+        right = right and all(isinstance(text, str) for text in texts) and (found != "labels" or len(texts) > 2)
+        right = right and (found == "text" or isinstance(meta["sizes"], dict))
+    except (KeyError, TypeError):
+        right = False
+    if not right:
+        raise ValueError(f"{path} is damaged: prepare the data again")
     return meta
 
 
@@ -66,8 +64,7 @@ def load_tokenizer(data: str | Path) -> Tokenizer:
 
 
 def map_file(path: Path, dtype: str, size: int) -> np.ndarray:
-    """A file of numbers, mapped into memory: the operating system loads the pages that are touched. Raises ValueError
-    if it has not `size` bytes."""
+    """A file of numbers, mapped into memory. Raises ValueError if it has not `size` bytes."""
     if not path.is_file() or path.stat().st_size != size:
         advice = "it was not written to its end, or changed; prepare the data again"
         raise ValueError(f"{path} has not the {size} bytes of meta.json: {advice}")

@@ -30,13 +30,12 @@ class TokenSet:
             path = self.folder / f"{split}.answers.jsonl"
             lines = path.read_bytes().splitlines() if path.is_file() else ()
             answers = [read_object(line, f"{path}:{i}").get("answer") for i, line in enumerate(lines, 1)]
-            self.answers = [answer for answer in answers if type(answer) is str]
-            if len(self.answers) != len(self):
-                count = f"{len(self.answers)} answers to {len(self)} problems"
-                raise ValueError(f"{path} has {count}; prepare the data again")
+            self.answers = [answer for answer in answers if isinstance(answer, str)]
+            if (n := len(self.answers)) != len(self):
+                raise ValueError(f"{path} has {n} answers to {len(self)} problems; prepare the data again")
 
     def contradiction(self, kind: str) -> str:
-        """What is wrong with files that do not fit each other, or that no model could read; else ""."""
+        """What is wrong with files that do not fit each other or the vocabulary; else ""."""
         ids, mask, offsets = self.ids, self.mask, self.offsets
         size, labels = self.meta["vocab_size"], self.meta.get("labels", ())
         fits = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(ids) == len(mask) and len(ids) > 0

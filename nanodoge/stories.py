@@ -36,7 +36,7 @@ ARTICLE = re.compile(r"\b([Aa])n? (?=([aeio]|u(?!s[eiu]|ni)|hour|honest)|\w)", r
 @cache
 def world() -> dict:
     """The sections of stories.txt by name: a list of strings, a table (a list of rows, which are lists of strings), or
-    texts (a dictionary of lists of paragraphs). The facts are a dictionary too, of the other columns by the first."""
+    texts (a dictionary of lists of paragraphs). The facts are a dictionary of the other columns by the first."""
     text, sections = re.sub(r"(?m)^# .*\n", "", WORLD.read_text(encoding="utf-8")), {}
     for name, body in (section.strip().split("\n", 1) for section in text.split("\n## ")[1:]):
         if "### " in body:
@@ -52,8 +52,7 @@ def world() -> dict:
 @cache
 def lexicon(split: str) -> dict[str, list]:
     """What a cast is drawn from, by list name. Of a list in HELD_OUT every fifth entry is "test", the rest "train"."""
-    if split not in ("train", "test", "all"):
-        raise ValueError(f"split={split!r} is unknown: choose train, test or all")
+    assert split in ("train", "test", "all"), split
     lists = {name: entries for name, entries in world().items() if isinstance(entries, list)}
     numbers = lists["numbers"]
     lists["things"] = [[thing, *rest] for *rest, things in lists["things"] for thing in things.split()]
@@ -134,8 +133,6 @@ class Story:
     title and paragraphs, with blank lines between; body: without the title; facts: what they tell."""
 
     def __init__(self, seed: int, split: str = "train", paragraphs: int | None = None):
-        if seed < 0:
-            raise ValueError(f"seed={seed} is negative: choose 0 or more")
         self.random, self.told = Random(seed), []
         self.slots = {name: rule for name, [rule] in world()["rules"].items()} | draw_cast(self.random, split)
         title, plot = choose(self.random, list(world()["plots"].items()))

@@ -42,12 +42,6 @@ def test_a_slice_is_the_same_wherever_it_is_made():
     assert (one.text, one.facts) == (again.text, again.facts) and one.text != Story(6, "test").text
 
 
-@pytest.mark.parametrize("seed, split, message", [(1, "val", "split='val'"), (-1, "train", "seed=-1")])
-def test_a_mistake_is_named(seed, split, message):
-    with pytest.raises(ValueError, match=message):
-        Story(seed, split)
-
-
 def test_many_words_many_plots_and_no_story_twice():
     """Without names, numbers and things, still hardly two stories have the same words."""
     assert len(set(text_sample())) == len(text_sample())
