@@ -19,12 +19,11 @@ for `Larkhill` and for the <|end_of_text|> after it, and 0 elsewhere. A data fol
 A preference is two conversations, 2i with the chosen answer and 2i + 1 with the rejected one: the same prompt, and only
 the last answer is marked. A problem is a prompt up to the assistant's header, with nothing marked. A labelled text is
 BOS, the text, and the number of its label, which alone is marked.
-
-Of many rows some are bad. One that cannot be used raises RowError: it is counted under its reason, and the run goes on.
 """
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,8 @@ from nanodoge.options import one_line
 from nanodoge.template import with_thought
 from nanodoge.tokenizer import Tokenizer
 
-# The columns of a row: the first schema that fits is used. Its first column is the question (a text or a list of
-# messages), the others are answers to it; a schema of one column is a whole conversation, and `chosen, rejected` are
-# two of them that begin alike. prepare_data.py --help prints this table.
+# The columns of a row: the first schema that fits is used. Its first column is the question, the others are answers to
+# it; a schema of one column is a whole conversation, and `chosen, rejected` are two of them that begin alike.
 SCHEMAS = {
     "chat": [
         *("messages", "conversations", "instruction, output", "question, answer", "problem, solution"),
@@ -60,22 +58,22 @@ ROLES = dict(system="system", developer="system", user="user", human="user", ass
 ROLES |= dict(model="assistant", tool="tool", function="tool", observation="tool")
 
 
+@dataclass(eq=False)
 class RowError(Exception):
-    """Why a row cannot be used. reason: under which it is counted. detail: what is wrong with this row. is_schema: it
-    lacks the columns; if the first row of a file does, the run ends."""
+    """Why a row cannot be used: it is counted and left out, and the run goes on."""
 
-    def __init__(self, reason: str, detail: str = "", is_schema: bool = False):
-        super().__init__(reason)
-        self.reason, self.detail, self.is_schema = reason, detail, is_schema
+    reason: str  # under which it is counted
+    detail: str = ""  # what is wrong with this row
+    is_schema: bool = False  # it lacks the columns; if the first row of a file does, the run ends
 
 
 # ---- From rows to one form
 
 
 def document(row: Any, options: Any) -> str:
-    """A row as a document: for --kind=text its --text_column, else one line of JSON: {"messages": [{"role", "content"},
-    ...]}, "tools" if the row has any, and "chosen" and "rejected" (preferences), "answer" (problems), or "label", a
-    number (labels). A row may say that it is "held_out". options: PrepareOptions. Raises RowError."""
+    """A row as a document: for --kind=text its --text_column, else JSON: {"messages": [{"role", "content"}, ...]}, and
+    as the row has them tools, chosen and rejected, answer, label (its number), held_out. options: PrepareOptions.
+    Raises RowError."""
     if not isinstance(row, dict):
         raise RowError("not a row of columns", f"it is {type(row).__name__}", is_schema=True)
     if options.kind == "text":
@@ -141,8 +139,7 @@ def read_messages(value: Any, role: str = "user") -> list[dict]:
 
 
 def read_message(message: Any) -> dict:
-    """A message, with role and content or with from and value -> the same with role and content, and tool_calls if it
-    has any. What the assistant thought (reasoning_content) goes before its answer, between their tags."""
+    """A message -> role, content, and tool_calls if it has any. What the assistant thought goes before its answer."""
     if not isinstance(message, dict):
         raise RowError("with a message that is none", f"it is {type(message).__name__}")
     who, said = ("from", "value") if "from" in message else ("role", "content")
@@ -174,8 +171,7 @@ def read_question(row: dict, column: str) -> list[dict]:
 def read_chat(row: dict, columns: list[str], options: Any) -> dict:
     """A conversation up to its last answer: after it there is nothing to learn."""
     messages = read_question(row, columns[0])
-    for column in columns[1:]:
-        messages += read_messages(row[column], "assistant")
+    messages += read_messages(row[columns[1]], "assistant") if len(columns) > 1 else []
     if not any(message["content"].strip() for message in messages):
         raise RowError("empty")
     while messages and messages[-1]["role"] != "assistant":
@@ -236,9 +232,9 @@ def encode(tokenizer: Tokenizer, row: dict, dtype: np.dtype) -> tuple[list[tuple
     """What `document` made -> [(ids, mask)], two for a preference and one for the others; the line of answers.jsonl.
     Raises RowError for what the chat template does not write."""
     messages, line, tools = row["messages"], b"", row.get("tools")
-    if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
-        if "tool" not in tokenizer.chat_template:
-            raise RowError("with tools, which the chat template does not write")
+    has_tools = tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+    if has_tools and "tool" not in tokenizer.chat_template:
+        raise RowError("with tools, which the chat template does not write")
 
     def render(messages: list[dict], **options: Any) -> tuple[list[int], list[int]]:
         try:
@@ -263,7 +259,7 @@ def encode(tokenizer: Tokenizer, row: dict, dtype: np.dtype) -> tuple[list[tuple
 
 
 def key_of(row: dict) -> bytes:
-    """The user's first message. Its hash decides between training and validation, so two answers to one question, or
-    a preference and its twin, are always on the same side."""
+    """The user's first message. Its hash decides between training and validation, so two answers to one question are
+    always on the same side."""
     first = next((m["content"] for m in row["messages"] if m["role"] == "user"), row["messages"][0]["content"])
     return first.strip().encode()

@@ -16,7 +16,7 @@ from nanodoge.tokenizer import Tokenizer, read_object
 
 class TokenSet:
     """One split of a data folder, mapped into memory. len() counts conversations: a preference counts two. ids, mask,
-    offsets: the whole files. answers: of problems. Raises ValueError for files that were changed."""
+    offsets: the files. answers: of problems. Raises ValueError for files that were changed."""
 
     def __init__(self, folder: str | Path, split: str, kind: str, tokenizer: Tokenizer | None = None) -> None:
         self.folder, self.split, self.meta, self.answers = Path(folder), split, read_meta(folder, kind), []
@@ -132,8 +132,8 @@ def answer_spans(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def bucket_by_length(lengths: Sequence[int], limit: int, parts: int = 1) -> list[list[int]]:
     """The numbers 0 .. n - 1 in micro-batches: neighbours in length together, so that there is little padding, and at
-    most `limit` tokens, padding included (a row longer than that is alone). There is a multiple of `parts` of them:
-    rank r takes groups[r::parts], and all ranks have equally many. n must be at least `parts`."""
+    most `limit` tokens, padding included (a longer row is alone). Their number is a multiple of `parts`: rank r takes
+    groups[r::parts]. n must be at least `parts`."""
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > limit:
@@ -147,9 +147,8 @@ def bucket_by_length(lengths: Sequence[int], limit: int, parts: int = 1) -> list
 
 
 def pad(rows: list[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """[(ids (n,), mask (n,)), ...] -> tokens and targets (B, T) int64: what the model reads, and for every position the
-    token that it is to predict there, -100 where that is not marked. Rows are filled up on the right. No position
-    attends to a later one, so no attention mask is needed."""
+    """[(ids (n,), mask (n,)), ...] -> tokens and targets (B, T) int64: what the model reads, and what it is to predict
+    there, -100 where that is not marked. Padding is on the right, where no earlier position attends to it."""
     tokens = [torch.from_numpy(ids[:-1]) for ids, _ in rows]
     targets = [torch.from_numpy(np.where(mask[1:], ids[1:], -100)) for ids, mask in rows]
     return pad_sequence(tokens, True, pad_id), pad_sequence(targets, True, -100)

@@ -82,28 +82,24 @@ class Mixer:
         return documents
 
     def count(self, document: Document) -> bool:
-        """Counts a document with its tokens. True if it is to be written."""
+        """Counts a document with its tokens, or why it is left out. True if it is to be written."""
         i, is_first = document.source, document.epoch == 0
         self.waiting[i] -= document.characters
         self.mix[i]["characters"] += document.characters
         self.meta["rows"] += is_first
-        if isinstance(document.text, RowError):
+        if isinstance(error := document.text, RowError):
             if is_first:
-                self.leave_out(document.source, document.place, document.text)
+                where, counts = self.sources[i].where(*document.place), self.meta["left_out"]
+                detail = f": {one_line(error.detail)[:300]}" if error.detail else ""
+                self.meta["first_left_out"].setdefault(error.reason, where + detail)  # the first of every reason
+                counts[error.reason] = counts.get(error.reason, 0) + 1
+                check_left_out(self.meta, self.options, FEW)
             return False
         if document.is_val or self.mix[i]["tokens"] >= self.quotas[i]:
             return document.is_val and is_first  # validation documents are never repeated
         self.mix[i]["tokens"] += sum(len(ids) for ids, _ in document.sequences)
         self.mix[i]["epochs"] = document.epoch + 1
         return True
-
-    def leave_out(self, source: int, place: tuple, error: RowError) -> None:
-        """Counts a document that is left out. The first of every reason is recorded with its place."""
-        where, counts = self.sources[source].where(*place), self.meta["left_out"]
-        detail = f": {one_line(error.detail)[:300]}" if error.detail else ""
-        self.meta["first_left_out"].setdefault(error.reason, where + detail)
-        counts[error.reason] = counts.get(error.reason, 0) + 1
-        check_left_out(self.meta, self.options, FEW)
 
 
 def left_out(meta: dict) -> str:

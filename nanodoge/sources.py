@@ -277,11 +277,9 @@ def download(url: str, cache: Path, quiet: bool = False) -> Path:
 
 
 def download_rest(url: str, part: Path, quiet: bool) -> None:
-    """Appends to `part` what it still lacks. Raises RequestException for what another attempt may cure.
-
-    `Range` asks for the bytes from here on (status 206); `If-Range` for all of them (status 200) if the file has
-    changed since. A server that knows neither also sends everything with 200. So 200 means: start again.
-    """
+    """Appends to `part` what it still lacks. `Range` asks for the bytes from here on (status 206); `If-Range` for all
+    of them (200) if the file has changed since; a server that knows neither sends all of them, too. So 200 means: start
+    again. Raises RequestException for what another attempt may cure."""
     have = part.stat().st_size if part.exists() else 0
     version = part.with_name(part.name + ".version")  # what the server calls the version that `part` begins
     headers = {"Accept-Encoding": "identity"}  # or the length would be that of a compressed stream
@@ -310,9 +308,7 @@ def download_rest(url: str, part: Path, quiet: bool) -> None:
 
 def open_dataset(source: Source, options: Any) -> None:
     """A dataset of the hub, streamed. Its parts are the shards it is stored in, so a resumed run fetches none twice.
-
-    python-edu of smollm-corpus has no text: its rows name files in the archive of Software Heritage (swh:).
-    """
+    Rows of a swh: dataset (python-edu of smollm-corpus) have no text, but name files in Software Heritage's archive."""
     import datasets
 
     name, subset, split = (source.place.split(":") + ["", ""])[:3]

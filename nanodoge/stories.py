@@ -114,8 +114,7 @@ def tidy(text: str) -> str:
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that a story says. `answer` stands in the text word for word, and is the only right one. `reply` is the
-    sentence to say it in, with * in its place."""
+    """One thing that a story says. `answer` stands in the text word for word. `reply` says it, with * in its place."""
 
     kind: str
     subject: str
@@ -180,8 +179,8 @@ def lesson(number: int) -> str:
 
 
 def conversation(number: int, split: str) -> dict:
-    """Row `number` for SFT: one to three questions about the beginning of a story, each with its one right answer. A
-    share OUTSIDE of the rows has another turn before them, after them, or instead."""
+    """Row `number` for SFT: one to three questions about the beginning of a story, each with its answer. A share
+    OUTSIDE of the rows has another turn before them, after them, or instead."""
     random, passage = Random(f"conversation {number}"), Story(CHAT_SEED + number, split, paragraphs=1)
     facts, messages = list(passage.facts), []
     for _ in range(min(len(facts), 1 + int(random.random() * 3))):
