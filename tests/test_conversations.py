@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from helpers import make_checkpoint, make_set, rows_of
 
@@ -17,8 +15,6 @@ from nanodoge.conversations import RowError, document, final_answer
 from nanodoge.data import read_meta
 from nanodoge.examples import TokenSet, answer_spans, bucket_by_length, pad
 from nanodoge.tokenizer import Tokenizer
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -148,20 +144,6 @@ def test_final_answer():
         ("chat", {"messages": [*PROMPT, {"role": "assistant", "content": " \n"}]}, NO_ANSWER),
         ("chat", {"instruction": "", "input": "", "output": ""}, "empty"),
         ("chat", {"question": "Two?", "answer": None}, NO_ANSWER),
-        ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": "a "}, "with two equal answers"),
-        ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": ""}, NO_ANSWER),
-        ("preferences", {"prompt": "Two?", "chosen": PROMPT, "rejected": PROMPT}, NO_ANSWER),
-        ("problems", {"problem": "Two?", "answer": None}, NO_ANSWER),
-        ("problems", {"problem": "", "answer": "2"}, NO_ANSWER),
-    ],
-)
-def test_rows_that_cannot_be_used_have_a_reason(kind, row, reason):
-    assert read(row, kind) == reason
-
-
-@pytest.mark.parametrize(
-    "kind, row, reason",
-    [
         ("chat", {"text": "Once"}, "no --kind=chat in the columns"),
         ("chat", ["Once"], "not a row of columns"),
         ("chat", {"messages": [{"role": "narrator", "content": "x"}]}, "with an unknown speaker"),
@@ -170,15 +152,20 @@ def test_rows_that_cannot_be_used_have_a_reason(kind, row, reason):
         ("chat", {"messages": '[{"role": "user"'}, "not JSON"),
         ("chat", {"instruction": "x", "output": "y", "history": [["z"]]}, "with a history that is not pairs"),
         ("chat", {"messages": ASKED, "tools": "{"}, "not JSON"),
+        ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": "a "}, "with two equal answers"),
+        ("preferences", {"prompt": "Two?", "chosen": "a", "rejected": ""}, NO_ANSWER),
+        ("preferences", {"prompt": "Two?", "chosen": PROMPT, "rejected": PROMPT}, NO_ANSWER),
         ("preferences", {"messages": ASKED}, "no --kind=preferences"),
         ("preferences", {"prompt": "Two?", "chosen": ASKED, "rejected": "x"}, "with two answers that do not answer"),
         ("preferences", {"chosen": "x", "rejected": "y"}, NO_ANSWER),
+        ("problems", {"problem": "Two?", "answer": None}, NO_ANSWER),
+        ("problems", {"problem": "", "answer": "2"}, NO_ANSWER),
         ("problems", {"problem": "Two?", "answer": ["x"]}, "with list in place of a text"),
         ("problems", {"text": "x", "answer": "2"}, "no --kind=problems"),
         ("labels", {"text": "x", "label": "c"}, "with another label"),
     ],
 )
-def test_bad_rows_have_a_reason(kind, row, reason):
+def test_rows_that_cannot_be_used_have_a_reason(kind, row, reason):
     assert read(row, kind).startswith(reason)
 
 
@@ -288,20 +275,6 @@ def test_rows_that_all_begin_alike_are_divided(tmp_path, checkpoint):
     assert meta["train"]["documents"] + meta["val"]["documents"] == 9 and "begin alike" in meta["note"]
 
 
-def test_mixed_by_ratio_and_read_from_parquet_and_the_hub(tmp_path, checkpoint):
-    chat = list(rows_of("chat", 200))
-    alpaca = [dict(instruction=f"Say {i}", input="", output="yes") for i in range(400)]
-    pq.write_table(pa.Table.from_pylist(chat), tmp_path / "chat.parquet", row_group_size=30)
-    (tmp_path / "hub").mkdir()
-    pq.write_table(pa.Table.from_pylist(alpaca), tmp_path / "hub" / "train.parquet")
-    sources = [f"{tmp_path / 'chat.parquet'}@0.75", f"hf:{tmp_path / 'hub'}@0.25"]
-    options = prepare_data.PrepareOptions(sources, str(tmp_path / "set"), str(checkpoint), kind="chat", tokens=6000)
-    folder = prepare_data.prepare(options, quiet=True)
-    meta = read_meta(folder, "chat")
-    shares = [mix["tokens"] / meta["train"]["tokens"] for mix in meta["mix"]]
-    assert shares == pytest.approx([0.75, 0.25], abs=0.02) and len(TokenSet(folder, "val", "chat")) > 0
-
-
 def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(prepare_data, "BATCH", 500)
     monkeypatch.setattr(prepare_data, "SHARD", 4000)
@@ -368,19 +341,6 @@ def test_a_damaged_or_other_folder_is_refused(tmp_path, checkpoint):
     (folder / "train.mask.bin").write_bytes((folder / "train.mask.bin").read_bytes()[:-1])
     with pytest.raises(ValueError, match="train.mask.bin has not the .* bytes"):
         TokenSet(folder, "train", "chat")
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
-@pytest.mark.parametrize(
-    "kind, name", [("chat", "gsm8k_train"), ("problems", "gsm8k_train"), ("preferences", "gsm8k_preferences")]
-)
-def test_real_files(tmp_path, checkpoint, kind, name):
-    lines = (SHARED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:60]
-    folder = make_set(tmp_path / "set", checkpoint, kind, rows=[json.loads(line) for line in lines])
-    meta = read_meta(folder, kind)
-    assert meta["train"]["documents"] + meta["val"]["documents"] == 60 and not meta["left_out"]
-    if kind == "problems":
-        assert all(answer.replace(",", "").lstrip("-").isdigit() for answer in TokenSet(folder, "train", kind).answers)
 
 
 def test_runs_of_a_mask_are_found():
