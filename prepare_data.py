@@ -28,8 +28,8 @@ A SOURCE is one of these; an existing file or folder comes before the other mean
     swh:NAME[:SUBSET[:SPLIT]]    the same for a dataset whose rows name files of the Software Heritage archive (blob_id)
 
 Documents. A row is one document (its --text_column), and so is a .py file, and text up to a --document_separator.
-Without one, .txt and .md files are cut into pieces of at most --piece_chars characters, and into eight or more: after
-the last blank line in the second half of a piece, else a line, else a space. No text is lost.
+Without one, .txt and .md files are cut into pieces of at most --piece_chars characters (a small text into eight pieces
+or more): after the last blank line in the second half of a piece, else a line, else a space. No text is lost.
 
 Train or validation? The hash of a document decides (of a row: the hash of the user's first words). So a document stays
 on its side when data is added, and two copies of it are never on both sides. Where that leaves a side empty, the one of
