@@ -25,8 +25,7 @@ MAX_LINE = 4 * MAX_DOCUMENT  # of a file of rows: escapes make a text longer
 TOO_LONG = RowError(f"longer than {MAX_DOCUMENT:,} characters")
 SMALLEST = 200  # characters of a piece, of however small a file
 SUFFIXES = ".txt .md .py .json .jsonl .csv .tsv (also .gz .zst) .parquet"
-READABLE = r".*[^/\\](?:(\.txt|\.md|\.py|\.jsonl?|\.csv|\.tsv)(?:\.gz|\.zst)?|(\.parquet))"
-READABLE = re.compile(READABLE, re.DOTALL | re.IGNORECASE)
+READABLE = re.compile(r"(?is).*[^/\\](\.txt|\.md|\.py|\.jsonl?|\.csv|\.tsv|\.parquet(?!\.))(?:\.gz|\.zst)?")
 PACKED = {".gz": ("gzip", b"\x1f\x8b"), ".zst": ("zstd", b"\x28\xb5\x2f\xfd")}  # suffix: name, first bytes
 
 
@@ -130,7 +129,7 @@ def read_parquet(path: str, column: str | None) -> Iterator[dict]:
 def kind_of(path: str) -> str:
     """The suffix that says how to read a file: ".jsonl" for A.JSONL.gz. Raises ValueError if it cannot be read."""
     if match := READABLE.fullmatch(path):
-        return (match[1] or match[2]).lower()
+        return match[1].lower()
     raise ValueError(f"{path}: cannot read this kind of file; readable: {SUFFIXES}")
 
 
