@@ -82,7 +82,7 @@ class PrepareOptions:
 
     sources: list[str] = field(default_factory=lambda: ["stories"])  # where the text comes from, see below
     out: str = ""  # the folder to write; empty: data/ and the name of the first source
-    tokenizer: str = ""  # a tokenizer.json, its folder or its name on the hub; empty: train one
+    tokenizer: str = ""  # a tokenizer.json, its folder or hub name, an encoding of tiktoken (gpt2); empty: train one
     vocab_size: int = 4096  # of the tokenizer to train; small, or a tiny model is all embedding; real runs use 32768
     kind: Literal["text", "chat", "preferences", "problems", "labels"] = "text"  # what the rows are, see below
     tokens: Whole = 0  # training tokens to write; 0: every document of every source, once

@@ -154,10 +154,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, config_folder: str | os.PathLike | None = None) -> "Tokenizer":
-        """The tokenizer of a tokenizer.json or of its folder, with tokenizer_config.json and chat_template.jinja beside
-        it or in `config_folder`. Raises ValueError for a file whose ids would differ here."""
+        """The tokenizer of a tokenizer.json, of its folder, or of a tiktoken encoding ("gpt2", ...), with the
+        tokenizer_config.json and chat_template.jinja beside it or in `config_folder`. Raises ValueError for a file
+        whose ids would differ here."""
         file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
-        refuse_if(not file.is_file(), f"{path} holds no tokenizer.json")
+        if not file.is_file():
+            refuse_if(file != Path(path), f"the folder {path} holds no tokenizer.json")
+            return cls(tokenizer_json.read_tiktoken(str(path)))
         folder, config = Path(config_folder or file.parent), {}
         try:
             if (place := folder / "tokenizer_config.json").is_file():

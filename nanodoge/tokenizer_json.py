@@ -1,4 +1,4 @@
-"""Vocabularies as files: Hugging Face's tokenizer.json, read strictly and written.
+"""Vocabularies as files: Hugging Face's tokenizer.json, read strictly and written, and tiktoken's encodings by name.
 
 A tokenizer.json can say much more than a Vocabulary: normalizers, other kinds of models, tokens that include the blanks
 around them. It is read only if tiktoken and Hugging Face's library give the same ids for every text. Any other file is
@@ -26,6 +26,7 @@ BYTES = {letter: byte for byte, letter in LETTERS.items()}
 # The two steps of the pre_tokenizer that is read and written here.
 SPLIT = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}  # pattern: each file has its own
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+FETCH_SECONDS = 120  # a download fails after so long a silence
 
 
 class Vocabulary(NamedTuple):
@@ -190,3 +191,26 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(f"its split pattern {pattern!r} cannot be used: {one_line(error)}") from None
     complete = "".join(chunks) == every and all(chunks)
     refuse_if(not complete, f"its split pattern {pattern!r} leaves out some characters: they would be lost")
+
+
+def read_tiktoken(name: str) -> Vocabulary:
+    """One of tiktoken's own encodings by name. The first time tiktoken downloads it, then it keeps it in a cache."""
+    from unittest.mock import patch
+
+    import requests
+    from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
+
+    valid = ", ".join(ENCODING_CONSTRUCTORS)
+    refuse_if(name not in ENCODING_CONSTRUCTORS, f"{name!r} is no tokenizer.json or its folder, nor one of {valid}")
+    try:
+        # tiktoken calls requests.get without a timeout: on a silent network it would wait for ever.
+        with patch.object(requests, "get", functools.partial(requests.get, timeout=FETCH_SECONDS)):
+            encoding = ENCODING_CONSTRUCTORS[name]()
+    except (OSError, ValueError) as error:  # no network (the errors of requests are OSErrors), or a damaged download
+        reason = f"{type(error).__name__}: {one_line(error)[:150]}"
+        place = "it needs the network once, and is then kept in TIKTOKEN_CACHE_DIR"
+        raise ValueError(f"cannot fetch the tiktoken encoding {name!r} ({reason}): {place}") from None
+    # For Oniguruma: its `$` is the end of a line, \z the end of the text; its {1,3}+ is not possessive but repeated.
+    pattern = encoding["pat_str"].replace("$", r"\z").replace("{1,3}+", "{1,3}")
+    names = {i: text for text, i in reversed(encoding["special_tokens"].items())}  # o200k_harmony names one id twice
+    return Vocabulary(encoding["mergeable_ranks"], {text: i for i, text in names.items()}, pattern)

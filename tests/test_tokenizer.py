@@ -1,9 +1,10 @@
-"""tokenizer.py against `tokenizers`, `transformers` and a BPE that recounts everything at every merge."""
+"""tokenizer.py against `tokenizers`, `transformers`, tiktoken and a BPE that recounts everything at every merge."""
 
 import functools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import regex
+import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
-from nanodoge import template, tokenizer
+from nanodoge import template, tokenizer, tokenizer_json
 from nanodoge.tokenizer import CHAT_TEMPLATE, PATTERN, SPECIAL_TOKENS, Tokenizer, split_long_whitespace, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -253,7 +256,6 @@ def test_save_and_load(small, folder, tmp_path):
         assert (tmp_path / "deep" / "er" / name).read_bytes() == (folder / name).read_bytes()
     assert sorted(os.listdir(folder)) == ["tokenizer.json", "tokenizer_config.json"]
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    refused(lambda: Tokenizer.load(tmp_path / "deep"), "deep", "holds no tokenizer.json")
     alone = Tokenizer.load(tmp_path)  # without its config: our names are known
     assert (alone.bos_id, alone.eos_id, alone.pad_id, alone.chat_template) == (0, 1, 2, CHAT_TEMPLATE)
 
@@ -506,6 +508,59 @@ def test_the_config_beside_it(folder, tmp_path):
     assert with_config(eos_token={"content": "<|end_of_thought|>"}).eos_id == 6
     (tmp_path / "chat_template.jinja").write_text("\ufeff{{ bos_token }}{{ messages[0]['content'] }}", encoding="utf-8")
     assert Tokenizer.load(tmp_path).render([user("x")])[0][0] == 0
+
+
+# ------------------------------------------------------------------------------------------------ tiktoken's encodings
+
+
+@pytest.fixture
+def no_download(monkeypatch, small):
+    """tiktoken's encodings with their own patterns and special tokens, and our small vocabulary for their large one."""
+    ranks = {token: rank - 9 for token, rank in small.vocabulary.ranks.items()}
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: ranks)
+
+
+@pytest.mark.parametrize("name", openai_public.ENCODING_CONSTRUCTORS)
+def test_tiktoken_encodings_survive_saving(no_download, name, tmp_path):
+    spec = openai_public.ENCODING_CONSTRUCTORS[name]()
+    spec.pop("explicit_n_vocab", None)
+    original, ours = tiktoken.Encoding(**spec), Tokenizer.load(name)
+    assert ours.bos_id == ours.eos_id == ours.pad_id == spec["special_tokens"]["<|endoftext|>"]
+    ours.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.digest == ours.digest and again.vocab_size == ours.vocab_size == original.n_vocab
+
+    def same(text):
+        expected = original.encode_ordinary(text)
+        assert ours.encode(text) == again.encode(text) == library_ids(tmp_path, text) == expected
+
+    for text in ["a \n\n b  \n", "1234567 12", "x   \n   \n", "tail   ", *TEXTS]:
+        same(text)
+    given(texts)(quick(same))()
+    refused(lambda: ours.render([user("Hi")]), "chat template")
+
+
+def test_a_folder_wins_over_a_tiktoken_name(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small.save("gpt2")
+    assert Tokenizer.load("gpt2").digest == small.digest
+    refused(lambda: Tokenizer.load("gpt-two"), "'gpt-two'", "cl100k_base")
+    (tmp_path / "empty").mkdir()
+    refused(lambda: Tokenizer.load("empty"), "empty", "tokenizer.json")
+
+
+def test_offline(tmp_path, monkeypatch):
+    """Nobody listens: a line, at once. Somebody listens and says nothing: a line after the time is up, not a hang."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for name, value in {"NO_PROXY": "", "no_proxy": "", "HTTPS_PROXY": proxy, "https_proxy": proxy}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(tokenizer_json, "FETCH_SECONDS", 0.3)
+        refused(lambda: Tokenizer.load("gpt2"), "cannot fetch the tiktoken encoding 'gpt2'", "timed out", "once")
+    monkeypatch.setattr(tokenizer_json, "FETCH_SECONDS", 20)
+    refused(lambda: Tokenizer.load("cl100k_base"), "cannot fetch the tiktoken encoding 'cl100k_base'", "network once")
 
 
 # ------------------------------------------------------------------------------------------------ conversations
