@@ -23,7 +23,7 @@ A SOURCE is one of these; an existing file or folder comes before the other mean
     FILE                         .txt .md .py .json .jsonl .csv .tsv, also as .gz or .zst; .parquet
     FOLDER                       every such file below it in sorted order, except names that start with a dot; other
                                  files are counted, links to folders followed
-    http(s)://...                one such file, downloaded once; an interrupted download continues where it stopped
+    http(s)://...[#sha256=HEX]   one such file, downloaded once; an interrupted download continues where it stopped
     hf:NAME[:SUBSET[:SPLIT]]     a dataset of the Hugging Face hub, or a local folder of one, streamed; split "train"
     swh:NAME[:SUBSET[:SPLIT]]    the same for a dataset whose rows name files of the Software Heritage archive (blob_id)
 
@@ -275,7 +275,7 @@ def begin(folder: Path, request: dict, tokenizer: Tokenizer) -> dict:
 
 def default_out(place: str, kind: str) -> str:
     """data/ and the name of a source, and the kind of its rows."""
-    name = re.split(r"[/\\:]", place.rstrip("/\\"))[-1].split(".")[0] or "text"
+    name = re.split(r"[/\\:]", place.partition("#")[0].rstrip("/\\"))[-1].split(".")[0] or "text"
     return f"data/{name}" + f"-{kind}" * (kind != "text")
 
 

@@ -3,8 +3,8 @@
 prepare_data.py says what a SOURCE of its command line can be. Here each becomes a `Source`: a list of parts (files,
 shards) whose documents are read one after the other, so that a killed run continues in the right part and no source is
 held in memory. A document is a text; conversations.document makes it from a row. Nothing is skipped in silence: a file
-must be UTF-8 text, a download must have the promised length, a row that cannot be used becomes a RowError in place of a
-document, and files passed over are counted.
+must be UTF-8 text, a download must have the promised length and hash, a row that cannot be used becomes a RowError in
+place of a document, and files passed over are counted.
 """
 
 import ast
@@ -28,6 +28,7 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow
 import requests
+from huggingface_hub.utils.sha import sha_fileobj
 from tqdm import tqdm
 
 from nanodoge import stories
@@ -113,7 +114,9 @@ def parse_source(spec: str) -> Source:
     elif place == "stdlib":
         inputs = [platform.python_version()]
     elif kind in ("http", "https"):
-        kind_of(place.partition("?")[0])
+        if not re.fullmatch(r"[^#]+(#sha256=[0-9a-f]{64})?", place):
+            raise ValueError(f"{place}: after the # must come sha256= and 64 hexadecimal digits")
+        kind_of(urlsplit(place).path)
         kind = "url"
     elif kind in ("hf", "swh") and name:
         place = name
@@ -192,7 +195,7 @@ def sample(sources: list[Source], options: Any) -> Iterator[str]:
 # ---- Opening
 
 
-def open_source(source: Source, options: Any, cache: Path, quiet: bool) -> None:
+def open_source(source: Source, options: Any, cache: str | Path, quiet: bool) -> None:
     """Downloads or connects where needed, and fills in parts, documents and size. options: PrepareOptions."""
     kind = source.kind
     if options.kind != "text" and kind in ("stdlib", "swh"):
@@ -265,13 +268,19 @@ def retry(attempt: Callable, address: str) -> Any:
             time.sleep(WAIT * 2 ** (failures - 1))
 
 
-def download(url: str, cache: Path, quiet: bool = False) -> Path:
-    """The path of the downloaded file. It has that name only once it is complete."""
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(unquote(urlsplit(url).path)).name}"
-    path, part = cache / name, cache / f"{name}.part"
+def download(url: str, cache: str | Path, quiet: bool = False) -> Path:
+    """The path of the downloaded file. It has that name only once it is complete and its hash is right."""
+    address, _, digest = url.partition("#sha256=")
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(unquote(urlsplit(address).path)).name}"
+    path, part = Path(cache, name), Path(cache, name + ".part")
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        retry(partial(download_rest, url, part, quiet), url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        retry(partial(download_rest, address, part, quiet), address)
+        with open(part, "rb") as file:
+            is_right = not digest or sha_fileobj(file).hex() == digest
+        if not is_right:
+            part.unlink()
+            raise ValueError(f"{address}: the file's sha256 is not the {digest} that was asked for")
         os.replace(part, path)
     return path
 

@@ -181,7 +181,7 @@ def test_hub_dataset_from_local_parquet(run):
     name = f"hf:{Path('hub').resolve()}"
     assert read_all(run(name, val_fraction=0.3)) == sorted(texts)
     source = reading.parse_source(name)
-    reading.open_source(source, PrepareOptions(), Path("cache"), True)
+    reading.open_source(source, PrepareOptions(), "cache", True)
     assert [list(source.read(part, 25)) for part in source.parts] == [texts[25:30], texts[55:60], texts[85:90]]
     wrong = {f"{name}:nosubset": "nosubset", f"{name}::nosplit": "nosplit", name: "no column 'body'.*text, id"}
     for bad, hint in wrong.items():
@@ -415,7 +415,7 @@ BAD = {
     "stories@0.5": (None, "ratios need --tokens"),
     "stories@0": (None, "must be above 0"),
     "http://localhost/x.png": (None, "cannot read this kind of file"),
-    "http://localhost/x.txt#md5=1": (None, "cannot read this kind of file"),
+    "http://localhost/x.txt#md5=1": (None, "sha256="),
 }
 
 
@@ -527,17 +527,19 @@ REQUESTS = dict(plain=[0], cut=[0, 19], norange=[0, 19], changes=[0, 19], shifts
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_download(server, kind):
     data = Server.files["x.txt"]
-    path = reading.download(f"{server}/{kind}/x.txt", Path("cache"), True)
+    path = reading.download(f"{server}/{kind}/x.txt", "cache", True)
     assert path.read_bytes() == (data[::-1] if kind == "changes" else data)
     assert [start // 10_000 for _, start in Server.log] == REQUESTS[kind]  # up to 64 kB that had arrived may be lost
-    assert reading.download(f"{server}/{kind}/x.txt", Path("cache"), True) == path
+    assert reading.download(f"{server}/{kind}/x.txt", "cache", True) == path
     assert len(Server.log) == len(REQUESTS[kind]) and os.listdir("cache") == [path.name]
 
 
-def test_download_of_a_source_and_failures(run, server):
-    out = run(f"{server}/cut/x.txt", val_fraction=0.3)
-    assert sum(map(len, read_all(out))) == len(Server.files["x.txt"].decode()) and Path("downloads").is_dir()
-    for url, message in ((f"{server}/x/no.txt", "404"), ("http://127.0.0.1:1/x.txt", "run again to continue")):
+def test_download_of_a_source_with_hash_and_failures(run, server):
+    data = Server.files["x.txt"]
+    out = run(f"{server}/cut/x.txt#sha256={hashlib.sha256(data).hexdigest()}", val_fraction=0.3)
+    assert sum(map(len, read_all(out))) == len(data.decode()) and Path("downloads").is_dir()
+    wrong, missing, closed = f"{server}/x/x.txt#sha256={'0' * 64}", f"{server}/x/no.txt", "http://127.0.0.1:1/x.txt"
+    for url, message in ((wrong, "sha256 is not"), (missing, "404"), (closed, "run again to continue")):
         with pytest.raises(ValueError, match=message) as info:
             run(url, out="bad")
         assert "\n" not in str(info.value) and not list(Path("downloads").glob("*.part"))
