@@ -8,7 +8,6 @@ import codecs
 import csv
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -78,43 +77,60 @@ def split_pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
 
 
 def read_json(path: str) -> Iterator[Any]:
-    """Yields the rows of a file of JSON: its lines, of which some may be broken; or the values of one that begins as an
-    array or as an object of several lines, which is read as a whole, and to its first mistake."""
+    """Yields the rows of a file of JSON: its lines, of which some may be broken, unless it begins as an array or as an
+    object of several lines."""
     blocks = read_text(path)
     first = next(blocks, "")
-    if not re.match(r"\s*(\[|\{\s*\n)", first):
-        for line in split_records(chain([first], blocks), "\n", MAX_LINE):
-            try:
-                yield parse_json(line) if isinstance(line, str) else line
-            except RowError as error:
-                yield error
+    if re.match(r"\s*(\[|\{\s*\n)", first):
+        yield from read_json_values(chain([first.lstrip().removeprefix("[")], blocks))
         return
-    text, between = "".join([first.lstrip().removeprefix("["), *blocks]), re.compile(r"[\s,\]]*")
-    start, decode = between.match(text).end(), json.JSONDecoder().raw_decode
-    while start < len(text):
+    for line in split_records(chain([first], blocks), "\n", MAX_LINE):
         try:
-            value, start = decode(text, start)
-        except (ValueError, RecursionError) as error:
-            yield RowError("not JSON, nor is read what follows it in the file", one_line(error), is_schema=True)
-            return
-        yield value
-        start = between.match(text, start).end()
+            yield parse_json(line) if isinstance(line, str) else line
+        except RowError as error:
+            yield error
+
+
+def read_json_values(blocks: Iterable[str]) -> Iterator[Any]:
+    """Yields values of JSON that stand one after the other, with commas or without. Where one ends is known only from
+    reading it, so nothing after a broken one can be read."""
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,\]]*")
+    text, start, error = "", 0, ""
+    for block in blocks:
+        text, start = text[start:] + block, 0
+        while (start := between.match(text, start).end()) < len(text):
+            try:
+                value, start = decode(text, start)
+            except (ValueError, RecursionError) as problem:  # or it goes on in the next block
+                error = one_line(problem)
+                break
+            yield value
+        if len(text) - start > MAX_LINE:
+            break
+    if start < len(text):
+        yield RowError("not JSON, nor is read what follows it in the file", error, is_schema=True)
 
 
 def read_csv(path: str, delimiter: str) -> Iterator[dict | RowError]:
     """Yields the rows of a table whose first line has the names of its columns."""
+
+    def lines() -> Iterator[str]:
+        for line in split_records(read_text(path), "\n", MAX_LINE):
+            if not isinstance(line, str):
+                raise ValueError(f"{path}: a line {line.reason}")
+            yield line + "\n"
+
     csv.field_size_limit(MAX_LINE)
-    lines = (line + "\n" for line in split_records(read_text(path), "\n", sys.maxsize))
-    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    rows = csv.DictReader(lines(), delimiter=delimiter, strict=True)
     while True:
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(rows, None)
         except csv.Error as error:
             if "unexpected end" in str(error):  # a quote that nothing closes has taken in all that follows it
                 raise ValueError(f"{path}:{rows.line_num + 1}: a quoted field does not end") from None
             row = RowError("not CSV", str(error))
+        if row is None:
+            return
         yield RowError("with more fields than there are columns") if isinstance(row, dict) and None in row else row
 
 
