@@ -41,7 +41,6 @@ and be compared by its first half; cut at the front, the prompt would lose the q
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -204,34 +203,31 @@ def train(options: DpoOptions, machine: Machine) -> None:
     stage.count_steps(options, data.count, machine)
     if options.shard:
         shard(model, machine, "hidden")
-    optimizers, policy = make_optimizers(model, options, machine), Policy(model)
+    policy, reference = Policy(model), {}
+    optimizers, flops = make_optimizers(model, options, machine), model.flops_per_token(data.sizes.mean())
+
+    def validate() -> dict[str, float]:
+        return evaluate(machine, policy, val, reference["val"], options)
+
+    settings = dict(columns=[*COLUMNS, *(f"val_{n}" for n in VALIDATED)], extra_state=dict(reference=reference))
+    run = Run(options, machine, model, policy, tokenizer, optimizers, validate, flops, state, **settings)
     longest = data.longest(options.micro_batch_tokens)
-    network, seconds, note = stage.profile_step(
-        machine, policy, lambda network: answer_logp(network, data, longest, machine)[0].sum(), options
-    )
     asked = 0 if options.resume else min(options.max_steps * options.batch_size, data.count) + val.count
-    steps = options.max_steps + asked / options.batch_size / 3  # the reference needs no backward pass
-    seconds *= steps * options.batch_size * data.lengths.mean() / data.lengths[longest].sum()
+    examples = (options.max_steps * options.batch_size + asked / 3) / machine.world_size  # a third: no backward pass
+    count = examples * data.lengths.mean() / data.lengths[longest].sum()
     lines = describe(data, val, options) | dict(loss=f"{options.loss}, beta {options.beta}")
-    stage.announce(options, machine, model, lines, seconds / machine.world_size, note)
+    stage.announce(run, lambda network: answer_logp(network, data, longest, machine)[0].sum(), count, lines)
     [first] = rows_of_step(0, data.count, 1, options.seed)
     machine.print(f"an example, with what is compared marked, the chosen answer first:\n\n{data.show(first)}\n")
 
     if options.resume:
-        reference = kept_reference(state, dict(train=data, val=val), options)
+        reference |= kept_reference(state, dict(train=data, val=val), options)
     else:
         steps = range(min(options.max_steps, math.ceil(data.count / options.batch_size)))  # after an epoch, all pairs
         used = np.unique([rows_of_step(step, data.count, options.batch_size, options.seed) for step in steps])
         with unsharded(model):  # of all validation pairs, since a resumed run may raise --eval_size
-            known = reference_logp(policy, val, np.arange(val.count), machine, options)
-            reference = dict(train=reference_logp(policy, data, used, machine, options), val=known)
-    validate = partial(evaluate, machine, policy, val, reference["val"], options)
-    columns = [*COLUMNS, *(f"val_{name}" for name in VALIDATED)]
-    settings = dict(columns=columns, extra_state=dict(reference=reference), evaluate_first=True)
-    flops = model.flops_per_token(data.sizes.mean())
-    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, **settings)
-    if options.resume:
-        run.restore(state)
+            val_reference = reference_logp(policy, val, np.arange(val.count), machine, options)
+            reference |= dict(train=reference_logp(policy, data, used, machine, options), val=val_reference)
 
     with run:
         for step in run.steps():
@@ -240,13 +236,12 @@ def train(options: DpoOptions, machine: Machine) -> None:
             groups = data.micro_batches(rows, options.micro_batch_tokens, machine.world_size)  # of all ranks
             loss, columns = 0.0, dict.fromkeys(COLUMNS, 0.0)
             for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
-                values, balance = compare_group(network, data, reference["train"], group, machine, options)
+                values, balance = compare_group(run.network, data, reference["train"], group, machine, options)
                 balance = model.config.router_aux_loss_coef * balance * len(group) / options.batch_size
                 loss += run.backward(values["loss"].sum() / options.batch_size + balance)
                 columns = {name: total + values[name].sum() / options.batch_size for name, total in columns.items()}
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()), **columns)
-    run.finish()
     stage.print_answer(options, machine, model, val)
 
 

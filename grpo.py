@@ -181,8 +181,8 @@ def rollout(
     tokenizer, G = problems.set.tokenizer, options.generations
     which = np.repeat(rows_of_step(step, problems.count, options.batch_size, options.seed), G)
     prompts, wanted = read_problems(problems, which)
-    size, seed = (options.max_new_tokens, options.slots), scramble(scramble(options.seed) + step)
-    written = write_answers(machine, model, tokenizer, prompts, *size, options.temperature, seed)
+    sampling = dict(seed=scramble(scramble(options.seed) + step), temperature=options.temperature)
+    written = write_answers(machine, model, tokenizer, prompts, options.max_new_tokens, options.slots, **sampling)
     columns = judge(written, wanted, tokenizer, options)
     above = advantages(columns["reward"].reshape(-1, G), options.divide_by_std)
     columns["no_signal"] = np.repeat((above == 0).all(axis=1), G).astype(float)
@@ -281,21 +281,16 @@ def train(options: GrpoOptions, machine: Machine) -> None:
     writing = time.perf_counter() - begin
     if options.shard:
         shard(model, machine, "hidden")
-    optimizers = make_optimizers(model, options, machine)
-    inputs = batches[0].inputs
-    network, learning, note = stage.profile_step(machine, policy, lambda network: network(*inputs)[0].sum(), options)
-    seconds = options.max_steps * (writing + learning * len(batches) * options.updates_per_rollout)
-    lines = describe(problems, val, options)
-    lines["step"] = f"{options.generations} answers to each of {options.batch_size} problems, {options.slots} at once"
-    stage.announce(options, machine, model, lines, seconds, note)
+    optimizers, flops = make_optimizers(model, options, machine), model.flops_per_token(problems.sizes.mean())
 
     def validate() -> dict[str, float]:
         return evaluate(machine, model, val, options, run.step)
 
-    flops, settings = model.flops_per_token(problems.sizes.mean()), dict(columns=COLUMNS, evaluate_first=True)
-    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, **settings)
-    if options.resume:
-        run.restore(state)
+    run = Run(options, machine, model, policy, tokenizer, optimizers, validate, flops, state, columns=COLUMNS)
+    lines, inputs = describe(problems, val, options), batches[0].inputs
+    lines["step"] = f"{options.generations} answers to each of {options.batch_size} problems, {options.slots} at once"
+    count, writing = options.max_steps * len(batches) * options.updates_per_rollout, options.max_steps * writing
+    stage.announce(run, lambda network: network(*inputs)[0].sum(), count, lines, more_seconds=writing)
 
     with run:
         for step in run.steps():
@@ -311,7 +306,7 @@ def train(options: GrpoOptions, machine: Machine) -> None:
                 loss, columns = 0.0, dict(entropy=0.0, clipped=0.0, kl=0.0)
                 for batch in run.micro_batches(batches):
                     with machine.autocast():
-                        logp, balance = network(*batch.inputs)
+                        logp, balance = run.network(*batch.inputs)
                     if update == 0:
                         batch.old = logp.detach()  # the weights are those that drew the tokens
                     losses, values = token_losses(logp, batch, options)
@@ -322,7 +317,6 @@ def train(options: GrpoOptions, machine: Machine) -> None:
             mine = [i for batch in batches for i in batch.rows]
             columns |= {name: values[mine].sum() / answers for name, values in earned.items()}
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=read, **columns)
-    run.finish()
     stage.print_answer(options, machine, model, val)
 
 

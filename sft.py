@@ -117,22 +117,15 @@ def train(options: SftOptions, machine: Machine) -> None:
     stage.count_steps(options, data.count, machine)
     if options.shard:
         shard(model, machine)
-    optimizers = make_optimizers(model, options, machine)
+    optimizers, flops = make_optimizers(model, options, machine), model.flops_per_token(data.sizes.mean())
+    validate = partial(evaluate, machine, model, val, tokenizer, options)
+    run = Run(options, machine, model, model, tokenizer, optimizers, validate, flops, state, columns=["val_exact"])
     longest = data.longest(options.micro_batch_tokens)
-    batch = data.batch(longest)
-    network, seconds, note = stage.profile_step(machine, model, lambda n: loss_sum(n, *batch, machine), options)
-
-    seconds *= options.max_steps * options.batch_size * data.lengths.mean() / data.lengths[longest].sum()
-    stage.announce(options, machine, model, describe(data, val, options), seconds / machine.world_size, note)
+    batch, examples = data.batch(longest), options.max_steps * options.batch_size / machine.world_size
+    count = examples * data.lengths.mean() / data.lengths[longest].sum()
+    stage.announce(run, lambda network: loss_sum(network, *batch, machine), count, describe(data, val, options))
     [first] = rows_of_step(0, data.count, 1, options.seed)
     machine.print(f"an example, with what is learned marked:\n\n{data.show(first)}\n")
-    validate = partial(evaluate, machine, model, val, tokenizer, options)
-    flops, columns = model.flops_per_token(data.sizes.mean()), ["val_exact"]
-    run = Run(
-        options, machine, model, network, tokenizer, optimizers, validate, flops, columns=columns, evaluate_first=True
-    )
-    if options.resume:
-        run.restore(state)
 
     with run:
         for step in run.steps():
@@ -141,10 +134,9 @@ def train(options: SftOptions, machine: Machine) -> None:
             groups = data.micro_batches(rows, options.micro_batch_tokens, machine.world_size)  # of all ranks
             targets, loss = int(data.targets[rows].sum()), 0.0  # targets of the whole step
             for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
-                loss += run.backward(loss_sum(network, *data.batch(group), machine) / targets)
+                loss += run.backward(loss_sum(run.network, *data.batch(group), machine) / targets)
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()))
-    run.finish()
     stage.print_answer(options, machine, model, val)
 
 

@@ -69,13 +69,7 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
             int(row["step"]), int(row.get("tokens") or 0), [float(value or 0) for value in row.values()]
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}; move it away") from None
-    return [in_megabytes(row) for row in rows]
-
-
-def in_megabytes(row: dict) -> dict:
-    """A row whose memory is in MB: logs and training states of older versions have it in bytes."""
-    memory = row.pop("memory", "")
-    return row | dict(memory_mb=round(float(memory) / 1e6)) if memory else row
+    return rows
 
 
 def plot_loss(log_path: Path, picture_path: Path) -> None:
@@ -118,10 +112,11 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     evaluate: Callable[[], dict[str, float]]  # a validation, as columns of the log
     flops_per_token: float
-    milestones: dict[int, Path] = field(default_factory=dict)  # {steps done: folder of a checkpoint to keep}
+    begin_from: dict | None  # a training state: of this run, if it is resumed, else of the checkpoint it starts from
     columns: Iterable[str] = ()  # of the log, beside COLUMNS
+    evaluate_first: bool = True  # a validation before the first step
+    milestones: dict[int, Path] = field(default_factory=dict)  # {steps done: folder of a checkpoint to keep}
     extra_state: dict = field(default_factory=dict)  # saved with every checkpoint
-    evaluate_first: bool = False  # a validation before the first step
 
     def __post_init__(self) -> None:
         self.folder, self.peak_flops = Path(self.options.out_dir), self.machine.peak_flops()
@@ -133,20 +128,22 @@ class Run:
         self.signal = self.stop = 0  # the signal this rank got; the one that all ranks know of
         # Reading the loss synchronises a GPU and the ranks, so it is not read in every step there.
         self.reads_every_step = self.machine.device.type == "cpu" and self.machine.world_size == 1
+        if self.begin_from:
+            checkpoint.load_optimizer_state(self.optimizers, self.names, self.begin_from["optimizer"])
+            if self.options.resume:
+                self.restore(self.begin_from)
 
     # ---- State
 
     def restore(self, state: dict) -> None:
         """Continues from a training state; the weights come from load_model. Raises ValueError if it is damaged."""
-        checkpoint.load_optimizer_state(self.optimizers, self.names, state["optimizer"])
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        row = in_megabytes(state["row"] or dict(step=self.step, loss=0.0))
-        self.row, self.fresh = state["row"] and row, False
-        known = row.keys() <= set(self.columns) and row.get("step") == self.step
-        numbers = all(isinstance(value, int | float | str) for value in row.values())
-        if not (known and numbers and isinstance(row.get("loss", row.get("copy_loss")), float)):
+        self.step, self.tokens, self.seconds, self.fresh = state["step"], state["tokens"], state["seconds"], False
+        row = {name: value for name, value in (state["row"] or {}).items() if name in self.columns}
+        numbers = all(isinstance(value, int | float) for name, value in row.items() if name != "mfu")
+        if row and (row.get("step") != self.step or not numbers):
             text = one_line(repr(row))[:100]
             raise ValueError(f"training_state.pt is damaged: the row of its step {self.step} is {text}")
+        self.row = row or None
 
     def state(self) -> dict:
         options = {k: v for k, v in dataclasses.asdict(self.options).items() if not k.startswith("resume")}
@@ -181,9 +178,11 @@ class Run:
             self.write_row()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, error_type: type | None, *error: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if error_type is None:
+            self.finish()
 
     def on_signal(self, number: int, frame: Any) -> None:
         if self.signal:

@@ -30,12 +30,11 @@ from nanodoge.options import (
     check_ranges,
     is_out_of_memory,
     one_line,
-    parse_options,
+    read_option,
     read_values,
-    split_argv,
 )
 from nanodoge.policy import write_answers
-from nanodoge.run import duration
+from nanodoge.run import Run, duration
 from nanodoge.tokenizer import Tokenizer
 
 # ---- Options
@@ -118,8 +117,8 @@ def read_run_options(cls: type, argv: list[str], inherited: Callable | None = No
     """The options of a run: the class's defaults, then its recipe (in config/) if argv names no config file, then
     argv; with --resume those of the run in out_dir. inherited(--init_from): the options that a new run takes over from
     a checkpoint, in place of the recipe."""
-    config = HERE / "config" / cls.recipe
-    asked = read_values(cls, argv, default_config=config)
+    from_files, from_line = read_values(cls, argv, default_config=HERE / "config" / cls.recipe)
+    asked = from_files | from_line
     out = Path(asked.get("out_dir") or default_out_dir(asked.get("data") or cls.data)).as_posix()
     for name in ("resume", "resume_or_start"):
         if asked.get(name) and asked.get("overwrite"):
@@ -127,29 +126,27 @@ def read_run_options(cls: type, argv: list[str], inherited: Callable | None = No
     files = ("training_state.pt", "model.safetensors", "config.json")
     can_resume, *others = (checkpoint_file(out, name).is_file() for name in files)
     if asked.get("resume") or (asked.get("resume_or_start") and can_resume):
-        return resumed_options(cls, argv, out)
-    base = inherited(asked["init_from"]) if inherited and asked.get("init_from") else {}
-    options = parse_options(cls, argv, base=base, default_config=None if base else config)
+        return resumed_options(cls, from_line, out)
+    if inherited and asked.get("init_from"):
+        from_files = inherited(asked["init_from"]) | read_values(cls, argv)[0]
+    options = cls(**from_files | from_line)
     if (can_resume or any(others)) and not options.overwrite:
         advice = "--resume goes on with it, --overwrite replaces it, or choose another folder"
         raise ValueError(f"--out_dir={out} holds a run already: {advice}")
     return options
 
 
-def resumed_options(cls: type, argv: list[str], out: str) -> Any:
-    """The options of the run in the folder `out`, with those of `cls.may_change` that argv names as --name=value; a
-    config file only tells where the run is."""
+def resumed_options(cls: type, from_line: dict[str, Any], out: str) -> Any:
+    """The options of the run in the folder `out`, with those of `cls.may_change` that the command line names; a config
+    file only tells where the run is."""
     state = load_training_state(out)
     if state is None:
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
-    saved, names = saved_options(cls, state), {field.name for field in dataclasses.fields(cls)}
-    if other := saved.keys() - names:
-        listed = " ".join(sorted(other))
-        raise ValueError(f"--resume: the run in {out} is of another stage: it has the options {listed}")
-    _, given = split_argv(cls, argv)
-    given.pop("config", None)
-    base = saved | dict(out_dir=out, resume=True)
-    options = parse_options(cls, [f"--{name}={text}" for name, text in given.items()], base=base)
+    if (saved := saved_options(cls, state)) is None:
+        raise ValueError(
+            f"--resume: the run in {out} is of another stage: it has the options {' '.join(state['options'])}"
+        )
+    options = cls(**saved | from_line | dict(out_dir=out, resume=True))
     for name, before in saved.items():
         if name not in cls.may_change.split() and (value := getattr(options, name)) != before:
             advice = "a resumed run cannot change it (--init_from starts a new run from its weights)"
@@ -157,10 +154,15 @@ def resumed_options(cls: type, argv: list[str], out: str) -> Any:
     return options
 
 
-def saved_options(cls: type, state: dict) -> dict[str, Any]:
-    """The options in a training state, by their names in `cls`."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name if name in names else RENAMED.get(name, str(name)): value for name, value in state["options"].items()}
+def saved_options(cls: type, state: dict) -> dict[str, Any] | None:
+    """The options in a training state, by their names in `cls`; None if it is that of another stage."""
+    names, saved = {field.name for field in dataclasses.fields(cls)}, {}
+    for name, value in state["options"].items():
+        name = name if name in names else RENAMED.get(name, name)
+        if name not in names:
+            return None
+        saved[name] = read_option(cls, name, value, f"{name} of the run")
+    return saved
 
 
 # ---- Start
@@ -221,14 +223,40 @@ def count_phases(options: Any) -> None:
         raise ValueError(f"{phases} do not fit into --max_steps={options.max_steps}: {advice}")
 
 
-def profile_step(
-    machine: Machine, model: nn.Module, loss_of: Callable, options: RunOptions, size_option: str = "micro_batch_tokens"
-) -> tuple[nn.Module, float, str]:
-    """(network, seconds, compile_note): one micro-batch, loss_of(network), forward and backward, before the run.
+def announce(
+    run: Run,
+    loss_of: Callable,
+    micro_batches: float,
+    lines: dict[str, str],
+    size_option: str = "micro_batch_tokens",
+    more_seconds: float = 0.0,
+) -> None:
+    """Tries a micro-batch and prints, before the first step, what is going to happen, on what, and at what cost.
 
-    The network is the model, compiled where that is asked for and works, and in DDP if there are several ranks. Raises
-    ValueError naming `size_option` when memory does not suffice: better now than at the first validation.
+    loss_of(network): the loss of the largest micro-batch. micro_batches: how many of that size a rank computes in the
+    run. lines: the stage's own, by their labels. size_option: what to lower when memory does not suffice.
+    more_seconds: what else the run takes.
     """
+    options, machine, parameters = run.options, run.machine, sum(p.numel() for p in run.model.parameters())
+    seconds, compile_note = profile_step(run, loss_of, size_option)
+    memory = machine.peak_memory() + 8 * parameters / (machine.world_size if options.shard else 1)  # Adam's come later
+    time_needed = duration(seconds * micro_batches + more_seconds)
+    common = {
+        "options": changed(options) or "as --help shows them",
+        "model": f"{parameters:,} parameters" + (f", from {options.init_from}" if options.init_from else ""),
+        **lines,
+        "device": f"{machine.summary}; {compile_note}",
+        "cost": f"{options.max_steps:,} steps, at most about {time_needed}, {memory / 1e9:.2g} GB per process",
+    }
+    for label, text in common.items():
+        machine.print(f"{label:<9} {text}")
+
+
+def profile_step(run: Run, loss_of: Callable, size_option: str) -> tuple[float, str]:
+    """The seconds of a micro-batch, forward and backward, and whether it is compiled. run.network is the model from
+    here on compiled where that is asked for and works, and in DDP if there are several ranks. Raises ValueError naming
+    `size_option` when memory does not suffice: better now than at the first validation."""
+    options, machine, eager = run.options, run.machine, run.network
 
     def timed(network: nn.Module) -> float:
         for _ in range(2):  # the first pass also compiles and warms up
@@ -239,51 +267,32 @@ def profile_step(
         network.zero_grad(set_to_none=True)
         return seconds
 
-    network, compile_note = model, "eager (--compile=on tries torch.compile)"
+    seconds, compile_note = None, "eager (--compile=on tries torch.compile)"
     try:
         is_usual = machine.device.type == "cuda" and not options.shard
         if options.compile == "on" or (options.compile == "auto" and is_usual):
             try:
-                network = torch.compile(model)
-                seconds, compile_note = timed(network), "torch.compile"
+                run.network, compile_note = torch.compile(eager), "torch.compile"
+                seconds = timed(run.network)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # of dynamo and inductor; a missing C++ compiler is one
-                network, compile_note = model, f"eager, since torch.compile failed here: {one_line(error)[:150]}"
-        if network is model:
-            seconds = timed(model)
+                run.network, compile_note = eager, f"eager, since torch.compile failed here: {one_line(error)[:150]}"
+        seconds = seconds or timed(run.network)
         if machine.world_size > 1 and not options.shard:
             # No broadcast of buffers: they are constants, and in a validation the ranks may have different numbers of
             # batches, so that a collective would hang.
-            network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
+            run.network = DistributedDataParallel(run.network, gradient_as_bucket_view=True, broadcast_buffers=False)
             # DDP adds up gradients in an order that follows the first backward pass. With one at every start it is the
             # same in all steps that count, also after a --resume.
-            loss_of(network).backward()
-            network.zero_grad(set_to_none=True)
+            loss_of(run.network).backward()
+            run.network.zero_grad(set_to_none=True)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         advice = "out of memory; lower it, or --gradient_checkpointing=true"
         raise ValueError(f"--{size_option}={getattr(options, size_option)}: {advice}") from None
-    return network, seconds, compile_note
-
-
-def announce(
-    options: RunOptions, machine: Machine, model: Doge, lines: dict[str, str], seconds: float, compile_note: str
-) -> None:
-    """Prints, before the first step, what is going to happen, on what, and at what cost. lines: the stage's own, by
-    their labels. seconds: of all steps, at most."""
-    source = f", from {options.init_from}" if options.init_from else ""
-    common = {
-        "options": changed(options) or "as --help shows them",
-        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters{source}",
-        "device": f"{machine.summary}; {compile_note}",
-        "cost": f"{options.max_steps:,} steps, at most about {duration(seconds)}",
-    }
-    own = [label for label in lines if label not in common]
-    for label in ["options", "model", *own, "device", "cost"]:
-        text = "; ".join(part[label] for part in (common, lines) if label in part)
-        machine.print(f"{label:<9} {text}")
+    return seconds, compile_note
 
 
 # ---- End
