@@ -6,18 +6,15 @@
     python dpo.py --out_dir=out/stories-preferences --resume        continues as if it had never stopped
 
 Fine-tuning shows good answers, but never what is wrong with a bad one. A preference shows both: a prompt, an answer
-that was chosen, and one that was rejected. Saying which of two is better is also easier than writing the best.
+that was chosen, and one that was rejected.
 
 The idea (Rafailov et al. 2023, arXiv 2305.18290). Suppose that an answer has a reward, and that people choose the first
 of two answers with probability sigmoid(its reward - the other's). Of all models that stay close to a reference, the
 model they began as, the one with the most reward is known: the probability of an answer is the reference's, times
 exp(reward / beta), times a factor that depends only on the prompt. Read backwards, every model is the best one for some
-reward:
+reward, and the choices of people can be made likely without a reward model and without drawing samples:
 
     reward(answer) = beta * (log p(answer) - log p_reference(answer)) + (a term that depends only on the prompt)
-
-So the choices of people can be made likely without a reward model and without drawing samples:
-
     loss = -log sigmoid(reward(chosen) - reward(rejected))
 
 With a smaller beta the model must go farther from its reference for the same margin. Five things are easy to get wrong.
@@ -31,11 +28,11 @@ Ties. At first the model is its reference: every reward is 0, the loss is ln 2 =
 is not won, and neither is a margin that may be rounding (TIE), so accuracy starts at 0 and not at 1/2.
 
 What the loss does not see. It compares, so it also falls when both answers become unlikely, the rejected one faster
-(arXiv 2402.13228). val_chosen_logp shows how likely the chosen answers are. A small fall is usual. After a collapse the
-model no longer writes text: lower --learning_rate or raise --beta.
+(arXiv 2402.13228). Watch val_chosen_logp: a small fall is usual; after a collapse the model no longer writes text, and
+a lower --learning_rate or a higher --beta helps.
 
-Long pairs. A pair of which one row does not fit is left out and counted. Cut at the end, an answer would lose its EOS
-and be compared by its first half; cut at the front, the prompt would lose the question.
+Long pairs. A pair of which one row does not fit is left out and counted: cut at the end, an answer would lose its EOS;
+cut at the front, the prompt would lose the question.
 """
 
 import math

@@ -10,8 +10,7 @@ is the change in what the model writes. The benchmarks are those of EleutherAI's
 lm_eval`), so the numbers can be compared with published ones. It asks the model three things:
 
     log-likelihood   how probable is this answer after that context? A small model cannot be asked "A, B, C or D?", but
-                     which of four answers is the most probable can be computed (`acc`). A long answer has more factors
-                     below 1 than a short one, so `acc_norm` divides by the answer's length.
+                     which of four answers is the most probable can be computed (`acc`; `acc_norm` divides by length).
     rolling          how probable is this whole text? (perplexity)
     generation       the completion, up to a stop string, is compared with the right answer.
 

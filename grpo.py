@@ -10,31 +10,29 @@ checked, writes answers of its own, and each earns a number, its reward. Then ev
 little likelier, and every token of a bad one less likely. The method is GRPO, group relative policy optimisation (Shao
 et al. 2024, arXiv 2402.03300). Five questions decide how well it works.
 
-Good compared with what? A reward of 1 says little if every answer earns it. So each problem is answered several times,
-and an answer's advantage is its reward minus the mean of its group. Where all earn the same there is nothing to learn:
-the advantage is 0 (the log counts such groups as no_signal). A single answer would always be its own mean, so fewer
-than two are refused. The first GRPO also divides by the group's standard deviation. That weights most the problems that
-are nearly always or nearly never solved (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783), so it is an option, off here.
+Good compared with what? Each problem is answered several times, and an answer's advantage is its reward minus the mean
+of its group. Where all earn the same there is nothing to learn: the advantage is 0 (the log counts such groups as
+no_signal). The first GRPO also divides by the group's standard deviation. That weights most the problems that are
+nearly always or nearly never solved (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783), so it is an option, off here.
 
 How far? The loss of a token is -min(r A, clip(r) A). A is the advantage of its answer, r the ratio of its probability
 to what it was when drawn, and clip keeps r within 1 - clip_low .. 1 + clip_high (PPO, Schulman et al. 2017, arXiv
 1707.06347). In the first update r = 1: the gradient is the plain policy gradient, -A grad log p. In later updates on
 the same answers, a token that has moved so far in the direction of its advantage has no gradient. A clip_high above
-clip_low lets rare tokens grow (DAPO, Yu et al. 2025, arXiv 2503.14476). With one update nothing is clipped.
+clip_low lets rare tokens grow (DAPO, Yu et al. 2025, arXiv 2503.14476).
 
 The weight of a token? The loss is the sum over all tokens of all answers of a step, divided by their number, as in
 DAPO. A mean within each answer first, as in the first GRPO, gives a token of a long wrong answer less weight than one
-of a short wrong answer, which teaches long wrong answers. As in sft.py each micro-batch gives its share of one sum, so
-neither their size nor the number of ranks changes the result.
+of a short wrong answer, which teaches long wrong answers.
 
 Away from where? --kl=B adds to the loss of every token B times an estimate of the KL divergence from the model at the
 start: k3 = exp(d) - d - 1 with d = log p_start - log p, which is never negative and on average the divergence (Schulman
 2020, "Approximating KL divergence"). With --kl=0 no second model is held in memory.
 
-What is rewarded? The answer must be the right number, and it must end: one that reaches --max_new_tokens without EOS
-earns nothing for what it says. The format is a thought between its tags, then a solution between its own, each tag
-once. Length costs, if it is given a weight. Read what is written, in OUT_DIR/samples: a number that rises may mean that
-the model found something that you did not intend.
+What is rewarded? The right number, in an answer that ends: one that reaches --max_new_tokens without EOS earns nothing
+for what it says. The format: a thought between its tags, then a solution between its own, each tag once. Length costs,
+if it is given a weight. Read what is written, in OUT_DIR/samples: a reward that rises may mean that the model found
+something that you did not intend.
 """
 
 import json

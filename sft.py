@@ -6,29 +6,25 @@
     python sft.py --out_dir=out/stories-chat --resume               continues as if it had never stopped
 
 A base model that is asked a question may write three more questions, because texts often go on like that. So it is
-trained on conversations. It predicts the next token as before, but only where the assistant speaks. What it learns is
-decided by the mask of the data, and four things about it are easy to get wrong.
+trained on conversations. It predicts the next token as before, but only where the assistant speaks: the mask of the
+data decides what it learns. Four things about it are easy to get wrong.
 
 What is learned. The assistant's words, and the EOS that ends each answer: a model that never learned the end does not
-stop. Not the user's words, or it learns to ask. Before the first step one example is printed with its targets marked:
-look at it.
+stop. Not the user's words, or it learns to ask. One example is printed with its targets marked: look at it.
 
 The weight of a token. The loss of a step is the sum over all its targets, divided by their number. Micro-batches and
 ranks have different numbers of targets, so a mean of their means would weight a token by the size of its micro-batch.
-Each contributes its sum divided by the targets of the whole step, which every rank knows beforehand.
 
 Packing. Several conversations in one row need a mask that separates them, and attention is then no longer the plain
 causal one, which is the fastest. Here every conversation is a row of its own. Rows of similar length share a
 micro-batch and are padded on the right, where no token looks: exact without any mask, and with little padding.
 
-Long conversations. A conversation is cut after the last answer that fits. If not one fits, it is left out. Both are
-counted and printed. An answer cut in the middle would teach the model to stop there, and a row without targets teaches
-nothing.
+Long conversations. A conversation is cut after the last answer that fits, and left out if none does; both are counted.
+An answer cut in the middle would teach the model to stop there.
 
-Reasoning is learned in the same way, from answers that begin with a thought (config/sft_reason_tiny.py).
-
-A classifier too (--kind=labels, data of prepare_data.py --kind=labels): the only target of a text is its label, at the
-position after its last token. A matrix with one row per label replaces the output matrix; all else is the same.
+Reasoning is learned in the same way, from answers that begin with a thought (config/sft_reason_tiny.py). With
+--kind=labels a classifier is trained: the only target of a text is its label, at the position after its last token, and
+a matrix with one row per label replaces the output matrix.
 """
 
 from dataclasses import dataclass

@@ -5,18 +5,18 @@
     torchrun --nproc_per_node=8 train.py config/doge20m.py   the same on eight GPUs: same batches, same losses
     python train.py --out_dir=out/stories --resume           continue as if it had never stopped
 
-The data is one long array of token ids on the disk, documents one after the other. It is cut into sequences of T
-tokens, and at every position the model predicts the next token. One step: take the sequences of this step, compute the
-mean loss and its gradient, move the weights a little against it. The rest of this file is about four choices.
+The data is one long array of token ids, documents one after the other, cut into sequences of T tokens. At every
+position the model predicts the next token. One step: take the sequences of this step, compute the mean loss and its
+gradient, move the weights a little against it. The yardstick is bits per byte of held-out text, which unlike the loss
+per token does not depend on the tokenizer. The rest of this file is about four choices.
 
 Data order. An epoch visits every sequence once, in an order that is a pure function of (seed, epoch). So the sequences
 of step n are known without having run the steps before, and a run that was killed continues with exactly what it would
 have read. On a CPU it ends at the same weights to the last bit (not on a GPU, nor with another version of torch).
 
 Schedule. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
-et al. 2024, arXiv 2405.18392). Unlike a cosine it does not need to know the end beforehand. The weights just before the
-decay are kept in OUT_DIR/stable: `--init_from` continues from them on other data at the same rate, without a new
-warm-up, and a MoE model starts from its dense twin's.
+et al. 2024, arXiv 2405.18392). Unlike a cosine it does not need to know the end beforehand. `--init_from` continues
+from the weights just before the decay, OUT_DIR/stable, at the same rate, and a MoE model starts from its dense twin's.
 
 Optimizer. AdamW, with weight decay on the matrices alone; or Muon (Jordan et al. 2024), which makes every update of a
 hidden matrix orthogonal, for the matrices between embedding and output.
@@ -24,9 +24,6 @@ hidden matrix orthogonal, for the matrices between embedding and output.
 Copy curriculum. A small model soon knows that a name comes next, but for long not which one. So the tiny recipe begins
 with `copy_steps`, most of which learn only tokens that already occurred in their sequence. A model that has first
 learned to look back keeps to its names (NOTES.md has the figures, and texts where it did not help).
-
-The yardstick is bits per byte on held-out text: the bits needed to encode one byte of it. Unlike the loss per token, it
-does not depend on the tokenizer.
 """
 
 import dataclasses

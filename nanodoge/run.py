@@ -67,17 +67,16 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
         rows = [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
         for row in rows:
             int(row["step"]), int(row.get("tokens") or 0), [float(value or 0) for value in row.values()]
+        return rows
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}; move it away") from None
-    return rows
 
 
 def plot_loss(log_path: Path, picture_path: Path) -> None:
     """Draws training and validation loss over the tokens seen, that of copy steps by itself, on a shaded part."""
     from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the notebook that calls a stage
 
-    figure = Figure(figsize=(8, 5))
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(8, 5))).subplots()
     labels = dict(loss="loss of all tokens", val_loss="validation loss", copy_loss="copy_loss: copies only")
     for (column, label), style in zip(labels.items(), ("-", "o-", "."), strict=True):
         points = [(int(row["tokens"]), float(row[column])) for row in read_log(log_path) if row.get(column)]
