@@ -48,7 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanodoge import stage
-from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets
+from nanodoge.examples import Examples, TokenSet, describe, fit_answers
 from nanodoge.machine import Machine, shard, unsharded
 from nanodoge.options import NonNegative, run_command
 from nanodoge.policy import Policy, with_positions
@@ -192,12 +192,9 @@ def evaluate(
 def train(options: DpoOptions, machine: Machine) -> None:
     """Runs the whole tuning and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
     prepare_if_built_in(options, machine, "preferences")
-    *sets, tokenizer = open_sets(options.data, "preferences")
-    model, state = stage.start_tuning(options, machine, tokenizer)
-    data, val = (select(token_set, options) for token_set in sets)
+    model, state, data, val = stage.start_tuning(options, machine, "preferences", select)
     if options.micro_batch_tokens < (pair := 2 * options.sequence_length):
         raise ValueError(f"--micro_batch_tokens={options.micro_batch_tokens} is less than one pair, {pair} tokens")
-    stage.count_steps(options, data.count, machine)
     if options.shard:
         shard(model, machine, "hidden")
     policy, reference = Policy(model), {}
@@ -207,10 +204,9 @@ def train(options: DpoOptions, machine: Machine) -> None:
         return evaluate(machine, policy, val, reference["val"], options)
 
     settings = dict(columns=[*COLUMNS, *(f"val_{n}" for n in VALIDATED)], extra_state=dict(reference=reference))
-    run = Run(options, machine, model, policy, tokenizer, optimizers, validate, flops, state, **settings)
+    run = Run(options, machine, model, policy, data.set.tokenizer, optimizers, validate, flops, state, **settings)
     longest = data.longest(options.micro_batch_tokens)
-    asked = 0 if options.resume else min(options.max_steps * options.batch_size, data.count) + val.count
-    examples = (options.max_steps * options.batch_size + asked / 3) / machine.world_size  # a third: no backward pass
+    examples = options.max_steps * options.batch_size / machine.world_size
     count = examples * data.lengths.mean() / data.lengths[longest].sum()
     lines = describe(data, val, options) | dict(loss=f"{options.loss}, beta {options.beta}")
     stage.announce(run, lambda network: answer_logp(network, data, longest, machine)[0].sum(), count, lines)

@@ -52,7 +52,7 @@ from model import Doge
 from nanodoge import stage
 from nanodoge.answers import is_right
 from nanodoge.checkpoint import clear, load_model, save_checkpoint
-from nanodoge.examples import Examples, TokenSet, bucket_by_length, describe, open_sets, pad
+from nanodoge.examples import Examples, TokenSet, bucket_by_length, describe, pad
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, run_command
 from nanodoge.policy import Policy, with_positions, write_answers
@@ -267,10 +267,8 @@ def load_reference(options: GrpoOptions, machine: Machine, model: Doge, tokenize
 def train(options: GrpoOptions, machine: Machine) -> None:
     """Runs the whole tuning and leaves a checkpoint, log.csv, loss.png and samples/ in options.out_dir."""
     prepare_if_built_in(options, machine, "problems")
-    *sets, tokenizer = open_sets(options.data, "problems")
-    model, state = stage.start_tuning(options, machine, tokenizer)
-    problems, val = (select(token_set, options) for token_set in sets)
-    stage.count_steps(options, problems.count, machine)
+    model, state, problems, val = stage.start_tuning(options, machine, "problems", select)
+    tokenizer = problems.set.tokenizer
     policy = Policy(model, tokenizer.vocab_size, options.temperature)
     reference = load_reference(options, machine, model, tokenizer)
 

@@ -37,7 +37,7 @@ import torch
 from model import Doge
 from nanodoge import stage
 from nanodoge.answers import final_answer
-from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets
+from nanodoge.examples import Examples, TokenSet, describe, fit_answers
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Whole, run_command
 from nanodoge.policy import write_answers
@@ -106,11 +106,8 @@ def count_exact(machine: Machine, model: Doge, rows: list[tuple], tokenizer: Tok
 def train(options: SftOptions, machine: Machine) -> None:
     """Runs the whole tuning and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
     prepare_if_built_in(options, machine, options.kind)
-    *sets, tokenizer = open_sets(options.data, options.kind)
-    labels = tuple(sets[0].meta["labels"]) if options.kind == "labels" else None
-    model, state = stage.start_tuning(options, machine, tokenizer, labels)
-    data, val = (select(token_set, options) for token_set in sets)
-    stage.count_steps(options, data.count, machine)
+    model, state, data, val = stage.start_tuning(options, machine, options.kind, select)
+    tokenizer = data.set.tokenizer
     if options.shard:
         shard(model, machine)
     optimizers, flops = make_optimizers(model, options, machine), model.flops_per_token(data.sizes.mean())

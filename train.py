@@ -372,8 +372,8 @@ def train(options: TrainOptions, machine: Machine) -> None:
     if options.sample_tokens:  # with the settings of sample.py
         prompt, sampling = [tokenizer.bos_id], dict(temperature=0.7, top_p=0.95)
         [ids] = write_answers(machine, model, tokenizer, [prompt], options.sample_tokens, 1, **sampling)
-        text, more = tokenizer.decode(ids, skip_special=True), f"python sample.py {options.out_dir}"
-        stage.print_end(options, machine, "writes", text, more)
+        text, out = tokenizer.decode(ids, skip_special=True), options.out_dir
+        machine.print(f"\nThe model is in {out}. It writes:\n\n{text}\n\nMore: python sample.py {out}")
 
 
 def inherited(source: str) -> dict[str, Any]:

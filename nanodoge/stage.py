@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import Doge
 from nanodoge.checkpoint import checkpoint_file, load_model, load_training_state
 from nanodoge.data import check_tokenizer
-from nanodoge.examples import Examples
+from nanodoge.examples import Examples, TokenSet, open_sets
 from nanodoge.machine import Machine, unsharded
 from nanodoge.options import (
     HERE,
@@ -35,7 +35,6 @@ from nanodoge.options import (
 )
 from nanodoge.policy import write_answers
 from nanodoge.run import Run, duration
-from nanodoge.tokenizer import Tokenizer
 
 # ---- Options
 
@@ -76,7 +75,7 @@ class RunOptions:
     def __post_init__(self):
         check_ranges(self)
         self.data = Path(self.data).as_posix()  # ./data/x is data/x
-        self.out_dir = Path(self.out_dir or default_out_dir(self.data)).as_posix()
+        self.out_dir = Path(self.out_dir or f"out/{Path(self.data).name}").as_posix()
         if self.init_from and not self.resume:
             source = Path(self.init_from).resolve()
             if Path(self.out_dir).resolve() in [source, *source.parents]:
@@ -109,17 +108,13 @@ RENAMED = {"batch_size": "micro_batch_size", "batch_rows": "batch_size", "micro_
 RENAMED |= {"eval_rows": "eval_size", "rollout_rows": "slots"}
 
 
-def default_out_dir(data: str) -> str:
-    return f"out/{Path(data).name}"
-
-
 def read_run_options(cls: type, argv: list[str], inherited: Callable | None = None) -> Any:
     """The options of a run: the class's defaults, then its recipe (in config/) if argv names no config file, then
     argv; with --resume those of the run in out_dir. inherited(--init_from): the options that a new run takes over from
     a checkpoint, in place of the recipe."""
     from_files, from_line = read_values(cls, argv, default_config=HERE / "config" / cls.recipe)
     asked = from_files | from_line
-    out = Path(asked.get("out_dir") or default_out_dir(asked.get("data") or cls.data)).as_posix()
+    out = Path(asked.get("out_dir") or f"out/{Path(asked.get('data') or cls.data).name}").as_posix()
     for name in ("resume", "resume_or_start"):
         if asked.get(name) and asked.get("overwrite"):
             raise ValueError(f"--overwrite replaces the run in --out_dir={out}, --{name} goes on with it: choose one")
@@ -143,9 +138,7 @@ def resumed_options(cls: type, from_line: dict[str, Any], out: str) -> Any:
     if state is None:
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
     if (saved := saved_options(cls, state)) is None:
-        raise ValueError(
-            f"--resume: the run in {out} is of another stage: it has the options {' '.join(state['options'])}"
-        )
+        raise ValueError(f"--resume: the run in {out} is of another stage, or of a newer version")
     options = cls(**saved | from_line | dict(out_dir=out, resume=True))
     for name, before in saved.items():
         if name not in cls.may_change.split() and (value := getattr(options, name)) != before:
@@ -178,28 +171,27 @@ def run_stage(stage: Callable[[Any, Machine], None], options: RunOptions) -> Non
 
 
 def start_tuning(
-    options: TuneOptions, machine: Machine, tokenizer: Tokenizer, labels: tuple[str, ...] | None = None
-) -> tuple[Doge, dict | None]:
-    """The model to tune, on the device, and the training state of a resumed run (else None). Resolves sequence_length;
-    sequences longer than the model's context make it a model of that context. tokenizer, labels: the data's."""
+    options: TuneOptions, machine: Machine, kind: str, select: Callable[[TokenSet, Any], Examples]
+) -> tuple[Doge, dict | None, Examples, Examples]:
+    """The model to tune, on the device; the training state of a resumed run, else None; and what `select` takes of the
+    training and of the validation set. Resolves sequence_length and max_steps. Sequences longer than the model's
+    context make it a model of that context."""
     folder = options.out_dir if options.resume else options.init_from
-    model, own = load_model(folder, labels=labels)
+    *sets, _ = open_sets(options.data, kind)
+    model, own = load_model(folder, labels=tuple(sets[0].meta["labels"]) if kind == "labels" else None)
     check_tokenizer(own, options.data, source=folder)
     options.sequence_length = options.sequence_length or model.config.max_position_embeddings
     model.config.max_position_embeddings = max(options.sequence_length, model.config.max_position_embeddings)
     if (limit := options.micro_batch_tokens) < options.sequence_length:
         raise ValueError(f"--micro_batch_tokens={limit} is less than one sequence of {options.sequence_length}")
+    data, val = (select(token_set, options) for token_set in sets)
+    if options.batch_size < machine.world_size:
+        raise ValueError(f"--batch_size={options.batch_size}: each of {machine.world_size} processes needs an example")
+    options.max_steps = options.max_steps or math.ceil(options.epochs * data.count / options.batch_size)
     model.gradient_checkpointing = options.gradient_checkpointing
     model.embed_tokens.requires_grad_(not options.freeze_embeddings)
-    return model.train().to(machine.device), load_training_state(folder) if options.resume else None
-
-
-def count_steps(options: TuneOptions, count: int, machine: Machine) -> None:
-    """Resolves max_steps for `count` conversations, pairs or problems of training data."""
-    if count < 1 or options.batch_size < machine.world_size:
-        least = f"there are {count} to train on and {machine.world_size} processes, each of which needs one"
-        raise ValueError(f"--batch_size={options.batch_size}: {least}")
-    options.max_steps = options.max_steps or math.ceil(options.epochs * count / options.batch_size)
+    state = load_training_state(folder) if options.resume else None
+    return model.train().to(machine.device), state, data, val
 
 
 def good_steps(tokens: int, batch_tokens: int) -> int:
@@ -312,9 +304,5 @@ def print_answer(options: TuneOptions, machine: Machine, model: Doge, val: Examp
     else:
         [answer] = write_answers(machine, model, tokenizer, [prompt.tolist()], options.sample_tokens)
         text, more = tokenizer.decode(answer), f"python sample.py {options.out_dir} --chat"
-    print_end(options, machine, "answers a held-out example", f"{tokenizer.decode(prompt)}{{+{text}+}}", more)
-
-
-def print_end(options: RunOptions, machine: Machine, does: str, text: str, more: str) -> None:
-    """Prints where the model is, what it writes, and the next command."""
-    machine.print(f"\nThe model is in {options.out_dir}. It {does}:\n\n{text}\n\nMore: {more}")
+    text = f"{tokenizer.decode(prompt)}{{+{text}+}}"
+    machine.print(f"\nThe model is in {options.out_dir}. It answers a held-out example:\n\n{text}\n\nMore: {more}")
