@@ -112,9 +112,8 @@ def compare(logp: Tensor, reference: Tensor, sizes: Tensor, options: DpoOptions)
     ipo           (difference of the log-ratios - 1 / (2 beta))^2: a margin to reach, where the sigmoid always wants
                   more (arXiv 2310.12036, eq. 17; with means per token, which is what its authors computed, says TRL)
 
-    kl is half the squared log-ratio of an answer, the mean of the two. For answers that the model itself draws, its
-    mean is the KL divergence from the reference to second order (Schulman's k2). These answers are the data's, so it
-    only indicates how far the model has moved, in nats per answer.
+    kl is half the squared log-ratio of an answer (Schulman's k2), the mean of the two. The answers are the data's and
+    not the model's, so it only indicates how far the model has moved, in nats per answer.
     """
     ratios = logp - reference
     sizes = torch.ones_like(sizes) if options.loss == "sigmoid" else sizes
@@ -165,7 +164,7 @@ def reference_logp(policy: Policy, pairs: Examples, which: np.ndarray, machine: 
 
 def kept_reference(state: dict, sets: dict[str, Examples], options: DpoOptions) -> dict[str, Tensor]:
     """{split: (count, 2)} of a resumed run, from its training state. Raises ValueError if it is of other data."""
-    reference = state.get("reference", {})
+    reference = state.get("reference")
     for split, pairs in sets.items():
         known = reference.get(split) if isinstance(reference, dict) else None
         if not isinstance(known, Tensor) or known.shape != (pairs.count, 2) or known.dtype != torch.float32:

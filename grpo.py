@@ -60,9 +60,8 @@ from nanodoge.run import Run
 from nanodoge.tokenizer import Tokenizer
 from train import cosine, make_optimizers, optimizer_step, prepare_if_built_in, rows_of_step, scramble
 
-# Of the answers of a step: the mean of their rewards; the shares that are right, and in format; their mean length in
-# tokens; the share of answers whose group has no signal; the mean of -log p over their tokens when drawn, which
-# estimates the entropy. Of its last update: the share of tokens that are clipped, and the mean k3. Then validation.
+# Means over the answers of a step; no_signal: the share whose group has none; entropy: the mean of -log p over their
+# tokens when drawn. Of its last update: the share of tokens that are clipped, and the mean k3. Then validation.
 COLUMNS = "reward reward_answer reward_format length no_signal entropy clipped kl val_accuracy val_reward".split()
 
 
@@ -148,15 +147,6 @@ def advantages(rewards: np.ndarray, divide_by_std: bool) -> np.ndarray:
     return np.where(rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True), above, 0.0)
 
 
-def no_signal(step: int, earned: dict, options: GrpoOptions) -> str:
-    """The warning for a step whose answers earn the same within each problem. earned: as from `judge`."""
-    right, lengths = int(earned["reward_answer"].sum()), earned["length"]
-    found = f"{right} of {len(lengths)} are right, {lengths.mean():.0f} of {options.max_new_tokens} tokens long"
-    advice = "harder problems" if right else "easier problems, or sft.py on solved ones first"
-    reason = f"step {step + 1} learns nothing, since all answers to a problem earn the same ({found})"
-    return f"{reason}. If it stays so: read {options.out_dir}/samples, then try {advice}"
-
-
 # ---- Rollouts
 
 
@@ -234,34 +224,20 @@ def evaluate(machine: Machine, model: Doge, problems: Examples, options: GrpoOpt
     prompts, wanted = read_problems(problems, range(min(problems.count, options.eval_size)))
     written = write_answers(machine, model, tokenizer, prompts, options.max_new_tokens, options.slots)
     columns = judge(written, wanted, tokenizer, options)
-    samples = []
+    folder, lines = Path(options.out_dir) / "samples", ""
     for i in range(min(len(prompts), options.eval_samples)):
         texts = dict(problem=tokenizer.decode(prompts[i]), wanted=wanted[i], written=tokenizer.decode(written[i]))
-        samples.append(dict(step=step) | texts | {name: float(values[i]) for name, values in columns.items()})
-    if machine.is_main and samples:
-        folder = Path(options.out_dir) / "samples"
+        sample = dict(step=step) | texts | {name: float(values[i]) for name, values in columns.items()}
+        lines += json.dumps(sample, ensure_ascii=False) + "\n"
+    if machine.is_main and lines:
         if step == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that this one replaces
         folder.mkdir(exist_ok=True)
-        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        (folder / f"{step:06}.jsonl").write_text(text, encoding="utf-8")
+        (folder / f"{step:06}.jsonl").write_text(lines, encoding="utf-8")
     return dict(val_accuracy=float(columns["reward_answer"].mean()), val_reward=float(columns["reward"].mean()))
 
 
 # ---- The run
-
-
-def load_reference(options: GrpoOptions, machine: Machine, model: Doge, tokenizer: Tokenizer) -> Policy | None:
-    """The model at the start, frozen; None if --kl=0. It is kept in OUT_DIR/reference, for a resumed run."""
-    if not options.kl:
-        return None
-    folder = Path(options.out_dir) / "reference"
-    if machine.is_main and not options.resume:
-        clear(options.out_dir)  # a run that --overwrite replaces could not be resumed with this reference
-        save_checkpoint(folder, model, tokenizer)
-    machine.barrier()
-    reference = load_model(folder)[0].requires_grad_(False).to(machine.device)
-    return Policy(reference, tokenizer.vocab_size, options.temperature)
 
 
 def train(options: GrpoOptions, machine: Machine) -> None:
@@ -270,7 +246,14 @@ def train(options: GrpoOptions, machine: Machine) -> None:
     model, state, problems, val = stage.start_tuning(options, machine, "problems", select)
     tokenizer = problems.set.tokenizer
     policy = Policy(model, tokenizer.vocab_size, options.temperature)
-    reference = load_reference(options, machine, model, tokenizer)
+    reference, folder = None, Path(options.out_dir) / "reference"  # the model at the start, kept for a resumed run
+    if options.kl and machine.is_main and not options.resume:
+        clear(options.out_dir)  # a run that --overwrite replaces could not be resumed with this reference
+        save_checkpoint(folder, model, tokenizer)
+    machine.barrier()
+    if options.kl:
+        start = load_model(folder)[0].requires_grad_(False).to(machine.device)
+        reference = Policy(start, tokenizer.vocab_size, options.temperature)
 
     begin = time.perf_counter()
     batches, *_ = rollout(machine, model, problems, options, 0)
@@ -294,7 +277,8 @@ def train(options: GrpoOptions, machine: Machine) -> None:
             batches, earned, read = rollout(machine, model, problems, options, step)
             answers, tokens = len(earned["length"]), earned["length"].sum()  # of all ranks
             if earned["no_signal"].all():
-                run.warn(no_signal(step, earned, options))
+                advice = f"if it stays so, read {options.out_dir}/samples, and try easier or harder problems"
+                run.warn(f"step {step + 1} learns nothing: all answers to a problem earn the same; {advice}")
             for batch in batches if reference else ():
                 with torch.no_grad(), machine.autocast():
                     batch.start = reference(*batch.inputs)[0]

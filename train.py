@@ -114,9 +114,8 @@ def rows_of_step(step: int, count: int, rows_per_step: int, seed: int) -> list[i
 
 def prepare_if_built_in(options: RunOptions, machine: Machine, kind: str = "text") -> None:
     """Makes options.data if it is a built-in folder that is not there: for tuning with the tokenizer of its model."""
-    tokenizer = ""
+    tokenizer = "" if kind == "text" else options.out_dir if options.resume else options.init_from
     if kind != "text":
-        tokenizer = options.out_dir if options.resume else options.init_from
         load_config(tokenizer)  # raises ValueError if there is no checkpoint
     if machine.is_main:
         from prepare_data import prepare_built_in
@@ -333,15 +332,13 @@ def train(options: TrainOptions, machine: Machine) -> None:
     settings = dict(columns=["copy_loss"], evaluate_first=False, milestones=milestones)
     run = Run(options, machine, model, model, tokenizer, optimizers, validate, flops, state, **settings)
     example = data.batch(rows_of_step(0, data.count, B, options.seed))
-    c, tokens, parts = model.config, options.max_steps * options.batch_tokens, options.batch_tokens // (T * B * world)
-    kind = f"{c.num_experts_per_tok} of {c.num_experts:,} experts" if c.is_moe else "dense"
+    tokens, parts = options.max_steps * options.batch_tokens, options.batch_tokens // (T * B * world)
     lines = dict(
-        shape=f"{kind}, {c.num_hidden_layers} layers of {c.hidden_size}, vocabulary {c.vocab_size:,}",
         data=f"{options.data}: {len(data.tokens):,} tokens; {tokens:,} are {tokens / len(data.tokens):.2f} epochs",
         step=f"{options.batch_tokens:,} tokens: {B} sequences of {T} x {parts} micro-batches x {world} processes",
     )
-    micro_batches = options.max_steps * parts
-    stage.announce(run, lambda n: loss_sum(n, *example, machine), micro_batches, lines, "micro_batch_size")
+    count = options.max_steps * parts
+    stage.announce(run, lambda network: loss_sum(network, *example, machine), count, lines, "micro_batch_size")
 
     schedule = options.max_steps, options.warmup_steps, options.decay_steps, options.decay
     common = common_tokens(data.read(0, 10_000_000), tokenizer.vocab_size) if options.copy_steps else None
@@ -358,8 +355,6 @@ def train(options: TrainOptions, machine: Machine) -> None:
             copying, count = is_copy_step(step, options.copy_steps, options.seed), options.batch_tokens
             if copying:
                 count = sum(int((batch(part, copying)[1] >= 0).sum()) for part in micro_batches)
-                if not count:
-                    run.warn(f"no target of step {step + 1} is a copy, so nothing is learned: --copy_steps=0 here")
             loss = 0.0
             for part in run.micro_batches(micro_batches[machine.rank :: world]):
                 tokens, targets = batch(part, copying)
@@ -369,9 +364,9 @@ def train(options: TrainOptions, machine: Machine) -> None:
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=options.batch_tokens, name=name)
             if step + 1 == options.copy_steps:
                 machine.print(f"step {step + 1:>6}  the copy steps end: every target counts, so the loss is another")
-    if options.sample_tokens:  # with the settings of sample.py
-        prompt, sampling = [tokenizer.bos_id], dict(temperature=0.7, top_p=0.95)
-        [ids] = write_answers(machine, model, tokenizer, [prompt], options.sample_tokens, 1, **sampling)
+    if options.sample_tokens:
+        sampling, prompts = dict(temperature=0.7, top_p=0.95), [[tokenizer.bos_id]]  # as sample.py
+        [ids] = write_answers(machine, model, tokenizer, prompts, options.sample_tokens, 1, **sampling)
         text, out = tokenizer.decode(ids, skip_special=True), options.out_dir
         machine.print(f"\nThe model is in {out}. It writes:\n\n{text}\n\nMore: python sample.py {out}")
 

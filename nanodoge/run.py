@@ -37,8 +37,8 @@ class Log:
 
     def __init__(self, path: str | Path, last_step: int, columns: list[str] = COLUMNS):
         self.path, self.columns = Path(path), columns
-        rows = [row for row in read_log(path) if int(row["step"]) <= last_step] if self.path.is_file() else []
-        rows = [{column: row.get(column, "") for column in columns} for row in rows]
+        rows = read_log(path) if self.path.is_file() else []
+        rows = [{name: row.get(name, "") for name in columns} for row in rows if int(row["step"]) <= last_step]
         self.steps = {int(row["step"]) for row in rows}
         self.best = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf)
         new = self.path.with_name(self.path.name + ".new")
@@ -150,10 +150,10 @@ class Run:
         where = dict(step=self.step, tokens=self.tokens, seconds=self.seconds, row=self.row)
         return dict(optimizer=optimizer, options=options) | where | self.extra_state
 
-    def save(self, folders: list[Path], state: dict | None = None) -> None:
+    def save(self, *folders: Path, state: dict | None = None) -> None:
         """Saves the model in each folder. Every rank must call it: each may hold a part of the weights."""
         weights = full_state_dict(self.model.state_dict())
-        for folder in folders if self.machine.is_main else []:
+        for folder in folders if self.machine.is_main else ():
             checkpoint.save_checkpoint(folder, self.model, self.tokenizer, state, weights=weights)
 
     # ---- Begin and end
@@ -178,19 +178,12 @@ class Run:
         return self
 
     def __exit__(self, error_type: type | None, *error: Any) -> None:
+        """Draws the loss curve and writes the model card. If a signal ended the loop, says how to go on, and exits."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if error_type is None:
-            self.finish()
+        if error_type:
+            return
 
-    def on_signal(self, number: int, frame: Any) -> None:
-        if self.signal:
-            raise KeyboardInterrupt  # the second time: at once
-        self.signal = number
-        self.machine.print("finishing this step, then saving (once more to stop at once)")
-
-    def finish(self) -> None:
-        """Draws the loss curve and writes the model card. If a signal ended the loop, says how to go on, and exits."""
         self.machine.barrier()
         if self.machine.is_main:
             plot_loss(self.folder / "log.csv", self.folder / "loss.png")
@@ -200,6 +193,12 @@ class Run:
             again = f"python {Path(sys.argv[0]).name} --out_dir={self.folder} --resume"
             self.machine.print(f"stopped and saved after step {self.step}; to go on: {again}")
             sys.exit(128 + self.stop)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.signal:
+            raise KeyboardInterrupt  # the second time: at once
+        self.signal = number
+        self.machine.print("finishing this step, then saving (once more to stop at once)")
 
     # ---- One step
 
@@ -263,7 +262,7 @@ class Run:
         self.row |= dict(mfu=mfu, memory_mb=round(self.machine.peak_memory() / 1e6), **values)
         self.bar.set_postfix({name: f"{loss:.3f}", "tokens_per_s": f"{speed:,.0f}"})
         if saves or milestone:
-            self.save([milestone] * bool(milestone) + [self.folder] * saves, self.state())  # resumed, a run needs both
+            self.save(*[milestone] * bool(milestone), *[self.folder] * saves, state=self.state())  # a resume needs both
         self.fresh = self.fresh and not saves
         if logs:
             self.write_row()
@@ -302,7 +301,7 @@ class Run:
             self.machine.print(f"step {row['step']:>6}  {shown}{self.time_left()}")
         best = self.log and row.get("val_loss", math.inf) < self.log.best
         if self.options.keep_best and self.machine.sum([bool(best)])[0]:  # rank 0 decides
-            self.save([self.folder / "best"])
+            self.save(self.folder / "best")
         if self.log:
             if row.get("val_loss", 0) > 1.005 * self.log.best:
                 advice = "the model learns its text by heart: more text or fewer --max_steps help, --keep_best"

@@ -232,10 +232,12 @@ def announce(
     options, machine, parameters = run.options, run.machine, sum(p.numel() for p in run.model.parameters())
     seconds, compile_note = profile_step(run, loss_of, size_option)
     memory = machine.peak_memory() + 8 * parameters / (machine.world_size if options.shard else 1)  # Adam's come later
+    c, source = run.model.config, f", from {options.init_from}" if options.init_from else ""
+    experts = f", {c.num_experts_per_tok} of {c.num_experts:,} experts per token" if c.is_moe else ""
     time_needed = duration(seconds * micro_batches + more_seconds)
     common = {
         "options": changed(options) or "as --help shows them",
-        "model": f"{parameters:,} parameters" + (f", from {options.init_from}" if options.init_from else ""),
+        "model": f"{parameters:,} parameters, {c.num_hidden_layers} layers of {c.hidden_size}{experts}{source}",
         **lines,
         "device": f"{machine.summary}; {compile_note}",
         "cost": f"{options.max_steps:,} steps, at most about {time_needed}, {memory / 1e9:.2g} GB per process",

@@ -379,7 +379,7 @@ def test_a_run_without_any_signal_goes_on_and_says_so_once(base, data, tmp_path,
     assert [float(row["loss"]) for row in log[1:]] == [float(row["grad_norm"]) for row in log[1:]] == [0, 0]
     out = capsys.readouterr().out
     assert out.count("warning: ") == 1
-    assert "step 1 learns nothing, since all answers to a problem earn the same (" in out
+    assert "step 1 learns nothing: all answers to a problem earn the same; " in out
 
 
 # ---- Refusals
