@@ -81,8 +81,7 @@ def main(argv: list[str]) -> None:
     layout, _ = open_checkpoint(locate(source))
     heads = layout.config.num_key_value_heads
     repeated = f", {heads // layout.repeat} key/value heads repeated to {heads}" if layout.repeat > 1 else ""
-    norm = "" if layout.config.qk_norm else ", queries and keys without a norm"
-    print(f"{source}: {len(layout.tensors)} tensors{repeated}{norm}")
+    print(f"{source}: {len(layout.tensors)} tensors{repeated}" + ", without q/k norms" * (not layout.config.qk_norm))
     warnings = differences(layout.config) if options.to == "transformers" else []
     model, tokenizer = load_model(source, labels=() if layout.labels else None)
     if options.dtype == "int8":

@@ -10,12 +10,6 @@ from nanodoge.data import read_meta
 from nanodoge.options import changed
 
 MARK = "# Written by nanoDoge. Without this line the file is yours, and no run replaces it."
-NANODOGE = """from nanodoge.checkpoint import load_model
-
-model, tokenizer = load_model("{out}")"""
-TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")"""
 
 
 def write_card(run: Any, log: list[dict[str, str]]) -> None:
@@ -26,7 +20,7 @@ def write_card(run: Any, log: list[dict[str, str]]) -> None:
 
 
 def card(run: Any, log: list[dict[str, str]]) -> str:
-    """The text of the card: metadata, model, data, recipe, results, use."""
+    """The text of the card: metadata, model, data, recipe, results."""
     options, config, meta = run.options, run.model.config, read_meta(run.options.data, kind=None)
     sources = [str(source) for source in meta.get("source") or ()]
     opens = config.qk_norm and not config.is_moe and not run.model.labels  # in AutoModelForCausalLM of transformers
@@ -56,6 +50,5 @@ def card(run: Any, log: list[dict[str, str]]) -> str:
         "## Results\n\nThe last of each; `val_` is on held-out data, losses are in nats.\n",
         "| measure | value |\n|---|---|",
         *(f"| {name} | {float(value):.4f} |" for name, value in results.items()),
-        f"\n## Use\n\n```python\n{TRANSFORMERS if opens else NANODOGE}\n```",
     ]
-    return "\n".join(lines).replace("{out}", run.folder.as_posix()) + "\n"
+    return "\n".join(lines) + "\n"

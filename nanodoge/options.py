@@ -140,16 +140,11 @@ SWITCH = {"true": True, "on": True, "1": True, "false": False, "off": False, "0"
 KINDS = {bool: "true or false", int: "a whole number below 2^63", float: "a number", str: "a text", list[str]: "a list"}
 
 
-def choices_of(hint: Any) -> list[str]:
-    """The values of a Literal; of another type, none."""
-    return list(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else []
-
-
 def convert(value: Any, hint: Any, where: str) -> Any:
     """`value` (a literal of a config file, or text of the command line) as the type `hint`: int, float, bool, str,
     list[str] or Literal[...]. A whole number is accepted for a float, never the reverse; on for true, and true for the
     choice on."""
-    text, choices = "", choices_of(hint)
+    text, choices = "", [choice for choice in typing.get_args(hint) if isinstance(choice, str)]  # of a Literal
     with suppress(ValueError):  # of encode (half a character), repr (thousands of digits), int and float
         text = value if isinstance(value, str) else repr(value)
         switch = SWITCH.get(text.lower())
@@ -219,8 +214,8 @@ def help_text(cls: type, positional: str | None = None) -> str:
         for name in names:
             value = ",".join(values[name]) if isinstance(values[name], list) else values[name]
             value = str(value).lower() if isinstance(value, bool) else value
-            among = f" [{', '.join(filter(None, choices_of(hints[name])))}]" if choices_of(hints[name]) else ""
-            lines.append(f"  --{name}={value}".ljust(34) + f" {comments[name][1]}{among}")
+            choices = ", ".join(choice for choice in typing.get_args(hints[name]) if choice and isinstance(choice, str))
+            lines.append(f"  --{name}={value}".ljust(34) + f" {comments[name][1]}" + f" [{choices}]" * bool(choices))
     essay = (module.__doc__ or "").strip().split("\n\n")
     return "\n".join([*lines, "", "\n\n".join(essay[: 2 if first else None])])
 

@@ -56,7 +56,6 @@ class Log:
 
     def write(self, row: dict) -> None:
         self.append(self.path, "a", [row])
-        self.steps.add(row["step"])
 
 
 def read_log(path: str | Path) -> list[dict[str, str]]:
@@ -183,7 +182,6 @@ class Run:
             signal.signal(number, handler)
         if error_type:
             return
-
         self.machine.barrier()
         if self.machine.is_main:
             plot_loss(self.folder / "log.csv", self.folder / "loss.png")

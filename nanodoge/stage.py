@@ -88,7 +88,6 @@ class TuneOptions(RunOptions):
     """Tuning. The model's shape, tokenizer and chat template are the checkpoint's."""
 
     init_from: str = "out/stories"  # checkpoint folder of the model to tune
-    data: str = ""  # folder made by prepare_data.py
     epochs: Positive = 2.0  # passes over the data
     max_steps: Whole = 0  # optimizer steps in all; 0 = as many as the epochs take
     batch_size: Count = 128  # conversations, pairs or problems per step, over all ranks and micro-batches
@@ -134,8 +133,7 @@ def read_run_options(cls: type, argv: list[str], inherited: Callable | None = No
 def resumed_options(cls: type, from_line: dict[str, Any], out: str) -> Any:
     """The options of the run in the folder `out`, with those of `cls.may_change` that the command line names; a config
     file only tells where the run is."""
-    state = load_training_state(out)
-    if state is None:
+    if not (state := load_training_state(out)):
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
     if (saved := saved_options(cls, state)) is None:
         raise ValueError(f"--resume: the run in {out} is of another stage, or of a newer version")
