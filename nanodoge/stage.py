@@ -229,7 +229,8 @@ def announce(
     """
     options, machine, parameters = run.options, run.machine, sum(p.numel() for p in run.model.parameters())
     seconds, compile_note = profile_step(run, loss_of, size_option)
-    memory = machine.peak_memory() + 8 * parameters / (machine.world_size if options.shard else 1)  # Adam's come later
+    moments = 0 if run.begin_from else 8 * parameters / (machine.world_size if options.shard else 1)
+    memory = machine.peak_memory() + moments  # Adam's, which are made in the first step
     c, source = run.model.config, f", from {options.init_from}" if options.init_from else ""
     experts = f", {c.num_experts_per_tok} of {c.num_experts:,} experts per token" if c.is_moe else ""
     time_needed = duration(seconds * micro_batches + more_seconds)
