@@ -5,18 +5,16 @@
     python convert.py out/moe exports/moe --to=transformers                  says what will differ there
     python convert.py out/chat exports/chat --to=onnx --dtype=int8           runs without torch: nanodoge/export.py
 
-No stage needs this step: each takes a name on the hub, or a folder in any published layout (nanodoge/layouts.py), and
-converts it in memory. This writes a folder to keep, to look at, or for others.
+No stage needs this step: each takes a name on the hub, or a folder in any published layout (nanodoge/layouts.py).
 
 transformers (5.18 or newer: before, its sdpa attention sees later tokens, its issue 48748) opens a folder of ours as
-it is, as long as it computes the same. For two kinds of model it does not: it
-always normalises queries and keys, which most published checkpoints never did, and its router of experts mixes the
-tokens of a text, so that a later token changes an earlier one's experts. Such folders say `"model_type": "nanodoge"`,
-so that transformers refuses them. `--to=transformers` asks for a folder that it opens all the same: without the norms
-this is refused, with experts it is written and the differences are printed.
+it is, as long as it computes the same. It does not for models without norms on queries and keys, which it always has,
+nor for experts, where its router mixes the tokens of a text. Such folders say `"model_type": "nanodoge"`, so that
+transformers refuses them. `--to=transformers` asks for a folder that it opens all the same: without the norms this is
+refused, with experts it is written and the differences are printed.
 
-With --dtype=int8 the matrices are stored as one byte a weight and a scale a row. Every program here opens such a folder
-as it lies. How much the loss changes is measured on a text that the model itself has written, and printed.
+With --dtype=int8 the matrices are stored as one byte a weight and a scale a row, and every program here opens such a
+folder. How much the loss changes is measured on a text that the model itself has written, and printed.
 """
 
 from dataclasses import dataclass, field
@@ -83,8 +81,7 @@ def main(argv: list[str]) -> None:
     layout, _ = open_checkpoint(locate(source))
     heads = layout.config.num_key_value_heads
     repeated = f", {heads // layout.repeat} key/value heads repeated to {heads}" if layout.repeat > 1 else ""
-    norm = "" if layout.config.qk_norm else ", queries and keys without a norm"
-    print(f"{source}: {len(layout.tensors)} tensors{repeated}{norm}")
+    print(f"{source}: {len(layout.tensors)} tensors{repeated}" + ", without q/k norms" * (not layout.config.qk_norm))
     warnings = differences(layout.config) if options.to == "transformers" else []
     model, tokenizer = load_model(source, labels=() if layout.labels else None)
     if options.dtype == "int8":

@@ -6,18 +6,15 @@
     python dpo.py --out_dir=out/stories-preferences --resume        continues as if it had never stopped
 
 Fine-tuning shows good answers, but never what is wrong with a bad one. A preference shows both: a prompt, an answer
-that was chosen, and one that was rejected. Saying which of two is better is also easier than writing the best.
+that was chosen, and one that was rejected.
 
 The idea (Rafailov et al. 2023, arXiv 2305.18290). Suppose that an answer has a reward, and that people choose the first
 of two answers with probability sigmoid(its reward - the other's). Of all models that stay close to a reference, the
 model they began as, the one with the most reward is known: the probability of an answer is the reference's, times
 exp(reward / beta), times a factor that depends only on the prompt. Read backwards, every model is the best one for some
-reward:
+reward, and the choices of people can be made likely without a reward model and without drawing samples:
 
     reward(answer) = beta * (log p(answer) - log p_reference(answer)) + (a term that depends only on the prompt)
-
-So the choices of people can be made likely without a reward model and without drawing samples:
-
     loss = -log sigmoid(reward(chosen) - reward(rejected))
 
 With a smaller beta the model must go farther from its reference for the same margin. Five things are easy to get wrong.
@@ -31,17 +28,16 @@ Ties. At first the model is its reference: every reward is 0, the loss is ln 2 =
 is not won, and neither is a margin that may be rounding (TIE), so accuracy starts at 0 and not at 1/2.
 
 What the loss does not see. It compares, so it also falls when both answers become unlikely, the rejected one faster
-(arXiv 2402.13228). val_chosen_logp shows how likely the chosen answers are. A small fall is usual. After a collapse the
-model no longer writes text: lower --learning_rate or raise --beta.
+(arXiv 2402.13228). Watch val_chosen_logp: a small fall is usual; after a collapse the model no longer writes text, and
+a lower --learning_rate or a higher --beta helps.
 
-Long pairs. A pair of which one row does not fit is left out and counted. Cut at the end, an answer would lose its EOS
-and be compared by its first half; cut at the front, the prompt would lose the question.
+Long pairs. A pair of which one row does not fit is left out and counted: cut at the end, an answer would lose its EOS;
+cut at the front, the prompt would lose the question.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -52,7 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanodoge import stage
-from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets
+from nanodoge.examples import Examples, TokenSet, describe, fit_answers
 from nanodoge.machine import Machine, shard, unsharded
 from nanodoge.options import NonNegative, run_command
 from nanodoge.policy import Policy, with_positions
@@ -116,9 +112,8 @@ def compare(logp: Tensor, reference: Tensor, sizes: Tensor, options: DpoOptions)
     ipo           (difference of the log-ratios - 1 / (2 beta))^2: a margin to reach, where the sigmoid always wants
                   more (arXiv 2310.12036, eq. 17; with means per token, which is what its authors computed, says TRL)
 
-    kl is half the squared log-ratio of an answer, the mean of the two. For answers that the model itself draws, its
-    mean is the KL divergence from the reference to second order (Schulman's k2). These answers are the data's, so it
-    only indicates how far the model has moved, in nats per answer.
+    kl is half the squared log-ratio of an answer (Schulman's k2), the mean of the two. The answers are the data's and
+    not the model's, so it only indicates how far the model has moved, in nats per answer.
     """
     ratios = logp - reference
     sizes = torch.ones_like(sizes) if options.loss == "sigmoid" else sizes
@@ -169,7 +164,7 @@ def reference_logp(policy: Policy, pairs: Examples, which: np.ndarray, machine: 
 
 def kept_reference(state: dict, sets: dict[str, Examples], options: DpoOptions) -> dict[str, Tensor]:
     """{split: (count, 2)} of a resumed run, from its training state. Raises ValueError if it is of other data."""
-    reference = state.get("reference", {})
+    reference = state.get("reference")
     for split, pairs in sets.items():
         known = reference.get(split) if isinstance(reference, dict) else None
         if not isinstance(known, Tensor) or known.shape != (pairs.count, 2) or known.dtype != torch.float32:
@@ -196,42 +191,35 @@ def evaluate(
 def train(options: DpoOptions, machine: Machine) -> None:
     """Runs the whole tuning and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
     prepare_if_built_in(options, machine, "preferences")
-    *sets, tokenizer = open_sets(options.data, "preferences")
-    model, state = stage.start_tuning(options, machine, tokenizer)
-    data, val = (select(token_set, options) for token_set in sets)
+    model, state, data, val = stage.start_tuning(options, machine, "preferences", select)
     if options.micro_batch_tokens < (pair := 2 * options.sequence_length):
         raise ValueError(f"--micro_batch_tokens={options.micro_batch_tokens} is less than one pair, {pair} tokens")
-    stage.count_steps(options, data.count, machine)
     if options.shard:
         shard(model, machine, "hidden")
-    optimizers, policy = make_optimizers(model, options, machine), Policy(model)
+    policy, reference = Policy(model), {}
+    optimizers, flops = make_optimizers(model, options, machine), model.flops_per_token(data.sizes.mean())
+
+    def validate() -> dict[str, float]:
+        return evaluate(machine, policy, val, reference["val"], options)
+
+    settings = dict(columns=[*COLUMNS, *(f"val_{n}" for n in VALIDATED)], extra_state=dict(reference=reference))
+    run = Run(options, machine, model, policy, data.set.tokenizer, optimizers, validate, flops, state, **settings)
     longest = data.longest(options.micro_batch_tokens)
-    network, seconds, note = stage.profile_step(
-        machine, policy, lambda network: answer_logp(network, data, longest, machine)[0].sum(), options
-    )
-    asked = 0 if options.resume else min(options.max_steps * options.batch_size, data.count) + val.count
-    steps = options.max_steps + asked / options.batch_size / 3  # the reference needs no backward pass
-    seconds *= steps * options.batch_size * data.lengths.mean() / data.lengths[longest].sum()
+    examples = options.max_steps * options.batch_size / machine.world_size
+    count = examples * data.lengths.mean() / data.lengths[longest].sum()
     lines = describe(data, val, options) | dict(loss=f"{options.loss}, beta {options.beta}")
-    stage.announce(options, machine, model, lines, seconds / machine.world_size, note)
+    stage.announce(run, lambda network: answer_logp(network, data, longest, machine)[0].sum(), count, lines)
     [first] = rows_of_step(0, data.count, 1, options.seed)
     machine.print(f"an example, with what is compared marked, the chosen answer first:\n\n{data.show(first)}\n")
 
     if options.resume:
-        reference = kept_reference(state, dict(train=data, val=val), options)
+        reference |= kept_reference(state, dict(train=data, val=val), options)
     else:
         steps = range(min(options.max_steps, math.ceil(data.count / options.batch_size)))  # after an epoch, all pairs
         used = np.unique([rows_of_step(step, data.count, options.batch_size, options.seed) for step in steps])
         with unsharded(model):  # of all validation pairs, since a resumed run may raise --eval_size
-            known = reference_logp(policy, val, np.arange(val.count), machine, options)
-            reference = dict(train=reference_logp(policy, data, used, machine, options), val=known)
-    validate = partial(evaluate, machine, policy, val, reference["val"], options)
-    columns = [*COLUMNS, *(f"val_{name}" for name in VALIDATED)]
-    settings = dict(columns=columns, extra_state=dict(reference=reference), evaluate_first=True)
-    flops = model.flops_per_token(data.sizes.mean())
-    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, **settings)
-    if options.resume:
-        run.restore(state)
+            val_reference = reference_logp(policy, val, np.arange(val.count), machine, options)
+            reference |= dict(train=reference_logp(policy, data, used, machine, options), val=val_reference)
 
     with run:
         for step in run.steps():
@@ -240,13 +228,12 @@ def train(options: DpoOptions, machine: Machine) -> None:
             groups = data.micro_batches(rows, options.micro_batch_tokens, machine.world_size)  # of all ranks
             loss, columns = 0.0, dict.fromkeys(COLUMNS, 0.0)
             for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
-                values, balance = compare_group(network, data, reference["train"], group, machine, options)
+                values, balance = compare_group(run.network, data, reference["train"], group, machine, options)
                 balance = model.config.router_aux_loss_coef * balance * len(group) / options.batch_size
                 loss += run.backward(values["loss"].sum() / options.batch_size + balance)
                 columns = {name: total + values[name].sum() / options.batch_size for name, total in columns.items()}
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()), **columns)
-    run.finish()
     stage.print_answer(options, machine, model, val)
 
 

@@ -10,14 +10,13 @@ is the change in what the model writes. The benchmarks are those of EleutherAI's
 lm_eval`), so the numbers can be compared with published ones. It asks the model three things:
 
     log-likelihood   how probable is this answer after that context? A small model cannot be asked "A, B, C or D?", but
-                     which of four answers is the most probable can be computed (`acc`). A long answer has more factors
-                     below 1 than a short one, so `acc_norm` divides by the answer's length.
+                     which of four answers is the most probable can be computed (`acc`; `acc_norm` divides by length).
     rolling          how probable is this whole text? (perplexity)
     generation       the completion, up to a stop string, is compared with the right answer.
 
 Few-shot: the context begins with n solved questions; numbers with different n cannot be compared. Each score has its
-standard error (of 100 questions, 30 % right is 30 +- 4.6, which may as well be 25 %) and chance, what guessing gets
-(25 % with four answers). A score less than two standard errors above chance shows nothing.
+standard error: of 100 questions, 30 % right is 30 +- 4.6, which may as well be the 25 % that guessing gets with four
+answers. A score less than two standard errors above guessing shows nothing.
 """
 
 import difflib
@@ -54,7 +53,6 @@ SUITES = {
     "instruct": "ifeval=0 hellaswag=0 arc_easy=0 arc_challenge=0 piqa=0 mmlu_continuation=0 bbh_fewshot=3",
     "reason": "gsm8k aime24=0 minerva_math500=0 gpqa_diamond_cot_zeroshot=0",
 }
-ROW = "{:<26}{:>6}{:>11}  {:<28}{:>9}{:>11}{:>9}"  # of the table of scores
 
 
 @dataclass
@@ -258,94 +256,46 @@ def find_tasks(names: list[str], folder: str = "") -> Any:
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder or None)  # finds lm_eval's own, 14,000 of them: some seconds
     for name in set(names) - set(manager.all_tasks):
-        close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        advice = f"did you mean {' or '.join(close)}?" if close else "python -m lm_eval ls tasks lists them"
-        raise ValueError(f"--tasks={name}: lm_eval has no such task, group or tag; {advice}")
+        close = " or ".join(difflib.get_close_matches(name, manager.all_tasks, n=3)) or "one of `lm_eval ls tasks`"
+        raise ValueError(f"--tasks={name}: lm_eval has no such task, group or tag; did you mean {close}?")
     return manager
 
 
 def run_tasks(harness: Any, options: EvaluateOptions, chat: bool) -> None:
-    """Prints each task, and writes all results to --out, when it is done. One that fails does not lose the others: at
-    the end, ValueError names all that failed for want of a package, the network, a file or an option; any other error
-    is raised as it is."""
+    """Prints lm_eval's table of each task, and writes all results to --out, when it is done. One that fails does not
+    lose the others: at the end, ValueError names all that failed for want of a package, the network, a file or an
+    option; any other error is raised as it is."""
     asked = [task.partition("=") for task in (*options.tasks, *SUITES.get(options.suite, "").split())]
     manager = find_tasks([name for name, *_ in asked], options.include_path)
     from datasets.exceptions import DatasetsError
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.utils import handle_non_serializable
+    from lm_eval.utils import handle_non_serializable, make_table
 
     # bootstrap_iters: where the standard error has no formula; its own error is then 2 %
     common = dict(limit=options.limit or None, apply_chat_template=chat, log_samples=False, bootstrap_iters=1000)
-    about = dict(checkpoint=options.checkpoint[0], apply_chat_template=chat, chance={}, failed={})
-    merged, errors = {"nanodoge": about}, []
-    print(ROW.format("task", "shots", "questions", "metric", "value", "std error", "chance"))
+    merged, errors = {}, {}
     for name, equals, count in dict.fromkeys(asked):
-        members, results, shots = {}, {}, options.num_fewshot if options.num_fewshot >= 0 else int(count or -1)
-        shots = None if shots < 0 else shots
+        shots = options.num_fewshot if options.num_fewshot >= 0 else int(count) if count else None
         try:
-            loaded = manager.load([name])
-            members = {key: group.get_all_tasks() for key, group in loaded["groups"].items()}
-            members |= {key: [task] for key, task in loaded["tasks"].items()}
-            items = [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
-            results = simple_evaluate(harness, tasks=items, num_fewshot=shots, task_manager=manager, **common)
+            results = simple_evaluate(harness, tasks=[name], num_fewshot=shots, task_manager=manager, **common)
         except Exception as error:
-            reason = too_few_examples(members, shots or 0)
-            about["failed"][name + equals + count] = reason or f"{type(error).__name__}: {one_line(error)}"
-            errors.append(ValueError(reason) if reason else error)
+            errors[name + equals + count] = error
+            continue
+        print(make_table(results, "groups" if results.get("groups") else "results"), flush=True)
         for key, value in results.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
-        about["shortened"] = harness.shortened
-        about["chance"] |= {key: chance(tasks) for key, tasks in members.items() if results}
-        scored = [key for key in members if any("," in metric for metric in results.get("results", {}).get(key, {}))]
-        for key in [name] if name in scored else scored:
-            print_scores(key, results["n-shot"].get(key), results["results"][key], about["chance"][key])
         if options.out:
             text = json.dumps(merged, indent=2, default=handle_non_serializable, ensure_ascii=False)
             Path(options.out).write_text(text, encoding="utf-8")
     if harness.shortened:
         print(f"{harness.shortened} prompts did not fit {harness.max_length} tokens and lost their beginning")
-    for error in errors:
+    for error in errors.values():
         if not isinstance(error, (ImportError, OSError, ValueError, DatasetsError)):
             raise error
     if errors:
-        reasons = "; ".join(f"--tasks={name}: {reason}" for name, reason in about["failed"].items())
+        reasons = "; ".join(f"--tasks={name}: {type(e).__name__}: {one_line(e)}" for name, e in errors.items())
         packages, files = "pip install lm_eval[ifeval,math]", "--include_path=FOLDER"
         raise ValueError(f"{reasons} ({packages} if packages are missing, {files} for tasks without network)")
-
-
-def too_few_examples(members: dict[str, list], shots: int) -> str:
-    """Why some of the tasks cannot begin with so many solved examples, else "". members: {name: lm_eval's tasks}."""
-    for name, task in [(name, task) for name, tasks in members.items() for task in tasks if shots]:
-        if shots >= (count := len(list(task.fewshot_docs()))):  # equal: a question is not an example of itself
-            return f"{name} has {count} documents, too few for {shots} solved examples"
-    return ""
-
-
-def chance(tasks: list) -> float | None:
-    """What guessing scores: with n answers 1/n, the mean over all questions of the tasks; 0 where an answer has to be
-    written; None where there is nothing to guess."""
-    guesses = []
-    for task in tasks:
-        if task.OUTPUT_TYPE not in ("multiple_choice", "generate_until"):
-            return None
-        documents = {request.doc_id: request.doc for request in task.instances}.values()
-        choice = task.OUTPUT_TYPE == "multiple_choice"
-        guesses += [1 / len(task.doc_to_choice(document)) if choice else 0.0 for document in documents]
-    return sum(guesses) / len(guesses)
-
-
-def print_scores(name: str, shots: int | None, scores: dict[str, Any], guess: float | None) -> None:
-    """A row for each metric of a task or group."""
-    for key, value in scores.items():
-        metric, _, how = key.partition(",")  # such as "exact_match,strict-match"
-        if not how or metric.endswith("_stderr"):
-            continue
-        error = scores.get(f"{metric}_stderr,{how}")  # a number or "N/A"
-        guessed = guess if "acc" in metric or metric == "exact_match" else None
-        numbers = [f"{x:.4f}" if isinstance(x, float) else "-" for x in (value, error, guessed)]
-        shown = "-" if shots is None else shots, f"{scores['sample_len']:,}", metric if how == "none" else key
-        is_lost = isinstance(error, float) and guessed is not None and value - guessed < 2 * error
-        print(ROW.format(name, *shown, *numbers), "  no better than chance" if is_lost else "", flush=True)
 
 
 def main(argv: list[str]) -> None:

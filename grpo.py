@@ -10,31 +10,29 @@ checked, writes answers of its own, and each earns a number, its reward. Then ev
 little likelier, and every token of a bad one less likely. The method is GRPO, group relative policy optimisation (Shao
 et al. 2024, arXiv 2402.03300). Five questions decide how well it works.
 
-Good compared with what? A reward of 1 says little if every answer earns it. So each problem is answered several times,
-and an answer's advantage is its reward minus the mean of its group. Where all earn the same there is nothing to learn:
-the advantage is 0 (the log counts such groups as no_signal). A single answer would always be its own mean, so fewer
-than two are refused. The first GRPO also divides by the group's standard deviation. That weights most the problems that
-are nearly always or nearly never solved (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783), so it is an option, off here.
+Good compared with what? Each problem is answered several times, and an answer's advantage is its reward minus the mean
+of its group. Where all earn the same there is nothing to learn: the advantage is 0 (the log counts such groups as
+no_signal). The first GRPO also divides by the group's standard deviation. That weights most the problems that are
+nearly always or nearly never solved (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783), so it is an option, off here.
 
 How far? The loss of a token is -min(r A, clip(r) A). A is the advantage of its answer, r the ratio of its probability
 to what it was when drawn, and clip keeps r within 1 - clip_low .. 1 + clip_high (PPO, Schulman et al. 2017, arXiv
 1707.06347). In the first update r = 1: the gradient is the plain policy gradient, -A grad log p. In later updates on
 the same answers, a token that has moved so far in the direction of its advantage has no gradient. A clip_high above
-clip_low lets rare tokens grow (DAPO, Yu et al. 2025, arXiv 2503.14476). With one update nothing is clipped.
+clip_low lets rare tokens grow (DAPO, Yu et al. 2025, arXiv 2503.14476).
 
 The weight of a token? The loss is the sum over all tokens of all answers of a step, divided by their number, as in
 DAPO. A mean within each answer first, as in the first GRPO, gives a token of a long wrong answer less weight than one
-of a short wrong answer, which teaches long wrong answers. As in sft.py each micro-batch gives its share of one sum, so
-neither their size nor the number of ranks changes the result.
+of a short wrong answer, which teaches long wrong answers.
 
 Away from where? --kl=B adds to the loss of every token B times an estimate of the KL divergence from the model at the
 start: k3 = exp(d) - d - 1 with d = log p_start - log p, which is never negative and on average the divergence (Schulman
 2020, "Approximating KL divergence"). With --kl=0 no second model is held in memory.
 
-What is rewarded? The answer must be the right number, and it must end: one that reaches --max_new_tokens without EOS
-earns nothing for what it says. The format is a thought between its tags, then a solution between its own, each tag
-once. Length costs, if it is given a weight. Read what is written, in OUT_DIR/samples: a number that rises may mean that
-the model found something that you did not intend.
+What is rewarded? The right number, in an answer that ends: one that reaches --max_new_tokens without EOS earns nothing
+for what it says. The format: a thought between its tags, then a solution between its own, each tag once. Length costs,
+if it is given a weight. Read what is written, in OUT_DIR/samples: a reward that rises may mean that the model found
+something that you did not intend.
 """
 
 import json
@@ -54,7 +52,7 @@ from model import Doge
 from nanodoge import stage
 from nanodoge.answers import is_right
 from nanodoge.checkpoint import clear, load_model, save_checkpoint
-from nanodoge.examples import Examples, TokenSet, bucket_by_length, describe, open_sets, pad
+from nanodoge.examples import Examples, TokenSet, bucket_by_length, describe, pad
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, run_command
 from nanodoge.policy import Policy, with_positions, write_answers
@@ -62,9 +60,8 @@ from nanodoge.run import Run
 from nanodoge.tokenizer import Tokenizer
 from train import cosine, make_optimizers, optimizer_step, prepare_if_built_in, rows_of_step, scramble
 
-# Of the answers of a step: the mean of their rewards; the shares that are right, and in format; their mean length in
-# tokens; the share of answers whose group has no signal; the mean of -log p over their tokens when drawn, which
-# estimates the entropy. Of its last update: the share of tokens that are clipped, and the mean k3. Then validation.
+# Means over the answers of a step; no_signal: the share whose group has none; entropy: the mean of -log p over their
+# tokens when drawn. Of its last update: the share of tokens that are clipped, and the mean k3. Then validation.
 COLUMNS = "reward reward_answer reward_format length no_signal entropy clipped kl val_accuracy val_reward".split()
 
 
@@ -150,15 +147,6 @@ def advantages(rewards: np.ndarray, divide_by_std: bool) -> np.ndarray:
     return np.where(rewards.max(axis=1, keepdims=True) > rewards.min(axis=1, keepdims=True), above, 0.0)
 
 
-def no_signal(step: int, earned: dict, options: GrpoOptions) -> str:
-    """The warning for a step whose answers earn the same within each problem. earned: as from `judge`."""
-    right, lengths = int(earned["reward_answer"].sum()), earned["length"]
-    found = f"{right} of {len(lengths)} are right, {lengths.mean():.0f} of {options.max_new_tokens} tokens long"
-    advice = "harder problems" if right else "easier problems, or sft.py on solved ones first"
-    reason = f"step {step + 1} learns nothing, since all answers to a problem earn the same ({found})"
-    return f"{reason}. If it stays so: read {options.out_dir}/samples, then try {advice}"
-
-
 # ---- Rollouts
 
 
@@ -181,8 +169,8 @@ def rollout(
     tokenizer, G = problems.set.tokenizer, options.generations
     which = np.repeat(rows_of_step(step, problems.count, options.batch_size, options.seed), G)
     prompts, wanted = read_problems(problems, which)
-    size, seed = (options.max_new_tokens, options.slots), scramble(scramble(options.seed) + step)
-    written = write_answers(machine, model, tokenizer, prompts, *size, options.temperature, seed)
+    sampling = dict(seed=scramble(scramble(options.seed) + step), temperature=options.temperature)
+    written = write_answers(machine, model, tokenizer, prompts, options.max_new_tokens, options.slots, **sampling)
     columns = judge(written, wanted, tokenizer, options)
     above = advantages(columns["reward"].reshape(-1, G), options.divide_by_std)
     columns["no_signal"] = np.repeat((above == 0).all(axis=1), G).astype(float)
@@ -236,66 +224,52 @@ def evaluate(machine: Machine, model: Doge, problems: Examples, options: GrpoOpt
     prompts, wanted = read_problems(problems, range(min(problems.count, options.eval_size)))
     written = write_answers(machine, model, tokenizer, prompts, options.max_new_tokens, options.slots)
     columns = judge(written, wanted, tokenizer, options)
-    samples = []
+    folder, lines = Path(options.out_dir) / "samples", ""
     for i in range(min(len(prompts), options.eval_samples)):
         texts = dict(problem=tokenizer.decode(prompts[i]), wanted=wanted[i], written=tokenizer.decode(written[i]))
-        samples.append(dict(step=step) | texts | {name: float(values[i]) for name, values in columns.items()})
-    if machine.is_main and samples:
-        folder = Path(options.out_dir) / "samples"
+        sample = dict(step=step) | texts | {name: float(values[i]) for name, values in columns.items()}
+        lines += json.dumps(sample, ensure_ascii=False) + "\n"
+    if machine.is_main and lines:
         if step == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that this one replaces
         folder.mkdir(exist_ok=True)
-        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        (folder / f"{step:06}.jsonl").write_text(text, encoding="utf-8")
+        (folder / f"{step:06}.jsonl").write_text(lines, encoding="utf-8")
     return dict(val_accuracy=float(columns["reward_answer"].mean()), val_reward=float(columns["reward"].mean()))
 
 
 # ---- The run
 
 
-def load_reference(options: GrpoOptions, machine: Machine, model: Doge, tokenizer: Tokenizer) -> Policy | None:
-    """The model at the start, frozen; None if --kl=0. It is kept in OUT_DIR/reference, for a resumed run."""
-    if not options.kl:
-        return None
-    folder = Path(options.out_dir) / "reference"
-    if machine.is_main and not options.resume:
-        clear(options.out_dir)  # a run that --overwrite replaces could not be resumed with this reference
-        save_checkpoint(folder, model, tokenizer)
-    machine.barrier()
-    reference = load_model(folder)[0].requires_grad_(False).to(machine.device)
-    return Policy(reference, tokenizer.vocab_size, options.temperature)
-
-
 def train(options: GrpoOptions, machine: Machine) -> None:
     """Runs the whole tuning and leaves a checkpoint, log.csv, loss.png and samples/ in options.out_dir."""
     prepare_if_built_in(options, machine, "problems")
-    *sets, tokenizer = open_sets(options.data, "problems")
-    model, state = stage.start_tuning(options, machine, tokenizer)
-    problems, val = (select(token_set, options) for token_set in sets)
-    stage.count_steps(options, problems.count, machine)
+    model, state, problems, val = stage.start_tuning(options, machine, "problems", select)
+    tokenizer = problems.set.tokenizer
     policy = Policy(model, tokenizer.vocab_size, options.temperature)
-    reference = load_reference(options, machine, model, tokenizer)
+    reference, folder = None, Path(options.out_dir) / "reference"  # the model at the start, kept for a resumed run
+    if options.kl and machine.is_main and not options.resume:
+        clear(options.out_dir)  # a run that --overwrite replaces could not be resumed with this reference
+        save_checkpoint(folder, model, tokenizer)
+    machine.barrier()
+    if options.kl:
+        start = load_model(folder)[0].requires_grad_(False).to(machine.device)
+        reference = Policy(start, tokenizer.vocab_size, options.temperature)
 
     begin = time.perf_counter()
     batches, *_ = rollout(machine, model, problems, options, 0)
     writing = time.perf_counter() - begin
     if options.shard:
         shard(model, machine, "hidden")
-    optimizers = make_optimizers(model, options, machine)
-    inputs = batches[0].inputs
-    network, learning, note = stage.profile_step(machine, policy, lambda network: network(*inputs)[0].sum(), options)
-    seconds = options.max_steps * (writing + learning * len(batches) * options.updates_per_rollout)
-    lines = describe(problems, val, options)
-    lines["step"] = f"{options.generations} answers to each of {options.batch_size} problems, {options.slots} at once"
-    stage.announce(options, machine, model, lines, seconds, note)
+    optimizers, flops = make_optimizers(model, options, machine), model.flops_per_token(problems.sizes.mean())
 
     def validate() -> dict[str, float]:
         return evaluate(machine, model, val, options, run.step)
 
-    flops, settings = model.flops_per_token(problems.sizes.mean()), dict(columns=COLUMNS, evaluate_first=True)
-    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, **settings)
-    if options.resume:
-        run.restore(state)
+    run = Run(options, machine, model, policy, tokenizer, optimizers, validate, flops, state, columns=COLUMNS)
+    lines, inputs = describe(problems, val, options), batches[0].inputs
+    lines["step"] = f"{options.generations} answers to each of {options.batch_size} problems, {options.slots} at once"
+    count, writing = options.max_steps * len(batches) * options.updates_per_rollout, options.max_steps * writing
+    stage.announce(run, lambda network: network(*inputs)[0].sum(), count, lines, more_seconds=writing)
 
     with run:
         for step in run.steps():
@@ -303,7 +277,8 @@ def train(options: GrpoOptions, machine: Machine) -> None:
             batches, earned, read = rollout(machine, model, problems, options, step)
             answers, tokens = len(earned["length"]), earned["length"].sum()  # of all ranks
             if earned["no_signal"].all():
-                run.warn(no_signal(step, earned, options))
+                advice = f"if it stays so, read {options.out_dir}/samples, and try easier or harder problems"
+                run.warn(f"step {step + 1} learns nothing: all answers to a problem earn the same; {advice}")
             for batch in batches if reference else ():
                 with torch.no_grad(), machine.autocast():
                     batch.start = reference(*batch.inputs)[0]
@@ -311,7 +286,7 @@ def train(options: GrpoOptions, machine: Machine) -> None:
                 loss, columns = 0.0, dict(entropy=0.0, clipped=0.0, kl=0.0)
                 for batch in run.micro_batches(batches):
                     with machine.autocast():
-                        logp, balance = network(*batch.inputs)
+                        logp, balance = run.network(*batch.inputs)
                     if update == 0:
                         batch.old = logp.detach()  # the weights are those that drew the tokens
                     losses, values = token_losses(logp, batch, options)
@@ -322,7 +297,6 @@ def train(options: GrpoOptions, machine: Machine) -> None:
             mine = [i for batch in batches for i in batch.rows]
             columns |= {name: values[mine].sum() / answers for name, values in earned.items()}
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=read, **columns)
-    run.finish()
     stage.print_answer(options, machine, model, val)
 
 

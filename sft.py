@@ -6,29 +6,25 @@
     python sft.py --out_dir=out/stories-chat --resume               continues as if it had never stopped
 
 A base model that is asked a question may write three more questions, because texts often go on like that. So it is
-trained on conversations. It predicts the next token as before, but only where the assistant speaks. What it learns is
-decided by the mask of the data, and four things about it are easy to get wrong.
+trained on conversations. It predicts the next token as before, but only where the assistant speaks: the mask of the
+data decides what it learns. Four things about it are easy to get wrong.
 
 What is learned. The assistant's words, and the EOS that ends each answer: a model that never learned the end does not
-stop. Not the user's words, or it learns to ask. Before the first step one example is printed with its targets marked:
-look at it.
+stop. Not the user's words, or it learns to ask. One example is printed with its targets marked: look at it.
 
 The weight of a token. The loss of a step is the sum over all its targets, divided by their number. Micro-batches and
 ranks have different numbers of targets, so a mean of their means would weight a token by the size of its micro-batch.
-Each contributes its sum divided by the targets of the whole step, which every rank knows beforehand.
 
 Packing. Several conversations in one row need a mask that separates them, and attention is then no longer the plain
 causal one, which is the fastest. Here every conversation is a row of its own. Rows of similar length share a
 micro-batch and are padded on the right, where no token looks: exact without any mask, and with little padding.
 
-Long conversations. A conversation is cut after the last answer that fits. If not one fits, it is left out. Both are
-counted and printed. An answer cut in the middle would teach the model to stop there, and a row without targets teaches
-nothing.
+Long conversations. A conversation is cut after the last answer that fits, and left out if none does; both are counted.
+An answer cut in the middle would teach the model to stop there.
 
-Reasoning is learned in the same way, from answers that begin with a thought (config/sft_reason_tiny.py).
-
-A classifier too (--kind=labels, data of prepare_data.py --kind=labels): the only target of a text is its label, at the
-position after its last token. A matrix with one row per label replaces the output matrix; all else is the same.
+Reasoning is learned in the same way, from answers that begin with a thought (config/sft_reason_tiny.py). With
+--kind=labels a classifier is trained: the only target of a text is its label, at the position after its last token, and
+a matrix with one row per label replaces the output matrix.
 """
 
 from dataclasses import dataclass
@@ -41,7 +37,7 @@ import torch
 from model import Doge
 from nanodoge import stage
 from nanodoge.answers import final_answer
-from nanodoge.examples import Examples, TokenSet, describe, fit_answers, open_sets
+from nanodoge.examples import Examples, TokenSet, describe, fit_answers
 from nanodoge.machine import Machine, shard
 from nanodoge.options import Whole, run_command
 from nanodoge.policy import write_answers
@@ -110,29 +106,19 @@ def count_exact(machine: Machine, model: Doge, rows: list[tuple], tokenizer: Tok
 def train(options: SftOptions, machine: Machine) -> None:
     """Runs the whole tuning and leaves a checkpoint, log.csv and loss.png in options.out_dir."""
     prepare_if_built_in(options, machine, options.kind)
-    *sets, tokenizer = open_sets(options.data, options.kind)
-    labels = tuple(sets[0].meta["labels"]) if options.kind == "labels" else None
-    model, state = stage.start_tuning(options, machine, tokenizer, labels)
-    data, val = (select(token_set, options) for token_set in sets)
-    stage.count_steps(options, data.count, machine)
+    model, state, data, val = stage.start_tuning(options, machine, options.kind, select)
+    tokenizer = data.set.tokenizer
     if options.shard:
         shard(model, machine)
-    optimizers = make_optimizers(model, options, machine)
+    optimizers, flops = make_optimizers(model, options, machine), model.flops_per_token(data.sizes.mean())
+    validate = partial(evaluate, machine, model, val, tokenizer, options)
+    run = Run(options, machine, model, model, tokenizer, optimizers, validate, flops, state, columns=["val_exact"])
     longest = data.longest(options.micro_batch_tokens)
-    batch = data.batch(longest)
-    network, seconds, note = stage.profile_step(machine, model, lambda n: loss_sum(n, *batch, machine), options)
-
-    seconds *= options.max_steps * options.batch_size * data.lengths.mean() / data.lengths[longest].sum()
-    stage.announce(options, machine, model, describe(data, val, options), seconds / machine.world_size, note)
+    batch, examples = data.batch(longest), options.max_steps * options.batch_size / machine.world_size
+    count = examples * data.lengths.mean() / data.lengths[longest].sum()
+    stage.announce(run, lambda network: loss_sum(network, *batch, machine), count, describe(data, val, options))
     [first] = rows_of_step(0, data.count, 1, options.seed)
     machine.print(f"an example, with what is learned marked:\n\n{data.show(first)}\n")
-    validate = partial(evaluate, machine, model, val, tokenizer, options)
-    flops, columns = model.flops_per_token(data.sizes.mean()), ["val_exact"]
-    run = Run(
-        options, machine, model, network, tokenizer, optimizers, validate, flops, columns=columns, evaluate_first=True
-    )
-    if options.resume:
-        run.restore(state)
 
     with run:
         for step in run.steps():
@@ -141,10 +127,9 @@ def train(options: SftOptions, machine: Machine) -> None:
             groups = data.micro_batches(rows, options.micro_batch_tokens, machine.world_size)  # of all ranks
             targets, loss = int(data.targets[rows].sum()), 0.0  # targets of the whole step
             for group in run.micro_batches(groups[machine.rank :: machine.world_size]):
-                loss += run.backward(loss_sum(network, *data.batch(group), machine) / targets)
+                loss += run.backward(loss_sum(run.network, *data.batch(group), machine) / targets)
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=int(data.sizes[rows].sum()))
-    run.finish()
     stage.print_answer(options, machine, model, val)
 
 

@@ -5,18 +5,18 @@
     torchrun --nproc_per_node=8 train.py config/doge20m.py   the same on eight GPUs: same batches, same losses
     python train.py --out_dir=out/stories --resume           continue as if it had never stopped
 
-The data is one long array of token ids on the disk, documents one after the other. It is cut into sequences of T
-tokens, and at every position the model predicts the next token. One step: take the sequences of this step, compute the
-mean loss and its gradient, move the weights a little against it. The rest of this file is about four choices.
+The data is one long array of token ids, documents one after the other, cut into sequences of T tokens. At every
+position the model predicts the next token. One step: take the sequences of this step, compute the mean loss and its
+gradient, move the weights a little against it. The yardstick is bits per byte of held-out text, which unlike the loss
+per token does not depend on the tokenizer. The rest of this file is about four choices.
 
 Data order. An epoch visits every sequence once, in an order that is a pure function of (seed, epoch). So the sequences
 of step n are known without having run the steps before, and a run that was killed continues with exactly what it would
 have read. On a CPU it ends at the same weights to the last bit (not on a GPU, nor with another version of torch).
 
 Schedule. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
-et al. 2024, arXiv 2405.18392). Unlike a cosine it does not need to know the end beforehand. The weights just before the
-decay are kept in OUT_DIR/stable: `--init_from` continues from them on other data at the same rate, without a new
-warm-up, and a MoE model starts from its dense twin's.
+et al. 2024, arXiv 2405.18392). Unlike a cosine it does not need to know the end beforehand. `--init_from` continues
+from the weights just before the decay, OUT_DIR/stable, at the same rate, and a MoE model starts from its dense twin's.
 
 Optimizer. AdamW, with weight decay on the matrices alone; or Muon (Jordan et al. 2024), which makes every update of a
 hidden matrix orthogonal, for the matrices between embedding and output.
@@ -24,15 +24,11 @@ hidden matrix orthogonal, for the matrices between embedding and output.
 Copy curriculum. A small model soon knows that a name comes next, but for long not which one. So the tiny recipe begins
 with `copy_steps`, most of which learn only tokens that already occurred in their sequence. A model that has first
 learned to look back keeps to its names (NOTES.md has the figures, and texts where it did not help).
-
-The yardstick is bits per byte on held-out text: the bits needed to encode one byte of it. Unlike the loss per token, it
-does not depend on the tokenizer.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -43,14 +39,14 @@ from torch import Tensor
 
 from model import Doge, DogeConfig
 from nanodoge import stage
-from nanodoge.checkpoint import load_config, load_model, load_optimizer_state, load_training_state
+from nanodoge.checkpoint import load_config, load_model, load_training_state
 from nanodoge.data import Sequences, bits_per_byte, check_tokenizer, load_tokenizer, read_meta, token_bytes
-from nanodoge.engine import Engine, Request
-from nanodoge.machine import Machine, full_tensor, shard, unsharded
+from nanodoge.machine import Machine, full_tensor, shard
 from nanodoge.muon import Muon
 from nanodoge.options import Count, NonNegative, Range, Whole, run_command
+from nanodoge.policy import write_answers
 from nanodoge.run import Run
-from nanodoge.stage import RunOptions, announce, print_end, profile_step, read_run_options, run_stage, saved_options
+from nanodoge.stage import RunOptions, saved_options
 from nanodoge.tokenizer import Tokenizer
 
 
@@ -118,9 +114,8 @@ def rows_of_step(step: int, count: int, rows_per_step: int, seed: int) -> list[i
 
 def prepare_if_built_in(options: RunOptions, machine: Machine, kind: str = "text") -> None:
     """Makes options.data if it is a built-in folder that is not there: for tuning with the tokenizer of its model."""
-    tokenizer = ""
+    tokenizer = "" if kind == "text" else options.out_dir if options.resume else options.init_from
     if kind != "text":
-        tokenizer = options.out_dir if options.resume else options.init_from
         load_config(tokenizer)  # raises ValueError if there is no checkpoint
     if machine.is_main:
         from prepare_data import prepare_built_in
@@ -305,35 +300,13 @@ def resumed_folder(options: TrainOptions, machine: Machine) -> str:
     if (before["max_steps"], falls) == (options.max_steps, new_falls) or state["step"] <= falls:
         return options.out_dir
     asked = f"--max_steps={options.max_steps} --decay_steps={options.decay_steps}"
-    what = f"the learning rate of the run in {options.out_dir} has been falling since step {falls}"
+    what = f"the learning rate of the run in {options.out_dir} has been falling since step {falls:.0f}"
     stable = load_training_state(folder)
     if not stable or stable["step"] != falls or new_falls < falls:
         need = f"{folder} with the weights of that step, and a decay that begins no earlier"
         raise ValueError(f"{asked}: {what}; to go on otherwise takes {need} (--init_from starts a new run)")
-    machine.print(f"resumed   from {folder}, step {falls}, for {asked}: {what}")
+    machine.print(f"resumed   from {folder}, step {falls:.0f}, for {asked}: {what}")
     return folder
-
-
-def describe(options: TrainOptions, machine: Machine, model: Doge, data: Sequences) -> dict[str, str]:
-    """What is printed before the first step, besides what every stage prints."""
-    c, T, B, world = model.config, options.sequence_length, options.micro_batch_size, machine.world_size
-    tokens, parameters = options.max_steps * options.batch_tokens, sum(p.numel() for p in model.parameters())
-    kind = f"MoE, {c.num_experts_per_tok} of {c.num_experts:,} experts" if c.is_moe else "dense"
-    attention = "causal scaled_dot_product_attention, scores folded into the keys"
-    if T > c.keep_window_size:
-        attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
-    if c.attention == "definition":
-        attention = "by definition, every query with every key: slow"
-    memory = machine.peak_memory() + 8 * parameters / (world if options.shard else 1)  # Adam's moments come with step 1
-    flop = model.flops_per_token(T) * tokens
-    return dict(
-        model=f"{kind}, {c.num_hidden_layers} layers of {c.hidden_size}, vocabulary {c.vocab_size:,}",
-        data=f"{options.data}: {len(data.tokens):,} tokens, {tokens / len(data.tokens):.2f} epochs",
-        step=f"{options.batch_tokens:,} tokens: {B} sequences of {T} x {options.batch_tokens // (T * B * world)} "
-        f"micro-batches x {world} processes",
-        attention=attention,
-        cost=f"{tokens:,} tokens, {flop / 1e15:.3g} PFLOP, {memory / 1e9:.2g} GB per process",
-    )
 
 
 def train(options: TrainOptions, machine: Machine) -> None:
@@ -349,23 +322,24 @@ def train(options: TrainOptions, machine: Machine) -> None:
         raise ValueError(f"--moe_warmup_steps={options.moe_warmup_steps}: this model has no experts to train first")
     if options.shard:
         shard(model, machine)
-    optimizers = make_optimizers(model, options, machine)
-    example = data.batch(rows_of_step(0, data.count, B, options.seed))
-    network, seconds, compile_note = profile_step(
-        machine, model, lambda network: loss_sum(network, *example, machine), options, "micro_batch_size"
-    )
-    seconds *= options.max_steps * options.batch_tokens / (T * B * world)
-    announce(options, machine, model, describe(options, machine, model, data), seconds, compile_note)
-
     stable, sizes = options.max_steps - options.decay_steps, token_bytes(tokenizer)
     milestones = {stable: Path(options.out_dir) / "stable"} if options.decay_steps and stable else {}
-    validate = partial(evaluate, model if options.shard else network, val_data, sizes, machine, options)
-    flops, columns = model.flops_per_token(T), ["copy_loss"]
-    run = Run(options, machine, model, network, tokenizer, optimizers, validate, flops, milestones, columns)
-    if options.resume:
-        run.restore(state)
-    elif state:
-        load_optimizer_state(optimizers, run.names, state["optimizer"])
+
+    def validate() -> dict[str, float]:
+        return evaluate(model if options.shard else run.network, val_data, sizes, machine, options)
+
+    optimizers, flops = make_optimizers(model, options, machine), model.flops_per_token(T)
+    settings = dict(columns=["copy_loss"], evaluate_first=False, milestones=milestones)
+    run = Run(options, machine, model, model, tokenizer, optimizers, validate, flops, state, **settings)
+    example = data.batch(rows_of_step(0, data.count, B, options.seed))
+    tokens, parts = options.max_steps * options.batch_tokens, options.batch_tokens // (T * B * world)
+    lines = dict(
+        data=f"{options.data}: {len(data.tokens):,} tokens; {tokens:,} are {tokens / len(data.tokens):.2f} epochs",
+        step=f"{options.batch_tokens:,} tokens: {B} sequences of {T} x {parts} micro-batches x {world} processes",
+    )
+    count = options.max_steps * parts
+    stage.announce(run, lambda network: loss_sum(network, *example, machine), count, lines, "micro_batch_size")
+
     schedule = options.max_steps, options.warmup_steps, options.decay_steps, options.decay
     common = common_tokens(data.read(0, 10_000_000), tokenizer.vocab_size) if options.copy_steps else None
 
@@ -381,40 +355,27 @@ def train(options: TrainOptions, machine: Machine) -> None:
             copying, count = is_copy_step(step, options.copy_steps, options.seed), options.batch_tokens
             if copying:
                 count = sum(int((batch(part, copying)[1] >= 0).sum()) for part in micro_batches)
-                if not count:
-                    run.warn(f"no target of step {step + 1} is a copy, so nothing is learned: --copy_steps=0 here")
             loss = 0.0
             for part in run.micro_batches(micro_batches[machine.rank :: world]):
                 tokens, targets = batch(part, copying)
-                loss += run.backward(loss_sum(network, tokens, targets, machine) / max(count, 1))
+                loss += run.backward(loss_sum(run.network, tokens, targets, machine) / max(count, 1))
             experts_only, name = step < options.moe_warmup_steps, "copy_loss" if copying else "loss"
             grad_norm = optimizer_step(model, optimizers, lr, options.grad_clip, experts_only)
             run.end_step(loss=loss, grad_norm=grad_norm, lr=lr, tokens=options.batch_tokens, name=name)
             if step + 1 == options.copy_steps:
                 machine.print(f"step {step + 1:>6}  the copy steps end: every target counts, so the loss is another")
-    run.finish()
-    with unsharded(model):
-        if options.sample_tokens and machine.is_main:
-            print_sample(model, tokenizer, machine, options)
-
-
-def print_sample(model: Doge, tokenizer: Tokenizer, machine: Machine, options: TrainOptions) -> None:
-    """Prints what the model writes after the token that begins every document."""
-    settings = dict(temperature=0.7, top_p=0.95, seed=0, stop_ids=[tokenizer.eos_id])  # the defaults of sample.py
-    request = Request([tokenizer.bos_id], options.sample_tokens, **settings)
-    with machine.autocast():
-        [ids] = Engine(model.eval(), slots=1, vocab_size=tokenizer.vocab_size).generate([request])
-    text = tokenizer.decode(ids, skip_special=True)
-    print_end(options, machine, "writes", text, f"python sample.py {options.out_dir}")
+    if options.sample_tokens:
+        sampling, prompts = dict(temperature=0.7, top_p=0.95), [[tokenizer.bos_id]]  # as sample.py
+        [ids] = write_answers(machine, model, tokenizer, prompts, options.sample_tokens, 1, **sampling)
+        text, out = tokenizer.decode(ids, skip_special=True), options.out_dir
+        machine.print(f"\nThe model is in {out}. It writes:\n\n{text}\n\nMore: python sample.py {out}")
 
 
 def inherited(source: str) -> dict[str, Any]:
     """The options that a run from the checkpoint `source` takes over: its shape, and its recipe if train.py made it. It
     is warm already, and can copy."""
-    recipe = saved_options(TrainOptions, load_training_state(source) or {"options": {}})
-    if not recipe.keys() <= {field.name for field in dataclasses.fields(TrainOptions)}:
-        recipe = {}  # it was tuned
-    own = ("out_dir", "data", "init_from", "overwrite", "resume", "resume_or_start")
+    state, own = load_training_state(source), "out_dir data init_from overwrite resume resume_or_start".split()
+    recipe = (state and saved_options(TrainOptions, state)) or {}  # none of a tuned or published one
     recipe = {name: value for name, value in recipe.items() if name not in own}
     if 0 < recipe.get("decay_steps", 0) < recipe.get("max_steps", 0):
         recipe["decay_steps"] /= recipe["max_steps"]  # a share, which fits any --max_steps
@@ -422,11 +383,11 @@ def inherited(source: str) -> dict[str, Any]:
 
 
 def read_options(argv: list[str]) -> TrainOptions:
-    return read_run_options(TrainOptions, argv, inherited)
+    return stage.read_run_options(TrainOptions, argv, inherited)
 
 
 def main(argv: list[str]) -> None:
-    run_stage(train, read_options(argv))
+    stage.run_stage(train, read_options(argv))
 
 
 if __name__ == "__main__":

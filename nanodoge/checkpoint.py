@@ -6,8 +6,8 @@
     training_state.pt        of a run that can be resumed: step, optimizer, options
 
 Every stage takes a folder, or a name on the Hugging Face hub, in any published layout (layouts.py). Published weights
-may be split into model-00001-of-00003 and so on, or be a Python pickle (pytorch_model.bin). Reading a pickle can run
-any program, so it is opened by a reader that knows tensors and nothing else, or refused.
+may be split (model-00001-of-00003), or a Python pickle, which could run any program: it is opened by a reader that
+knows tensors and nothing else, or refused.
 """
 
 import dataclasses

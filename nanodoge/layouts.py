@@ -1,22 +1,18 @@
 """The published layouts of Doge: config.json and tensors by name -> the DogeConfig and state dict of model.py.
 
-Doge has been published in several layouts; all become model.py's here.
-
 Names.    Those of transformers (4.54 and later), which are ours after `model.`; or those of the original repository
           until June 2025 (RENAMED). Some versions mixed both, so each name is translated by itself.
 Heads.    transformers has one A and one row of dt_proj per key/value head, the original one per attention head; the
-          shape of A tells which. In the original the attention heads that share a key/value head have different masks;
-          ours have one mask per key/value head, so each key/value head is repeated until every attention head has its
-          own. The function is the same, the KV cache as many times larger.
-Norms.    transformers normalises queries and keys, the original does not, and has no `q_norm` and `k_norm`. That is the
-          field `qk_norm` of DogeConfig.
+          shape of A tells which. Ours have one mask per key/value head, so for the original each key/value head is
+          repeated until every attention head has its own: the same function, a KV cache as many times larger.
+Norms.    The original does not normalise queries and keys, and has no `q_norm` and `k_norm`: the field `qk_norm`.
 Numbers.  bfloat16 and float16 become float32, exactly. int8 becomes float32 by a scale per row, in a tensor beside it
           (NAME_scale): our own layout, written by convert.py.
 Output.   A matrix of its own (`lm_head.weight`), or the embedding (`tie_word_embeddings`). A classifier has
           `score.weight` instead, with one row per label.
 
 Nothing is guessed: what is missing, left over, of another shape, or set to what model.py does not compute raises
-ValueError with the field or tensor. These functions open no file; nanodoge/checkpoint.py adds the file's name.
+ValueError with the field or tensor. These functions open no file.
 """
 
 import dataclasses

@@ -35,6 +35,8 @@ class Machine:
         elif device != "cpu" and not getattr(torch, device).is_available():
             raise ValueError(f"--device={device} is not available here; --device=cpu always is")
         self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+        self.is_main = self.rank == 0
+        self.wide_dtype = torch.float32 if kind == "mps" else torch.float64  # of sums over ranks
         if kind == "cuda":
             if self.device.index >= (count := torch.cuda.device_count()):
                 advice = f"there are {count}; start as many processes"
@@ -44,15 +46,11 @@ class Machine:
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if has_bf16 else torch.float32
         self.name = torch.cuda.get_device_name(self.device) if kind == "cuda" else f"{torch.get_num_threads()} threads"
         self.summary = f"{kind} ({self.name}); {str(self.dtype).removeprefix('torch.')}"
-        if self.world_size > 1:
-            self.join(patience)
-            self.summary += f"; {self.world_size} processes"
-
-    def join(self, patience: int) -> None:
-        """Waits until all ranks have found each other."""
+        self.summary += f"; {self.world_size} processes" if self.world_size > 1 else ""
+        timeout = datetime.timedelta(seconds=patience)
         try:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience))
+            if self.world_size > 1:
+                dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
         except RuntimeError as error:  # gloo waits up to five times as long for a rank that has just died
             advice = f"one has ended, or not answered for --patience={patience} seconds"
             if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -60,15 +58,6 @@ class Machine:
                 advice = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun --max-restarts"
             ranks = f"the {self.world_size} processes of this run do not find each other"
             raise ValueError(f"{ranks}: {advice} ({one_line(error)[:150]})") from error
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def wide_dtype(self) -> torch.dtype:
-        """The dtype of sums over ranks: float64, or float32 on MPS, which has no float64."""
-        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def print(self, *words: Any) -> None:
         if self.is_main:

@@ -63,44 +63,25 @@ def check_ranges(options: Any) -> None:
 # ---- Parsing
 
 
-def parse_options(cls: type, argv: list[str], base: dict[str, Any] | None = None, **how: Any) -> Any:
-    """`cls` made from its defaults, then `base` (the options of another run), then argv. how: as for read_values."""
-    hints = typing.get_type_hints(cls)
-    base = {name: convert(value, hints[name], f"{name} of that run") for name, value in (base or {}).items()}
-    return cls(**base | read_values(cls, argv, **how))
+def parse_options(cls: type, argv: list[str], **how: Any) -> Any:
+    """`cls` made from its defaults, then config files, then the command line. how: as for read_values."""
+    from_files, from_line = read_values(cls, argv, **how)
+    return cls(**from_files | from_line)
 
 
 def read_values(
     cls: type, argv: list[str], positional: str | None = None, default_config: str | Path | None = None
-) -> dict[str, Any]:
-    """{option: value} of argv, of the right types; ranges are not checked. --help prints and exits.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """{option: value} of config files and of the command line (`--name=text`, `--name text`, and `--name` for a
+    boolean), of the right types; ranges are not checked. --help prints and exits.
 
     Bare words are config files, and `default_config` is read if there are none. Where `positional` names a list field
-    (the SOURCES of prepare_data.py) words fill that field, and a config file is given as `--config=FILE`. The command
-    line wins over files. Raises ValueError for a mistake, naming the option and what is valid.
+    (the SOURCES of prepare_data.py) words fill that field, and a config file is given as `--config=FILE`. Raises
+    ValueError for a mistake, naming the option and what is valid.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, positional))
         sys.exit(0)
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in fields(cls)]
-    words, given = split_argv(cls, argv)
-    files = [] if positional else words
-    files += [given.pop("config")] if "config" in given and "config" not in names else []
-    files = files or [default_config] * bool(default_config)
-    found = [(name, value, f"{file}:{line}") for file in files for name, (value, line) in read_config(file).items()]
-    values = {}
-    for name, value, where in found + [(name, text, f"--{name}") for name, text in given.items()]:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            advice = f"did you mean {close[0]!r}?" if close else "--help lists the options"
-            raise ValueError(f"{where}: there is no option {name!r}; {advice}")
-        values[name] = convert(value, hints[name], where)
-    return values | ({positional: words} if positional and words else {})
-
-
-def split_argv(cls: type, argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The bare words of argv, and {option: text} of `--name=text`, `--name text`, and `--name` for a boolean."""
     hints, words, given, arguments = typing.get_type_hints(cls), [], {}, iter(argv)
     for argument in arguments:
         if not argument.startswith("--"):
@@ -114,7 +95,24 @@ def split_argv(cls: type, argv: list[str]) -> tuple[list[str], dict[str, str]]:
             if text.startswith("--"):
                 raise ValueError(f"--{name} needs a value: --{name}=...")
         given[name] = text
-    return words, given
+    files = [] if positional else words
+    files += [given.pop("config")] if "config" in given else []
+    from_files = {}
+    for file in files or [default_config] * bool(default_config):
+        for name, (value, line) in read_config(file).items():
+            from_files[name] = read_option(cls, name, value, f"{file}:{line}")
+    from_line = {name: read_option(cls, name, text, f"--{name}") for name, text in given.items()}
+    return from_files, from_line | ({positional: words} if positional and words else {})
+
+
+def read_option(cls: type, name: str, value: Any, where: str) -> Any:
+    """`value` as the type of the option `name` of `cls`. Raises ValueError, with the nearest name, if there is none."""
+    names = [field.name for field in fields(cls)]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else "--help lists the options"
+        raise ValueError(f"{where}: there is no option {name!r}; {advice}")
+    return convert(value, typing.get_type_hints(cls)[name], where)
 
 
 def read_config(path: str | Path) -> dict[str, tuple[Any, int]]:
@@ -142,16 +140,11 @@ SWITCH = {"true": True, "on": True, "1": True, "false": False, "off": False, "0"
 KINDS = {bool: "true or false", int: "a whole number below 2^63", float: "a number", str: "a text", list[str]: "a list"}
 
 
-def choices_of(hint: Any) -> list[str]:
-    """The values of a Literal; of another type, none."""
-    return list(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else []
-
-
 def convert(value: Any, hint: Any, where: str) -> Any:
     """`value` (a literal of a config file, or text of the command line) as the type `hint`: int, float, bool, str,
     list[str] or Literal[...]. A whole number is accepted for a float, never the reverse; on for true, and true for the
     choice on."""
-    text, choices = "", choices_of(hint)
+    text, choices = "", [choice for choice in typing.get_args(hint) if isinstance(choice, str)]  # of a Literal
     with suppress(ValueError):  # of encode (half a character), repr (thousands of digits), int and float
         text = value if isinstance(value, str) else repr(value)
         switch = SWITCH.get(text.lower())
@@ -221,8 +214,8 @@ def help_text(cls: type, positional: str | None = None) -> str:
         for name in names:
             value = ",".join(values[name]) if isinstance(values[name], list) else values[name]
             value = str(value).lower() if isinstance(value, bool) else value
-            among = f" [{', '.join(filter(None, choices_of(hints[name])))}]" if choices_of(hints[name]) else ""
-            lines.append(f"  --{name}={value}".ljust(34) + f" {comments[name][1]}{among}")
+            choices = ", ".join(choice for choice in typing.get_args(hints[name]) if choice and isinstance(choice, str))
+            lines.append(f"  --{name}={value}".ljust(34) + f" {comments[name][1]}" + f" [{choices}]" * bool(choices))
     essay = (module.__doc__ or "").strip().split("\n\n")
     return "\n".join([*lines, "", "\n\n".join(essay[: 2 if first else None])])
 

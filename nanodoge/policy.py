@@ -40,16 +40,17 @@ def write_answers(
     prompts: list[list[int]],
     max_new_tokens: int,
     slots: int = 64,
-    temperature: float = 0.0,
     seed: int = 0,
+    **sampling: float,
 ) -> list[list[int]]:
     """The model's answer to each prompt: new ids, with the EOS that ends them if it came in time. The ranks share the
     work, `slots` answers at once on each, and each gets all. Answer i draws with its own seed, seed + i, so it depends
-    on neither slots nor ranks."""
-    stops = dict(stop_ids=[tokenizer.eos_id])
-    requests = [Request(ids, max_new_tokens, temperature, seed=seed + i, **stops) for i, ids in enumerate(prompts)]
+    on neither slots nor ranks. sampling: fields of a Request, by default temperature 0."""
+    settings = dict(temperature=0.0, stop_ids=[tokenizer.eos_id]) | sampling
+    requests = [Request(ids, max_new_tokens, seed=seed + i, **settings) for i, ids in enumerate(prompts)]
     with unsharded(model), machine.autocast():
-        engine = Engine(model, Decoder(model, machine.dtype), slots, tokenizer.vocab_size)
+        decoder = Decoder(model, machine.dtype) if model.config.attention == "fast" else None
+        engine = Engine(model, decoder, slots, tokenizer.vocab_size)
         mine = engine.generate(requests[machine.rank :: machine.world_size])
     written = [[]] * len(prompts)
     for rank, answers in enumerate(machine.gather(mine)):

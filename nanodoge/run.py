@@ -37,8 +37,8 @@ class Log:
 
     def __init__(self, path: str | Path, last_step: int, columns: list[str] = COLUMNS):
         self.path, self.columns = Path(path), columns
-        rows = [row for row in read_log(path) if int(row["step"]) <= last_step] if self.path.is_file() else []
-        rows = [{column: row.get(column, "") for column in columns} for row in rows]
+        rows = read_log(path) if self.path.is_file() else []
+        rows = [{name: row.get(name, "") for name in columns} for row in rows if int(row["step"]) <= last_step]
         self.steps = {int(row["step"]) for row in rows}
         self.best = min((float(row["val_loss"]) for row in rows if row["val_loss"]), default=math.inf)
         new = self.path.with_name(self.path.name + ".new")
@@ -56,7 +56,6 @@ class Log:
 
     def write(self, row: dict) -> None:
         self.append(self.path, "a", [row])
-        self.steps.add(row["step"])
 
 
 def read_log(path: str | Path) -> list[dict[str, str]]:
@@ -67,23 +66,16 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
         rows = [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
         for row in rows:
             int(row["step"]), int(row.get("tokens") or 0), [float(value or 0) for value in row.values()]
+        return rows
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}; move it away") from None
-    return [in_megabytes(row) for row in rows]
-
-
-def in_megabytes(row: dict) -> dict:
-    """A row whose memory is in MB: logs and training states of older versions have it in bytes."""
-    memory = row.pop("memory", "")
-    return row | dict(memory_mb=round(float(memory) / 1e6)) if memory else row
 
 
 def plot_loss(log_path: Path, picture_path: Path) -> None:
     """Draws training and validation loss over the tokens seen, that of copy steps by itself, on a shaded part."""
     from matplotlib.figure import Figure  # without pyplot, whose backend belongs to the notebook that calls a stage
 
-    figure = Figure(figsize=(8, 5))
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(8, 5))).subplots()
     labels = dict(loss="loss of all tokens", val_loss="validation loss", copy_loss="copy_loss: copies only")
     for (column, label), style in zip(labels.items(), ("-", "o-", "."), strict=True):
         points = [(int(row["tokens"]), float(row[column])) for row in read_log(log_path) if row.get(column)]
@@ -118,10 +110,11 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     evaluate: Callable[[], dict[str, float]]  # a validation, as columns of the log
     flops_per_token: float
-    milestones: dict[int, Path] = field(default_factory=dict)  # {steps done: folder of a checkpoint to keep}
+    begin_from: dict | None  # a training state: of this run, if it is resumed, else of the checkpoint it starts from
     columns: Iterable[str] = ()  # of the log, beside COLUMNS
+    evaluate_first: bool = True  # a validation before the first step
+    milestones: dict[int, Path] = field(default_factory=dict)  # {steps done: folder of a checkpoint to keep}
     extra_state: dict = field(default_factory=dict)  # saved with every checkpoint
-    evaluate_first: bool = False  # a validation before the first step
 
     def __post_init__(self) -> None:
         self.folder, self.peak_flops = Path(self.options.out_dir), self.machine.peak_flops()
@@ -133,20 +126,22 @@ class Run:
         self.signal = self.stop = 0  # the signal this rank got; the one that all ranks know of
         # Reading the loss synchronises a GPU and the ranks, so it is not read in every step there.
         self.reads_every_step = self.machine.device.type == "cpu" and self.machine.world_size == 1
+        if self.begin_from:
+            checkpoint.load_optimizer_state(self.optimizers, self.names, self.begin_from["optimizer"])
+            if self.options.resume:
+                self.restore(self.begin_from)
 
     # ---- State
 
     def restore(self, state: dict) -> None:
         """Continues from a training state; the weights come from load_model. Raises ValueError if it is damaged."""
-        checkpoint.load_optimizer_state(self.optimizers, self.names, state["optimizer"])
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        row = in_megabytes(state["row"] or dict(step=self.step, loss=0.0))
-        self.row, self.fresh = state["row"] and row, False
-        known = row.keys() <= set(self.columns) and row.get("step") == self.step
-        numbers = all(isinstance(value, int | float | str) for value in row.values())
-        if not (known and numbers and isinstance(row.get("loss", row.get("copy_loss")), float)):
+        self.step, self.tokens, self.seconds, self.fresh = state["step"], state["tokens"], state["seconds"], False
+        row = {name: value for name, value in (state["row"] or {}).items() if name in self.columns}
+        numbers = all(isinstance(value, int | float) for name, value in row.items() if name != "mfu")
+        if row and (row.get("step") != self.step or not numbers):
             text = one_line(repr(row))[:100]
             raise ValueError(f"training_state.pt is damaged: the row of its step {self.step} is {text}")
+        self.row = row or None
 
     def state(self) -> dict:
         options = {k: v for k, v in dataclasses.asdict(self.options).items() if not k.startswith("resume")}
@@ -154,10 +149,10 @@ class Run:
         where = dict(step=self.step, tokens=self.tokens, seconds=self.seconds, row=self.row)
         return dict(optimizer=optimizer, options=options) | where | self.extra_state
 
-    def save(self, folders: list[Path], state: dict | None = None) -> None:
+    def save(self, *folders: Path, state: dict | None = None) -> None:
         """Saves the model in each folder. Every rank must call it: each may hold a part of the weights."""
         weights = full_state_dict(self.model.state_dict())
-        for folder in folders if self.machine.is_main else []:
+        for folder in folders if self.machine.is_main else ():
             checkpoint.save_checkpoint(folder, self.model, self.tokenizer, state, weights=weights)
 
     # ---- Begin and end
@@ -181,18 +176,12 @@ class Run:
             self.write_row()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, error_type: type | None, *error: Any) -> None:
+        """Draws the loss curve and writes the model card. If a signal ended the loop, says how to go on, and exits."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-    def on_signal(self, number: int, frame: Any) -> None:
-        if self.signal:
-            raise KeyboardInterrupt  # the second time: at once
-        self.signal = number
-        self.machine.print("finishing this step, then saving (once more to stop at once)")
-
-    def finish(self) -> None:
-        """Draws the loss curve and writes the model card. If a signal ended the loop, says how to go on, and exits."""
+        if error_type:
+            return
         self.machine.barrier()
         if self.machine.is_main:
             plot_loss(self.folder / "log.csv", self.folder / "loss.png")
@@ -202,6 +191,12 @@ class Run:
             again = f"python {Path(sys.argv[0]).name} --out_dir={self.folder} --resume"
             self.machine.print(f"stopped and saved after step {self.step}; to go on: {again}")
             sys.exit(128 + self.stop)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.signal:
+            raise KeyboardInterrupt  # the second time: at once
+        self.signal = number
+        self.machine.print("finishing this step, then saving (once more to stop at once)")
 
     # ---- One step
 
@@ -265,7 +260,7 @@ class Run:
         self.row |= dict(mfu=mfu, memory_mb=round(self.machine.peak_memory() / 1e6), **values)
         self.bar.set_postfix({name: f"{loss:.3f}", "tokens_per_s": f"{speed:,.0f}"})
         if saves or milestone:
-            self.save([milestone] * bool(milestone) + [self.folder] * saves, self.state())  # resumed, a run needs both
+            self.save(*[milestone] * bool(milestone), *[self.folder] * saves, state=self.state())  # a resume needs both
         self.fresh = self.fresh and not saves
         if logs:
             self.write_row()
@@ -304,7 +299,7 @@ class Run:
             self.machine.print(f"step {row['step']:>6}  {shown}{self.time_left()}")
         best = self.log and row.get("val_loss", math.inf) < self.log.best
         if self.options.keep_best and self.machine.sum([bool(best)])[0]:  # rank 0 decides
-            self.save([self.folder / "best"])
+            self.save(self.folder / "best")
         if self.log:
             if row.get("val_loss", 0) > 1.005 * self.log.best:
                 advice = "the model learns its text by heart: more text or fewer --max_steps help, --keep_best"

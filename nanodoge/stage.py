@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import Doge
 from nanodoge.checkpoint import checkpoint_file, load_model, load_training_state
 from nanodoge.data import check_tokenizer
-from nanodoge.examples import Examples
+from nanodoge.examples import Examples, TokenSet, open_sets
 from nanodoge.machine import Machine, unsharded
 from nanodoge.options import (
     HERE,
@@ -30,13 +30,11 @@ from nanodoge.options import (
     check_ranges,
     is_out_of_memory,
     one_line,
-    parse_options,
+    read_option,
     read_values,
-    split_argv,
 )
 from nanodoge.policy import write_answers
-from nanodoge.run import duration
-from nanodoge.tokenizer import Tokenizer
+from nanodoge.run import Run, duration
 
 # ---- Options
 
@@ -77,7 +75,7 @@ class RunOptions:
     def __post_init__(self):
         check_ranges(self)
         self.data = Path(self.data).as_posix()  # ./data/x is data/x
-        self.out_dir = Path(self.out_dir or default_out_dir(self.data)).as_posix()
+        self.out_dir = Path(self.out_dir or f"out/{Path(self.data).name}").as_posix()
         if self.init_from and not self.resume:
             source = Path(self.init_from).resolve()
             if Path(self.out_dir).resolve() in [source, *source.parents]:
@@ -90,7 +88,6 @@ class TuneOptions(RunOptions):
     """Tuning. The model's shape, tokenizer and chat template are the checkpoint's."""
 
     init_from: str = "out/stories"  # checkpoint folder of the model to tune
-    data: str = ""  # folder made by prepare_data.py
     epochs: Positive = 2.0  # passes over the data
     max_steps: Whole = 0  # optimizer steps in all; 0 = as many as the epochs take
     batch_size: Count = 128  # conversations, pairs or problems per step, over all ranks and micro-batches
@@ -110,46 +107,37 @@ RENAMED = {"batch_size": "micro_batch_size", "batch_rows": "batch_size", "micro_
 RENAMED |= {"eval_rows": "eval_size", "rollout_rows": "slots"}
 
 
-def default_out_dir(data: str) -> str:
-    return f"out/{Path(data).name}"
-
-
 def read_run_options(cls: type, argv: list[str], inherited: Callable | None = None) -> Any:
     """The options of a run: the class's defaults, then its recipe (in config/) if argv names no config file, then
     argv; with --resume those of the run in out_dir. inherited(--init_from): the options that a new run takes over from
     a checkpoint, in place of the recipe."""
-    config = HERE / "config" / cls.recipe
-    asked = read_values(cls, argv, default_config=config)
-    out = Path(asked.get("out_dir") or default_out_dir(asked.get("data") or cls.data)).as_posix()
+    from_files, from_line = read_values(cls, argv, default_config=HERE / "config" / cls.recipe)
+    asked = from_files | from_line
+    out = Path(asked.get("out_dir") or f"out/{Path(asked.get('data') or cls.data).name}").as_posix()
     for name in ("resume", "resume_or_start"):
         if asked.get(name) and asked.get("overwrite"):
             raise ValueError(f"--overwrite replaces the run in --out_dir={out}, --{name} goes on with it: choose one")
     files = ("training_state.pt", "model.safetensors", "config.json")
     can_resume, *others = (checkpoint_file(out, name).is_file() for name in files)
     if asked.get("resume") or (asked.get("resume_or_start") and can_resume):
-        return resumed_options(cls, argv, out)
-    base = inherited(asked["init_from"]) if inherited and asked.get("init_from") else {}
-    options = parse_options(cls, argv, base=base, default_config=None if base else config)
+        return resumed_options(cls, from_line, out)
+    if inherited and asked.get("init_from"):
+        from_files = inherited(asked["init_from"]) | read_values(cls, argv)[0]
+    options = cls(**from_files | from_line)
     if (can_resume or any(others)) and not options.overwrite:
         advice = "--resume goes on with it, --overwrite replaces it, or choose another folder"
         raise ValueError(f"--out_dir={out} holds a run already: {advice}")
     return options
 
 
-def resumed_options(cls: type, argv: list[str], out: str) -> Any:
-    """The options of the run in the folder `out`, with those of `cls.may_change` that argv names as --name=value; a
-    config file only tells where the run is."""
-    state = load_training_state(out)
-    if state is None:
+def resumed_options(cls: type, from_line: dict[str, Any], out: str) -> Any:
+    """The options of the run in the folder `out`, with those of `cls.may_change` that the command line names; a config
+    file only tells where the run is."""
+    if not (state := load_training_state(out)):
         raise ValueError(f"--resume: there is no run to go on with in --out_dir={out}")
-    saved, names = saved_options(cls, state), {field.name for field in dataclasses.fields(cls)}
-    if other := saved.keys() - names:
-        listed = " ".join(sorted(other))
-        raise ValueError(f"--resume: the run in {out} is of another stage: it has the options {listed}")
-    _, given = split_argv(cls, argv)
-    given.pop("config", None)
-    base = saved | dict(out_dir=out, resume=True)
-    options = parse_options(cls, [f"--{name}={text}" for name, text in given.items()], base=base)
+    if (saved := saved_options(cls, state)) is None:
+        raise ValueError(f"--resume: the run in {out} is of another stage, or of a newer version")
+    options = cls(**saved | from_line | dict(out_dir=out, resume=True))
     for name, before in saved.items():
         if name not in cls.may_change.split() and (value := getattr(options, name)) != before:
             advice = "a resumed run cannot change it (--init_from starts a new run from its weights)"
@@ -157,10 +145,15 @@ def resumed_options(cls: type, argv: list[str], out: str) -> Any:
     return options
 
 
-def saved_options(cls: type, state: dict) -> dict[str, Any]:
-    """The options in a training state, by their names in `cls`."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name if name in names else RENAMED.get(name, str(name)): value for name, value in state["options"].items()}
+def saved_options(cls: type, state: dict) -> dict[str, Any] | None:
+    """The options in a training state, by their names in `cls`; None if it is that of another stage."""
+    names, saved = {field.name for field in dataclasses.fields(cls)}, {}
+    for name, value in state["options"].items():
+        name = name if name in names else RENAMED.get(name, name)
+        if name not in names:
+            return None
+        saved[name] = read_option(cls, name, value, f"{name} of the run")
+    return saved
 
 
 # ---- Start
@@ -176,28 +169,27 @@ def run_stage(stage: Callable[[Any, Machine], None], options: RunOptions) -> Non
 
 
 def start_tuning(
-    options: TuneOptions, machine: Machine, tokenizer: Tokenizer, labels: tuple[str, ...] | None = None
-) -> tuple[Doge, dict | None]:
-    """The model to tune, on the device, and the training state of a resumed run (else None). Resolves sequence_length;
-    sequences longer than the model's context make it a model of that context. tokenizer, labels: the data's."""
+    options: TuneOptions, machine: Machine, kind: str, select: Callable[[TokenSet, Any], Examples]
+) -> tuple[Doge, dict | None, Examples, Examples]:
+    """The model to tune, on the device; the training state of a resumed run, else None; and what `select` takes of the
+    training and of the validation set. Resolves sequence_length and max_steps. Sequences longer than the model's
+    context make it a model of that context."""
     folder = options.out_dir if options.resume else options.init_from
-    model, own = load_model(folder, labels=labels)
+    *sets, _ = open_sets(options.data, kind)
+    model, own = load_model(folder, labels=tuple(sets[0].meta["labels"]) if kind == "labels" else None)
     check_tokenizer(own, options.data, source=folder)
     options.sequence_length = options.sequence_length or model.config.max_position_embeddings
     model.config.max_position_embeddings = max(options.sequence_length, model.config.max_position_embeddings)
     if (limit := options.micro_batch_tokens) < options.sequence_length:
         raise ValueError(f"--micro_batch_tokens={limit} is less than one sequence of {options.sequence_length}")
+    data, val = (select(token_set, options) for token_set in sets)
+    if options.batch_size < machine.world_size:
+        raise ValueError(f"--batch_size={options.batch_size}: each of {machine.world_size} processes needs an example")
+    options.max_steps = options.max_steps or math.ceil(options.epochs * data.count / options.batch_size)
     model.gradient_checkpointing = options.gradient_checkpointing
     model.embed_tokens.requires_grad_(not options.freeze_embeddings)
-    return model.train().to(machine.device), load_training_state(folder) if options.resume else None
-
-
-def count_steps(options: TuneOptions, count: int, machine: Machine) -> None:
-    """Resolves max_steps for `count` conversations, pairs or problems of training data."""
-    if count < 1 or options.batch_size < machine.world_size:
-        least = f"there are {count} to train on and {machine.world_size} processes, each of which needs one"
-        raise ValueError(f"--batch_size={options.batch_size}: {least}")
-    options.max_steps = options.max_steps or math.ceil(options.epochs * count / options.batch_size)
+    state = load_training_state(folder) if options.resume else None
+    return model.train().to(machine.device), state, data, val
 
 
 def good_steps(tokens: int, batch_tokens: int) -> int:
@@ -221,14 +213,43 @@ def count_phases(options: Any) -> None:
         raise ValueError(f"{phases} do not fit into --max_steps={options.max_steps}: {advice}")
 
 
-def profile_step(
-    machine: Machine, model: nn.Module, loss_of: Callable, options: RunOptions, size_option: str = "micro_batch_tokens"
-) -> tuple[nn.Module, float, str]:
-    """(network, seconds, compile_note): one micro-batch, loss_of(network), forward and backward, before the run.
+def announce(
+    run: Run,
+    loss_of: Callable,
+    micro_batches: float,
+    lines: dict[str, str],
+    size_option: str = "micro_batch_tokens",
+    more_seconds: float = 0.0,
+) -> None:
+    """Tries a micro-batch and prints, before the first step, what is going to happen, on what, and at what cost.
 
-    The network is the model, compiled where that is asked for and works, and in DDP if there are several ranks. Raises
-    ValueError naming `size_option` when memory does not suffice: better now than at the first validation.
+    loss_of(network): the loss of the largest micro-batch. micro_batches: how many of that size a rank computes in the
+    run. lines: the stage's own, by their labels. size_option: what to lower when memory does not suffice.
+    more_seconds: what else the run takes.
     """
+    options, machine, parameters = run.options, run.machine, sum(p.numel() for p in run.model.parameters())
+    seconds, compile_note = profile_step(run, loss_of, size_option)
+    moments = 0 if run.begin_from else 8 * parameters / (machine.world_size if options.shard else 1)
+    memory = machine.peak_memory() + moments  # Adam's, which are made in the first step
+    c, source = run.model.config, f", from {options.init_from}" if options.init_from else ""
+    experts = f", {c.num_experts_per_tok} of {c.num_experts:,} experts per token" if c.is_moe else ""
+    time_needed = duration(seconds * micro_batches + more_seconds)
+    common = {
+        "options": changed(options) or "as --help shows them",
+        "model": f"{parameters:,} parameters, {c.num_hidden_layers} layers of {c.hidden_size}{experts}{source}",
+        **lines,
+        "device": f"{machine.summary}; {compile_note}",
+        "cost": f"{options.max_steps:,} steps, at most about {time_needed}, {memory / 1e9:.2g} GB per process",
+    }
+    for label, text in common.items():
+        machine.print(f"{label:<9} {text}")
+
+
+def profile_step(run: Run, loss_of: Callable, size_option: str) -> tuple[float, str]:
+    """The seconds of a micro-batch, forward and backward, and whether it is compiled. run.network is the model from
+    here on compiled where that is asked for and works, and in DDP if there are several ranks. Raises ValueError naming
+    `size_option` when memory does not suffice: better now than at the first validation."""
+    options, machine, eager = run.options, run.machine, run.network
 
     def timed(network: nn.Module) -> float:
         for _ in range(2):  # the first pass also compiles and warms up
@@ -239,51 +260,32 @@ def profile_step(
         network.zero_grad(set_to_none=True)
         return seconds
 
-    network, compile_note = model, "eager (--compile=on tries torch.compile)"
+    seconds, compile_note = None, "eager (--compile=on tries torch.compile)"
     try:
         is_usual = machine.device.type == "cuda" and not options.shard
         if options.compile == "on" or (options.compile == "auto" and is_usual):
             try:
-                network = torch.compile(model)
-                seconds, compile_note = timed(network), "torch.compile"
+                run.network, compile_note = torch.compile(eager), "torch.compile"
+                seconds = timed(run.network)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # of dynamo and inductor; a missing C++ compiler is one
-                network, compile_note = model, f"eager, since torch.compile failed here: {one_line(error)[:150]}"
-        if network is model:
-            seconds = timed(model)
+                run.network, compile_note = eager, f"eager, since torch.compile failed here: {one_line(error)[:150]}"
+        seconds = seconds or timed(run.network)
         if machine.world_size > 1 and not options.shard:
             # No broadcast of buffers: they are constants, and in a validation the ranks may have different numbers of
             # batches, so that a collective would hang.
-            network = DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
+            run.network = DistributedDataParallel(run.network, gradient_as_bucket_view=True, broadcast_buffers=False)
             # DDP adds up gradients in an order that follows the first backward pass. With one at every start it is the
             # same in all steps that count, also after a --resume.
-            loss_of(network).backward()
-            network.zero_grad(set_to_none=True)
+            loss_of(run.network).backward()
+            run.network.zero_grad(set_to_none=True)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         advice = "out of memory; lower it, or --gradient_checkpointing=true"
         raise ValueError(f"--{size_option}={getattr(options, size_option)}: {advice}") from None
-    return network, seconds, compile_note
-
-
-def announce(
-    options: RunOptions, machine: Machine, model: Doge, lines: dict[str, str], seconds: float, compile_note: str
-) -> None:
-    """Prints, before the first step, what is going to happen, on what, and at what cost. lines: the stage's own, by
-    their labels. seconds: of all steps, at most."""
-    source = f", from {options.init_from}" if options.init_from else ""
-    common = {
-        "options": changed(options) or "as --help shows them",
-        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters{source}",
-        "device": f"{machine.summary}; {compile_note}",
-        "cost": f"{options.max_steps:,} steps, at most about {duration(seconds)}",
-    }
-    own = [label for label in lines if label not in common]
-    for label in ["options", "model", *own, "device", "cost"]:
-        text = "; ".join(part[label] for part in (common, lines) if label in part)
-        machine.print(f"{label:<9} {text}")
+    return seconds, compile_note
 
 
 # ---- End
@@ -303,9 +305,5 @@ def print_answer(options: TuneOptions, machine: Machine, model: Doge, val: Examp
     else:
         [answer] = write_answers(machine, model, tokenizer, [prompt.tolist()], options.sample_tokens)
         text, more = tokenizer.decode(answer), f"python sample.py {options.out_dir} --chat"
-    print_end(options, machine, "answers a held-out example", f"{tokenizer.decode(prompt)}{{+{text}+}}", more)
-
-
-def print_end(options: RunOptions, machine: Machine, does: str, text: str, more: str) -> None:
-    """Prints where the model is, what it writes, and the next command."""
-    machine.print(f"\nThe model is in {options.out_dir}. It {does}:\n\n{text}\n\nMore: {more}")
+    text = f"{tokenizer.decode(prompt)}{{+{text}+}}"
+    machine.print(f"\nThe model is in {options.out_dir}. It answers a held-out example:\n\n{text}\n\nMore: {more}")

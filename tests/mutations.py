@@ -68,8 +68,8 @@ MUTATIONS = [
     Mutation(
         "order: a resumed run reads the data in another order",
         "nanodoge/run.py",
-        'self.row, self.fresh = state["row"] and row, False',
-        'self.row, self.fresh, self.options.seed = state["row"] and row, False, self.options.seed + 1',
+        "self.row = row or None",
+        "self.row, self.options.seed = row or None, self.options.seed + 1",
         "test_train.py test_sft.py",
     ),
     Mutation(
@@ -89,8 +89,8 @@ MUTATIONS = [
     Mutation(
         "loss: a mean of the micro-batches' means",
         "sft.py",
-        "loss_sum(network, *data.batch(group), machine) / targets",
-        "loss_sum(network, *data.batch(group), machine) / int(data.targets[group].sum()) / len(groups)",
+        "loss_sum(run.network, *data.batch(group), machine) / targets",
+        "loss_sum(run.network, *data.batch(group), machine) / int(data.targets[group].sum()) / len(groups)",
         "test_sft.py",
     ),
     Mutation(

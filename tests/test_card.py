@@ -20,13 +20,7 @@ def test_the_card_is_read_by_huggingface_hub_and_says_what_the_run_did(run):
     card = ModelCard.load(run[1])
     assert (card.data.library_name, card.data.license) == ("transformers", "unknown")
     assert card.data.tags == ["doge", "nanodoge"] and card.data.pipeline_tag == "text-generation"
-    for fact in (
-        "12 steps, 768 tokens",
-        "max_steps=12",
-        "| val_bpb |",
-        "![The loss",
-        f'("{run[1].parent.as_posix()}")',
-    ):
+    for fact in ("12 steps, 768 tokens", "max_steps=12", "| val_bpb |", "![The loss"):
         assert fact in card.text
 
 

@@ -206,7 +206,7 @@ def test_converting_writes_the_model_that_loading_gives(tmp_path, words, capsys)
     source, target = write_folder(tmp_path / "old", renamed(state), words), tmp_path / "new"
     convert.main([str(source), str(target)])
     said = capsys.readouterr().out
-    for phrase in ("2 key/value heads repeated to 4", "without a norm"):
+    for phrase in ("2 key/value heads repeated to 4", "without q/k norms"):
         assert phrase in said
     (before, _), (after, reader) = load_model(source), load_model(target)
     assert after.config == before.config and reader.digest == words.digest

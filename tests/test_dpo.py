@@ -2,7 +2,6 @@
 and a test for each way in which users of such stages were hurt: a reference that drifts, ties counted as wins, prompts
 or padding that take part, answers cut in the middle."""
 
-import dataclasses
 import math
 import shutil
 from types import SimpleNamespace
@@ -17,7 +16,6 @@ from helpers import (
     gradients_seen,
     make_checkpoint,
     make_set,
-    rows_of,
     steady,
     stopped_after,
     tune,
@@ -25,7 +23,6 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 import dpo
-import prepare_data
 import sft
 import train
 from nanodoge.checkpoint import load_model, load_training_state, save_checkpoint
@@ -271,23 +268,10 @@ def test_before_the_first_step_an_example_shows_what_is_compared(base, data, tmp
 
 
 def test_a_model_with_experts_in_bfloat16(data, tmp_path):
-    start = make_checkpoint(
-        tmp_path / "start",
-        is_moe=True,
-        num_experts=16,
-        num_experts_per_tok=2,
-        keep_window_size=16,
-        router_aux_loss_coef=0.01,
-    )
-    log = run(
-        start,
-        data,
-        tmp_path / "run",
-        "--dtype=bfloat16",
-        "--max_steps=3",
-        "--learning_rate=1e-2",
-        "--gradient_checkpointing",
-    )
+    experts = dict(is_moe=True, num_experts=16, num_experts_per_tok=2, router_aux_loss_coef=0.01)
+    start = make_checkpoint(tmp_path / "start", keep_window_size=16, **experts)
+    extra = "--dtype=bfloat16 --max_steps=3 --learning_rate=1e-2 --gradient_checkpointing".split()
+    log = run(start, data, tmp_path / "run", *extra)
     assert float(log[1]["loss"]) == pytest.approx(math.log(2) + 0.01, abs=0.01)
     assert float(log[-1]["loss"]) < float(log[1]["loss"]) and float(log[-1]["accuracy"]) > 0.5
 
@@ -296,12 +280,9 @@ def test_a_model_with_experts_in_bfloat16(data, tmp_path):
 
 
 BAD = """--init_from=nowhere | no checkpoint folder 'nowhere'
---data=nowhere | nowhere
 --sequence_length=2 | has no pairs to use
 --micro_batch_tokens=100 | micro_batch_tokens=100 is less than one pair
---batch_size=0 | batch_size=0
 --beta=-1 | beta=-1
---beta=nan | beta=nan
 --loss=hinge | 'hinge' is not one of sigmoid, ipo, sigmoid_norm
 --resume | no run to go on with
 --eval_answers=3 | no option 'eval_answers'"""
@@ -310,20 +291,3 @@ BAD = """--init_from=nowhere | no checkpoint folder 'nowhere'
 @pytest.mark.parametrize("case", BAD.splitlines())
 def test_bad_options_are_named(base, data, tmp_path, case):
     assert_refused(lambda out, *options: run(base, data, out, *options), tmp_path / "run", case)
-
-
-def test_data_of_another_kind_is_refused(base, tmp_path):
-    chats = make_set(tmp_path / "chats", base, rows=list(rows_of("chat", 20)))
-    with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=preferences"):
-        run(base, chats, tmp_path / "run")
-
-
-def test_without_a_word_it_tunes_what_sft_py_left(tmp_path, monkeypatch):
-    """`python dpo.py`: the built-in preferences are prepared on the spot."""
-    monkeypatch.chdir(tmp_path)
-    make_checkpoint(tmp_path / "out" / "stories-chat", max_position_embeddings=1024)  # its tokens are short
-    real = prepare_data.prepare
-    monkeypatch.setattr(prepare_data, "prepare", lambda options: real(dataclasses.replace(options, stories=40), True))
-    dpo.main(["--max_steps=1", "--device=cpu", "--batch_size=4", "--eval_size=4"])
-    log = read_log(tmp_path / "out" / "stories-preferences" / "log.csv")
-    assert [row["step"] for row in log] == ["0", "1"] and all(row["val_accuracy"] != "" for row in log)

@@ -280,17 +280,14 @@ def test_an_answer_without_tokens_or_longer_than_the_model_is_one_line(models):
             models[0]._loglikelihood_tokens([(("", "answer"), [0], answer)])
 
 
-def test_the_table_shows_chance_and_the_file_holds_everything(folder, capsys):
+def test_the_table_is_lm_evals_and_the_file_holds_everything(folder, capsys):
     asked = [f"--include_path={folder / 'tasks'}", f"--out={folder / 'results.json'}", "--limit=9", "--device=cpu"]
     evaluate.main([str(folder / "model"), "--tasks=both,write=0,write=0", *asked])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == "task shots questions metric value std error chance".split()
-    assert [row[:4] for row in rows[1:]] == [["both", "0", "18", "acc"], ["write", "0", "9", "exact_match"]]
-    results = json.loads((folder / "results.json").read_text())
-    choices = (5 / 2 + 4 / 3) / 9  # nine questions with two and three answers in turn
-    guesses = dict(both=(choices + 0.5) / 2, choose=choices, again=0.5, write=0)
-    assert results["nanodoge"]["chance"] == pytest.approx(guesses)
-    scores = results["results"]
+    rows = [
+        line.replace("|", " ").split() for line in capsys.readouterr().out.splitlines() if "0.0" in line or "±" in line
+    ]
+    assert [(row[0], row[4]) for row in rows] == [("both", "acc"), ("write", "exact_match")]
+    scores = json.loads((folder / "results.json").read_text())["results"]
     assert scores["both"]["acc,none"] == pytest.approx((scores["choose"]["acc,none"] + scores["again"]["acc,none"]) / 2)
 
 
@@ -301,20 +298,15 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(folder, capsys):
         evaluate.main([*asked, "--tasks=gone,choose=50,beams,choose=2,write"])
     said = str(error.value)
     assert "\n" not in said and "--include_path=FOLDER" in said and "pip install lm_eval[ifeval,math]" in said
-    few = "--tasks=choose=50: choose has 4 documents, too few for 50 solved examples"
+    few = "--tasks=choose=50: ValueError: Sample larger than population"
     for words in ("--tasks=gone: ", few, "--tasks=beams: ", "num_beams"):
         assert words in said
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names[:4] == ["task", "choose", "choose", "write"]  # acc and acc_norm
-    results = json.loads(out.read_text())
-    assert results["n-shot"] == dict(choose=2, write=0) and {"gone", "beams"} <= results["nanodoge"]["failed"].keys()
+    assert [*map(capsys.readouterr().out.count, ("|choose", "|write"))] == [1, 1]
+    assert json.loads(out.read_text())["n-shot"] == dict(choose=2, write=0)
     # what nobody foresaw keeps its traceback, and loses the others as little
     with pytest.raises(jinja2.UndefinedError):
         evaluate.main([*asked, "--tasks=gone,faulty,write"])
     assert json.loads(out.read_text())["results"].keys() == {"write"}
-    with pytest.raises(ValueError, match="choose has 4 documents, too few for 5"):  # named also when it is the last one
-        evaluate.main([*asked, "--tasks=write,choose=5"])
-    assert json.loads(out.read_text())["nanodoge"]["failed"].keys() == {"choose=5"}
 
 
 def test_wrong_names_of_tasks_are_one_line(folder, monkeypatch):

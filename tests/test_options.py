@@ -64,7 +64,6 @@ def test_values_come_from_defaults_files_and_the_command_line_in_this_order(tmp_
     assert isinstance(options.rate, float)
     assert parse("--parts=b,c", "--rate=1e-3", "--loud=false") == Options(rate=1e-3, parts=["b", "c"])
     assert parse("--name=a=b").name == "a=b"
-    assert parse("--steps=3", base=dict(steps=5, rate=9.0)) == Options(steps=3, rate=9.0)
     assert parse("one", "two", f"--config={config}", positional="parts").parts == ["one", "two"]
 
 

@@ -22,6 +22,7 @@ from helpers import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
+import dpo
 import prepare_data
 import sft
 import train
@@ -280,11 +281,7 @@ BAD = """--init_from=nowhere | no checkpoint folder 'nowhere'
 --data=nowhere | nowhere
 --sequence_length=2 | has no conversations to use
 --micro_batch_tokens=10 | less than one sequence
---batch_size=0 | batch_size=0
---epochs=0 | epochs=0
 --warmup=1 | warmup=1
---eval_answers=-1 | eval_answers=-1
---max_steps=-1 | max_steps=-1
 --hidden_size=9 | no option 'hidden_size'
 --resume | no run to go on with"""
 
@@ -314,12 +311,16 @@ def test_data_of_another_tokenizer_template_or_kind_is_refused(base, data, tmp_p
         run(tmp_path / "run", data, tmp_path / "run", "--overwrite")
 
 
-def test_without_a_word_it_tunes_what_train_py_left(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "stage, start, out, column",
+    [(sft, "stories", "stories-chat", "val_exact"), (dpo, "stories-chat", "stories-preferences", "val_accuracy")],
+)
+def test_without_a_word_it_tunes_what_the_stage_before_left(stage, start, out, column, tmp_path, monkeypatch):
     """`python sft.py`: the built-in conversations are prepared on the spot."""
     monkeypatch.chdir(tmp_path)
-    make_checkpoint(tmp_path / "out" / "stories", max_position_embeddings=1024)  # its tokens are short
+    make_checkpoint(tmp_path / "out" / start, max_position_embeddings=1024)  # its tokens are short
     real = prepare_data.prepare
-    monkeypatch.setattr(prepare_data, "prepare", lambda options: real(dataclasses.replace(options, stories=60), True))
-    sft.main(["--max_steps=2", "--device=cpu", "--eval_answers=4"])
-    log = read_log(tmp_path / "out" / "stories-chat" / "log.csv")
-    assert [row["step"] for row in log] == ["0", "2"] and all(row["val_exact"] != "" for row in log)
+    monkeypatch.setattr(prepare_data, "prepare", lambda options: real(dataclasses.replace(options, stories=50), True))
+    stage.main(["--max_steps=1", "--device=cpu", "--batch_size=4", "--eval_size=4"])
+    log = read_log(tmp_path / "out" / out / "log.csv")
+    assert [row["step"] for row in log] == ["0", "1"] and all(row[column] != "" for row in log)
