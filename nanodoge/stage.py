@@ -233,11 +233,17 @@ def announce(
     memory = machine.peak_memory() + moments  # Adam's, which are made in the first step
     c, source = run.model.config, f", from {options.init_from}" if options.init_from else ""
     experts = f", {c.num_experts_per_tok} of {c.num_experts:,} experts per token" if c.is_moe else ""
+    attention = "causal scaled_dot_product_attention, scores folded into the keys"
+    if options.sequence_length > c.keep_window_size:
+        attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
+    if c.attention == "definition":
+        attention = "by definition, every query with every key: slow"
     time_needed = duration(seconds * micro_batches + more_seconds)
     common = {
         "options": changed(options) or "as --help shows them",
         "model": f"{parameters:,} parameters, {c.num_hidden_layers} layers of {c.hidden_size}{experts}{source}",
         **lines,
+        "attention": attention,
         "device": f"{machine.summary}; {compile_note}",
         "cost": f"{options.max_steps:,} steps, at most about {time_needed}, {memory / 1e9:.2g} GB per process",
     }

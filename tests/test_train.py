@@ -451,6 +451,24 @@ def test_bf16_autocast_learns_like_fp32(data, tmp_path, extra):
     assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bfloat16").values())
 
 
+@pytest.mark.parametrize(
+    "change, attention",
+    [
+        ([], "causal scaled_dot_product_attention, scores folded into the keys\n"),
+        (["--keep_window_size=8"], "; beyond 8 tokens, chunks of live keys\n"),
+        (["--attention=definition"], "by definition, every query with every key: slow\n"),
+    ],
+)
+def test_before_the_first_step_a_run_says_what_it_costs_and_how_it_computes(data, tmp_path, capsys, change, attention):
+    run(data, tmp_path / "run", "--max_steps=1", "--warmup_steps=0", "--decay_steps=0", "--copy_steps=0", *change)
+    printed = [line for line in capsys.readouterr().out.splitlines(keepends=True) if " " in line]
+    lines = dict(line.split(maxsplit=1) for line in reversed(printed))  # of several lines "step ..." the first
+    assert lines["attention"].endswith(attention) and lines["device"].startswith("cpu")
+    for label, said in dict(options="max_steps=1", model="parameters", data="epochs", step="micro-batches").items():
+        assert said in lines[label]
+    assert lines["cost"].startswith("1 steps, at most about") and "GB per process" in lines["cost"]
+
+
 def test_where_torch_compile_fails_the_run_goes_on_and_says_so(data, tmp_path, monkeypatch, capsys):
     def broken(*batch):
         raise RuntimeError("No working C++ compiler found\nand a page of details")
