@@ -218,36 +218,28 @@ def test_as_a_program_with_its_memory(shape, tmp_path):
 # ---- bench.py gpu
 
 
-def fine(device, tiny):
-    return dict(right=True, seconds=0.5)
-
-
-def wrong(device, tiny):
-    raise KeyError("what")
-
-
-def full(device, tiny):
-    return dict(seconds=torch.empty(10**15))
-
-
-def hanging(device, tiny):
-    time.sleep(600)
-
-
-def killed(device, tiny):
-    os._exit(9)
-
-
 FAULTS = dict(wrong="KeyError: 'what'", full="can't allocate memory", hanging="no result after 1 s")
 FAULTS["killed"] = "its process ended with status 9"
 
 
+def behave(device, tiny, how=""):
+    if how == "wrong":
+        raise KeyError("what")
+    if how == "full":
+        torch.empty(10**15)
+    if how == "hanging":
+        time.sleep(600)
+    if how == "killed":
+        os._exit(9)
+    return dict(right=True, seconds=0.5)
+
+
 def faulty():
-    trials = [bench_gpu.Trial("first", fine)]
-    for function in (wrong, full, hanging, killed):
-        trials += [bench_gpu.Trial(function.__name__, function, seconds=1 if function is hanging else 60)]
-        trials += [bench_gpu.Trial(f"after {function.__name__}", fine)]
-    return [(0.5, trials), (0.5, [bench_gpu.Trial("last", fine)])]
+    trials = [bench_gpu.Trial("first", behave)]
+    for how in FAULTS:
+        trials += [bench_gpu.Trial(how, behave, (how,), seconds=1 if how == "hanging" else 60)]
+        trials += [bench_gpu.Trial(f"after {how}", behave)]
+    return [(0.5, trials), (0.5, [bench_gpu.Trial("last", behave)])]
 
 
 def test_a_failing_a_hanging_and_a_full_trial_cost_one_row_each(tmp_path, capsys, monkeypatch):
