@@ -110,7 +110,7 @@ def test_each_row_is_drawn_by_its_own_options():
 # ---- A request's text
 
 
-def many_requests(count=24, **options):
+def many_requests(count=20, **options):
     """Requests of different lengths. (Distinct tokens: equal ones tie up to rounding when keys have to leave.)"""
     lengths = torch.randint(1, 60, (count, 2), generator=torch.Generator().manual_seed(3)).tolist()
     prompts = [distinct_tokens(1, n, 97, seed=i)[0].tolist() for i, (n, _) in enumerate(lengths)]
