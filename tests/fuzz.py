@@ -285,7 +285,7 @@ def reads(stage, folder, words, *argv):
     return STAGES[stage].main, {*STAGES[stage].files, folder}, folder, words, list(argv or STAGES[stage].argv)
 
 
-DATA = 3 * "meta.json " + "*.bin *.answers.jsonl tokenizer.json"
+DATA = 3 * "meta.json " + "*.bin *.answers.jsonl tokenizer.json tokenizer_config.json"
 CHECKPOINT = 6 * "config.json *.safetensors pytorch_model*.bin " + "*.index.json tokenizer.json tokenizer_config.json "
 CHECKPOINT += "chat_template.jinja .saved .saving"
 RUN = 4 * "training_state.pt training_state.pt log.csv " + 2 * "config.json *.safetensors "
