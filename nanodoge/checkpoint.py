@@ -271,8 +271,9 @@ def load_training_state(folder: str | Path) -> dict | None:
         return None
     state = read_pickle(path)
     step = one_line(repr(state.get("step")))[:50]
-    with suppress(SafetensorError, OSError):  # load_model says what is wrong with the weights
-        with safe_open(checkpoint_file(folder, "model.safetensors"), framework="pt") as file:
+    weights = checkpoint_file(folder, "model.safetensors")
+    if weights.is_file():  # opening a named pipe waits for ever; load_model says what is wrong with the weights
+        with suppress(SafetensorError, OSError), safe_open(weights, framework="pt") as file:
             if (stamp := (file.metadata() or {}).get("step", step)) != step:
                 steps = f"model.safetensors is of step {stamp}, training_state.pt of step {step}"
                 raise ValueError(f"{folder} is a mixture of two checkpoints: {steps}; copy it again, whole")

@@ -8,6 +8,7 @@ GPU has of its own, such as its kernels, bfloat16 and memory.
 """
 
 import contextlib
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -22,30 +23,15 @@ POSSIBLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backen
 ANSWERS = "_local_scalar_dense nonzero masked_select equal bincount _unique2 repeat_interleave".split()
 COPIES = "_to_copy", "copy_"
 INDEXES = "index", "index_put", "index_put_"  # they also take indices on the CPU
-
-
-class Backend:
-    """What torch.toy is asked."""
-
-    def get_amp_supported_dtype(self):
-        return [torch.bfloat16]
-
-    def is_available(self):
-        return True
-
-    is_initialized = is_available
-
-    def device_count(self):
-        return 1
-
-    def current_device(self):
-        return 0
-
-    def _is_in_bad_fork(self):
-        return False
-
-    def manual_seed_all(self, seed):  # it draws with the CPU's generators
-        pass
+BACKEND = SimpleNamespace(  # what torch.toy is asked
+    get_amp_supported_dtype=lambda: [torch.bfloat16],
+    is_available=lambda: True,
+    is_initialized=lambda: True,
+    device_count=lambda: 1,
+    current_device=lambda: 0,
+    _is_in_bad_fork=lambda: False,
+    manual_seed_all=lambda seed: None,  # it draws with the CPU's generators
+)
 
 
 class ToyTensor(torch.Tensor):
@@ -85,20 +71,18 @@ class Toy(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         if not hasattr(torch, NAME):  # it stays known to the process, which can have one of its kind
-            backend_registration._setup_privateuseone_for_python_backend(NAME, Backend())
+            backend_registration._setup_privateuseone_for_python_backend(NAME, BACKEND)
         self.waits = []
 
     def __enter__(self):
-        make, generator = torch.tensor, torch.Generator
-        patches = [
+        make, generator, self.rest = torch.tensor, torch.Generator, contextlib.ExitStack()
+        for patched in (
             patch.object(torch, "tensor", lambda data, device=None, **rest: make(data, **rest).to(device)),
             patch.object(torch, "Generator", lambda device=None: generator()),  # the CPU's draws
             patch.object(torch._C, "_InferenceMode", lambda mode: torch.no_grad()),  # it allows no subclass of Tensor
             # Else autograd computes in a thread of the device, if it knew it before its first use.
             torch.autograd.set_multithreading_enabled(False),
-        ]
-        self.rest = contextlib.ExitStack()
-        for patched in patches:
+        ):
             self.rest.enter_context(patched)
         return super().__enter__()
 

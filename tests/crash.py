@@ -16,21 +16,18 @@ Starting Python and torch takes seconds and a step of this model milliseconds, s
 one, which has imported everything and computed nothing. (A process that has computed gradients cannot be forked.)
 What is imported later counts too: if most of a run went by before its first step, no kill would come while it saves.
 
-After the kills: several processes against one; one of several killed, and how soon the others end; a full disk and a
+After the kills: one of several processes killed, and how soon the others end; a full disk and a
 read-only folder (both need root, to mount a small tmpfs); the real torchrun with --max-restarts, and Ctrl-C; and two
 hosts, namespaces with a cable between them (root and iproute2), of which one is cut off for a while.
 """
 
 import contextlib
-import csv
-import faulthandler
 import functools
 import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -45,7 +42,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import helpers  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  (every optimizer imports it: longer than a run)
-from helpers import TINY, TUNE, make_checkpoint, make_data, make_set  # noqa: E402
+from helpers import TINY, TUNE, make_checkpoint, make_data, make_set, write_csv  # noqa: E402
 
 import dpo  # noqa: E402
 import grpo  # noqa: E402
@@ -57,6 +54,7 @@ from nanodoge.options import parse_options, run_command  # noqa: E402
 from nanodoge.run import read_log  # noqa: E402
 
 PATIENCE = 60  # seconds within which a process must end once another one of its run has died
+FORK = multiprocessing.get_context("fork")
 MEETING = 180  # ... if it died while they connected: gloo then waits up to five times --patience
 
 
@@ -73,26 +71,8 @@ class Options:
 # ---- Processes
 
 
-def run_rank(main, argv, log, rank, world_size, port):
-    """The body of a process: main(argv) as a stage's command line runs it, with its output appended to `log`."""
-    faulthandler.register(signal.SIGUSR1)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    os.dup2(1, 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    sys.argv = ["train.py", *argv]
-    run_command(main)
-
-
 def start(main, argv, log, world_size=1):
-    """Forks one process per rank and returns them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = functools.partial(multiprocessing.get_context("fork").Process, target=run_rank)
-    processes = [fork(args=(main, argv, log, rank, world_size, port)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    return processes
+    return helpers.start(FORK, main, argv, log, log, world_size)
 
 
 def wait(processes, seconds=600):
@@ -147,6 +127,7 @@ class Undisturbed:
     def __init__(self, main, argv, folder, world_size=1):
         self.folder, self.snapshots = folder, folder.with_name(folder.name + "-snapshots")
         log = folder.with_suffix(".txt")
+        folder.parent.mkdir()
 
         def main_with_snapshots(argv):
             save = nanodoge.checkpoint.save_checkpoint
@@ -214,10 +195,11 @@ def strike(folder, processes, draw, seconds, number):
 
 def killed(main, argv, root, options, world_size=1, kills=None, number=signal.SIGKILL):
     """Trains with interruptions until `kills` are used up, run after run, then to the end. Returns a table row."""
-    draw, kills, tries, inside, runs, wrong = random.Random(options.seed), kills or options.kills, 0, 0, 0, []
+    draw, kills, tries, inside, runs = random.Random(options.seed), kills or options.kills, 0, 0, 0
     allowed = {0, -number, 128 + number} | ({1, 2} if world_size > 1 else set())  # 1, 2: lost or never met the others
-    root.mkdir()
     whole = Undisturbed(main, argv, root / "whole", world_size)
+    not_compiled = "--compile=on" in argv and "; torch.compile\n" not in (root / "whole.txt").read_text()
+    wrong = ["it did not compile"] * not_compiled
     while tries < kills and not wrong:
         folder, log, step, statuses = root / f"run{runs}", root / f"run{runs}.txt", 0, []
         runs += 1
@@ -235,28 +217,11 @@ def killed(main, argv, root, options, world_size=1, kills=None, number=signal.SI
         if not wrong:
             wrong += whole.compare(folder)
             shutil.rmtree(folder)
-    note = f"{runs} run{'s' * (runs > 1)} of {whole.steps} steps" + "".join(f"; {what}" for what in wrong[:3])
-    return dict(tries=tries, inside_a_save=inside, failures=len(wrong), note=note)
+    note = f"{runs} run{'s' * (runs > 1)} of {whole.steps} steps"
+    return dict(tries=tries, inside_a_save=inside, failures=len(wrong), note="; ".join([note, *wrong[:3]]))
 
 
 # ---- Other failures
-
-
-def as_one(argv, root, world_size):
-    """Several processes against one, and a run that one process began and several continue: the same losses, because
-    the rows of a step are the same. Sums have another order, so they agree to float error and not to the bit."""
-    root.mkdir()
-    alone, several, moved = ([f"--out_dir={root / name}"] for name in ("alone", "several", "moved"))
-    log, statuses = root / "log.txt", []
-    statuses += wait(start(train.main, [*argv, *alone], log))
-    statuses += wait(start(train.main, [*argv, *several], log, world_size))
-    statuses += wait(start(train.main, [*argv, *HALF, *moved], log))
-    statuses += wait(start(train.main, [*moved, "--resume", *LONG[:2]], log, world_size))
-    rows, worst = steady(root / "alone"), 0.0
-    for a, *others in zip(rows, steady(root / "several"), steady(root / "moved"), strict=True):
-        worst = max([worst, *(abs(float(a[k]) - float(b[k])) for b in others for k in ("loss", "val_loss") if a[k])])
-    failures = (worst > 1e-5) + sum(status != 0 for status in statuses)
-    return dict(tries=2, failures=failures, note=f"{len(rows)} steps; losses differ by at most {worst:.1e}")
 
 
 @contextlib.contextmanager
@@ -275,7 +240,6 @@ def disk(argv, root, how):
     it can be written again, the run continues."""
     if os.geteuid():
         return dict(tries=0, failures=0, note="needs root, to mount a disk")
-    root.mkdir()
     whole, tries, wrong, words = Undisturbed(train.main, argv, root / "whole"), 0, [], set()
     needed = sum(path.stat().st_size for path in whole.folder.glob("**/*") if path.is_file())
     shares = [0.001, 0.1, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 0.97, 1.03, 1.1, 1.3] if how == "full" else [3]
@@ -327,7 +291,6 @@ def await_checkpoint(folder):
 def signalled(argv, root, number):
     """torchrun with two processes. SIGKILL for one of them: --max-restarts continues by itself. SIGINT or SIGTERM for
     the launcher, as Ctrl-C or a job queue sends it: the run is saved and says how to continue."""
-    root.mkdir()
     whole, folder, log = Undisturbed(train.main, argv, root / "whole", 2), root / "run", root / "run.txt"
     training = ["train.py", *argv, f"--out_dir={folder}", "--resume_or_start"]
     launcher = torchrun(["--standalone", "--nproc_per_node=2", "--max-restarts=1", *training], log)
@@ -375,7 +338,6 @@ def two_hosts(argv, root):
     the cable is back torchrun starts them again from the last checkpoint."""
     if os.geteuid() or not shutil.which("ip"):
         return dict(tries=0, failures=0, note="needs root and iproute2, to make two hosts")
-    root.mkdir()
     whole, folder = Undisturbed(train.main, argv, root / "whole", 2), root / "run"
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400", "--rdzv-id=hosts"]
     rendezvous += ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=3"]
@@ -415,50 +377,42 @@ WRITE += "--reward_length=1 --kl=0.1 --updates_per_rollout=2".split()
 
 
 def parts(root, options):
-    """{part of the table: a function that makes its row}."""
-    data = make_data(root / "data")
-    pretrain = [*TINY, f"--data={data}", *LONG, "--patience=30"]  # one killed before they connect is waited for so long
+    """{part of the table: what makes its row in a folder}."""
+    pretrain = [*TINY, f"--data={make_data(root / 'data')}", *LONG]
+    pretrain += ["--patience=30"]  # a process that was killed before they connect is waited for so long
     a_fifth, a_tenth = max(1, options.kills // 5), max(1, options.kills // 10)  # for what takes long
 
-    def tune(stage, kind, *extra, kills=None):
-        name = stage.__name__
-        base = make_checkpoint(root / f"{name}-base")
-        rows = make_set(root / f"{name}-rows", base, kind, count=80)
-        argv = [*TUNE, f"--init_from={base}", f"--data={rows}", *LONG[:1], *LONG[2:], *extra]
-        return killed(stage.main, argv, root / name, options, kills=kills)
+    def pretraining(*extra, **more):
+        return functools.partial(killed, train.main, [*pretrain, *extra], options=options, **more)
 
-    def train_killed(name, *extra, **more):
-        return lambda: killed(train.main, [*pretrain, *extra], root / name, options, **more)
+    def tuning(stage, kind, *extra, **more):
+        def row(place):
+            base = make_checkpoint(root / f"{kind}-base")
+            make_set(root / f"{kind}-rows", base, kind, count=80)
+            argv = [*TUNE, f"--init_from={base}", f"--data={root / f'{kind}-rows'}", *LONG[:1], *LONG[2:], *extra]
+            return killed(stage.main, argv, place, options, **more)
 
-    def compiled(name, *extra, **more):
-        row = train_killed(name, "--compile=on", *extra, kills=a_tenth, **more)()
-        eager = not (root / name / "whole.txt").read_text().count("; torch.compile\n")
-        return row | dict(failures=row["failures"] + eager, note=row["note"] + "; it did not compile" * eager)
+        return row
 
     rows = {
-        "train": train_killed("train"),
-        "train_moe_muon_accumulation": train_killed("moe", *MOE),
-        "train_compiled": lambda: compiled("compiled", *MOE),
-        "sft": lambda: tune(sft, "chat", "--eval_answers=0"),
-        "dpo": lambda: tune(dpo, "preferences", kills=a_fifth),
-        "grpo": lambda: tune(grpo, "problems", *WRITE, kills=a_fifth),
-        "train_2_processes": train_killed("two", world_size=2, kills=a_fifth),
-        "train_4_processes": train_killed("four", "--micro_batch_size=1", world_size=4, kills=a_tenth),
-        "train_2_shards": train_killed("shards", "--shard", *MUON, world_size=2, kills=a_fifth),
-        "train_2_shards_compiled": lambda: compiled("shards_compiled", "--shard", *MUON, world_size=2),
-        "train_sigterm": train_killed("term", "--save_every=1", number=signal.SIGTERM),
-        "full_disk": lambda: disk(pretrain, root / "full", "full"),
-        "read_only_disk": lambda: disk(pretrain, root / "read_only", "read-only"),
+        "train": pretraining(),
+        "train_moe_muon_accumulation": pretraining(*MOE),
+        "train_compiled": pretraining("--compile=on", *MOE, kills=a_tenth),
+        "sft": tuning(sft, "chat", "--eval_answers=0"),
+        "dpo": tuning(dpo, "preferences", kills=a_fifth),
+        "grpo": tuning(grpo, "problems", *WRITE, kills=a_fifth),
+        "train_2_processes": pretraining(world_size=2, kills=a_fifth),
+        "train_4_processes": pretraining("--micro_batch_size=1", world_size=4, kills=a_tenth),
+        "train_2_shards": pretraining("--shard", *MUON, world_size=2, kills=a_fifth),
+        "train_2_shards_compiled": pretraining("--compile=on", "--shard", *MUON, world_size=2, kills=a_tenth),
+        "train_sigterm": pretraining("--save_every=1", number=signal.SIGTERM),
+        "full_disk": functools.partial(disk, pretrain, how="full"),
+        "read_only_disk": functools.partial(disk, pretrain, how="read-only"),
+        "two_hosts_one_cut_off": functools.partial(two_hosts, [*pretrain, "--max_steps=100"]),
     }
-    for world_size in (2, 4):
-        for name, more in ((f"{world_size}_processes_as_1", []), (f"{world_size}_shards_as_1", ["--shard"])):
-            argv = [*pretrain, f"--micro_batch_size={4 // world_size}", *more]
-            rows[name] = functools.partial(as_one, argv, root / name, world_size)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):  # asked to stop, a run saves after any step
-        name = f"torchrun_{number.name.lower()}"
         argv = [*pretrain, "--max_steps=100", f"--save_every={2 if number == signal.SIGKILL else 1}"]
-        rows[name] = functools.partial(signalled, argv, root / name, number)
-    rows["two_hosts_one_cut_off"] = functools.partial(two_hosts, [*pretrain, "--max_steps=100"], root / "hosts")
+        rows[f"torchrun_{number.name.lower()}"] = functools.partial(signalled, argv, number=number)
     return rows
 
 
@@ -474,14 +428,12 @@ def main(argv):
             if name not in known:
                 raise ValueError(f"--only={name} is not one of {' '.join(known)}")
             before = time.monotonic()
-            row = dict(part=name) | known[name]()
-            rows.append(dict(seconds=round(time.monotonic() - before)) | row)
-            print(*(f"{key}={rows[-1].get(key, '')}" for key in COLUMNS), sep="  ", flush=True)
+            row = dict(part=name) | known[name](Path(root, name))
+            row = dict(seconds=round(time.monotonic() - before)) | row
+            rows.append({key: row.get(key, "") for key in COLUMNS})
+            print(*(f"{key}={value}" for key, value in rows[-1].items()), sep="  ", flush=True)
     if options.out:
-        with open(options.out, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.out, rows)
     sys.exit(1 if any(row["failures"] for row in rows) else 0)
 
 

@@ -9,9 +9,6 @@ import os
 import pickle
 import shutil
 import struct
-from pathlib import Path
-from random import Random
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +19,21 @@ TEXTS = ["", " ", "\0", "a\0b", "\ud800", "\udcff", "\n", "\u2028", "é\u202e", 
 TEXTS += "../x .. . /dev/null <|pad|> None nan 1e999 -1 1_0 ² ٣ true {} %s --resume a,b C:\\x".split()
 NUMBERS = [0, 1, -1, 2, 3, 7, 255, 2**16, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30, 10**400]
 NUMBERS += [0.0, -0.0, 0.5, 1.5, 1e300, 5e-324, -1e9, math.nan, math.inf, -math.inf]
+DTYPES = dict(mask="u1", offsets="<i8")  # of train.NAME.bin; "<u2" of all others
 DEEP = "@deep@"  # stands for lists in lists, too deep for json to write
 OTHERS = [None, True, False, [], {}, [[]], [None], {"": None}, [1, "a"], DEEP, {"a": {"b": []}}]
 
 
-def nasty(draw: Random) -> Any:
+def nasty(draw):
     """A value that probably does not fit."""
     return draw.choice(draw.choices([NUMBERS, TEXTS, OTHERS], [4, 3, 3])[0])
 
 
-def as_text(value: Any) -> str:
+def as_text(value):
     return str(value).replace(DEEP, "[" * 3000).replace("\0", "")  # no command line can hold a zero byte
 
 
-def corrupt(draw: Random, data: bytes) -> bytes:
+def corrupt(draw, data):
     """The bytes with flipped bits, with pieces removed, doubled or overwritten, or with the end missing."""
     data = bytearray(data)
     for _ in range(draw.choice([1, 1, 1, 2, 5, 20])):
@@ -55,7 +53,7 @@ def corrupt(draw: Random, data: bytes) -> bytes:
     return bytes(data)
 
 
-def twist(draw: Random, value: dict | list) -> None:
+def twist(draw, value):
     """Changes one place in nested dicts and lists: another value, one less, one more, two exchanged, a number off."""
     while value:
         keys = list(value) if isinstance(value, dict) else range(len(value))
@@ -75,33 +73,37 @@ def twist(draw: Random, value: dict | list) -> None:
             value[str(nasty(draw))[:50]] = old
         else:
             value[key] = nasty(draw)
-        return
+        break
 
 
-def dump(value: Any, depth: int = 100_000) -> bytes:
+def dump(value, depth=100_000):
     """JSON of any value: with NaN, half characters, and DEEP as that many nested lists."""
     return json.dumps(value).replace(json.dumps(DEEP), "[" * depth + "]" * depth).encode()
 
 
-# These change a file, or one of a folder, and return why it must be refused, "" if it need not be.
+# These change a file, or one of a folder, and return why it must be refused, if it must.
 
 
-def json_file(draw: Random, path: Path) -> str:
+def json_file(draw, path):
     if draw.random() < 0.25:
         path.write_bytes(corrupt(draw, path.read_bytes()))
-        return ""
+        return None
     value = json.loads(path.read_bytes())
     if draw.random() < 0.1:
         key = draw.choice(list(value))
         path.write_bytes(b"{" + json.dumps(key).encode() + b": 77, " + dump(value)[1:])
         return f"{key} has two values"
-    for _ in range(draw.choice([1, 1, 1, 2, 4])):
-        twist(draw, value)
+    if path.name == "tokenizer.json" and draw.random() < 0.1:
+        value["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = draw.choice([*PATTERNS, "", nasty(draw)])
+    elif path.name == "tokenizer_config.json" and draw.random() < 0.3:
+        value["chat_template"] = template(draw).decode(errors="replace")
+    else:
+        for _ in range(draw.choice([1, 1, 1, 2, 4])):
+            twist(draw, value)
     path.write_bytes(dump(value))
-    return ""
 
 
-def place(draw: Random, path: Path) -> str:
+def place(draw, path):
     """Removes a file or folder, or puts a link, a folder, a pipe or an empty file there."""
     link = draw.choice(["/dev/zero", "../beside/secret", path.name, "../beside", ""])
     if path.is_dir() and not path.is_symlink():
@@ -111,11 +113,11 @@ def place(draw: Random, path: Path) -> str:
         path.symlink_to(link)
     else:
         draw.choice([path.mkdir, lambda: os.mkfifo(path), path.touch, lambda: None])()
-    return ""
 
 
-def numbers(draw: Random, path: Path, dtype: str) -> str:
+def numbers(draw, path):
     """Changes some numbers of a .bin file, or its length."""
+    dtype = DTYPES.get(path.name.split(".")[1], "<u2")
     data, kind = np.fromfile(path, dtype), draw.randrange(5)
     if kind == 0:
         path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
@@ -127,10 +129,10 @@ def numbers(draw: Random, path: Path, dtype: str) -> str:
             value = draw.choice([high, low, 0, 1, 2, 400, draw.randint(low, high)])
             data[draw.randrange(len(data))] = min(value, high)
         data.tofile(path)
-    return "its length is not that of meta.json" if kind < 2 else ""
+    return "its length is not that of meta.json" if kind < 2 else None
 
 
-def safetensors_file(draw: Random, path: Path) -> str:
+def safetensors_file(draw, path):
     data, kind = path.read_bytes(), draw.randrange(6)
     size = struct.unpack("<Q", data[:8])[0]
     header, body = data[8 : 8 + size], data[8 + size :]
@@ -148,10 +150,9 @@ def safetensors_file(draw: Random, path: Path) -> str:
             header_entry(draw, header)
         text = dump(header, 10_000)
         path.write_bytes(struct.pack("<Q", len(text)) + text + body)
-    return ""
 
 
-def header_entry(draw: Random, header: dict) -> None:
+def header_entry(draw, header):
     """Changes one entry of the header of a safetensors file."""
     keys = {"dtype", "shape", "data_offsets"}
     entries = [entry for entry in header.values() if isinstance(entry, dict) and keys <= entry.keys()]
@@ -176,7 +177,7 @@ class Program:
         return open, ("owned", "w")
 
 
-def pickle_file(draw: Random, path: Path) -> str:
+def pickle_file(draw, path):
     data, kind = path.read_bytes(), draw.randrange(6)
     if kind == 0:
         path.write_bytes(corrupt(draw, data))
@@ -196,10 +197,9 @@ def pickle_file(draw: Random, path: Path) -> str:
         for _ in range(draw.choice([1, 1, 2])):
             training_state(draw, state)
         torch.save(state, path)
-    return ""
 
 
-def training_state(draw: Random, state: dict) -> None:
+def training_state(draw, state):
     """Changes one place of a training state, often a tensor of the optimizer."""
     moments = state.get("optimizer")
     moments = moments[draw.choice(list(moments))] if isinstance(moments, dict) and moments else None
@@ -225,36 +225,40 @@ TEMPLATES += ["{{ bos_token }}", "{{ messages | xmlattr }}", "{{ dict(a=1, **1) 
 PATTERNS = r"a (a+)+b ( \p{X} (?=a) . \w+|\s x* (?:.?){9999} (\w+)*\d [\s\S] \1 (?<=a+)b (.*?,){40}P".split()
 
 
-def tokenizer(draw: Random, folder: Path) -> str:
-    """The tokenizer of a checkpoint or data folder: its files, its chat template, the pattern that splits words."""
-    kind = draw.randrange(8)
-    if kind < 5:
-        return json_file(draw, folder / ("tokenizer.json" if kind < 4 else "tokenizer_config.json"))
-    template = draw.choice([draw.choice(TEMPLATES).encode(), corrupt(draw, CHAT_TEMPLATE.encode())])
-    if kind == 5:
-        (folder / "chat_template.jinja").write_bytes(template)
-    elif kind == 6:
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        config["chat_template"] = template.decode(errors="replace")
-        (folder / "tokenizer_config.json").write_bytes(dump(config))
-    elif draw.random() < 0.5:
-        place(draw, folder / draw.choice(["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]))
-    else:
-        document = json.loads((folder / "tokenizer.json").read_text())
-        split = document["pre_tokenizer"]["pretokenizers"][0]["pattern"]
-        split["Regex"] = draw.choice([*PATTERNS, "", nasty(draw)])
-        (folder / "tokenizer.json").write_bytes(dump(document))
-    return ""
+LINES = ["", "{}", "[]", "{", "null", "[]}", '{"answer": 1}', '{"answer": "\\ud800"}', '{"answer": ' + "[" * 5000]
+LINES += ["step\n" + "9" * 5000, '"' + "a" * 200_000, '{"step": "x"}', '{"a": ' + "[" * 9000 + "}"]
 
 
-def checkpoint(draw: Random, folder: Path) -> str:
-    kind = draw.randrange(10)
-    weights = {"parts": "model-00001-of-00002.safetensors", "pickled": "pytorch_model.bin"}
-    weights = folder / weights.get(folder.name, "model.safetensors")
+def lines(draw, path):
+    """Changes a file of lines: answers or a log."""
+    data, kind, bad = path.read_bytes(), draw.randrange(5), draw.choice(LINES).encode()
     if kind < 3:
-        return json_file(draw, folder / "config.json")
-    if kind < 7:
-        return pickle_file(draw, weights) if weights.suffix == ".bin" else safetensors_file(draw, weights)
-    if kind == 8:
-        return tokenizer(draw, folder)
-    return place(draw, draw.choice([*sorted(folder.iterdir()), folder / ".saved", folder / ".saving"]))
+        data = [corrupt(draw, data), data + draw.randbytes(50), bad][kind]
+    elif kind == 3:
+        data = data.replace(*draw.choice([(b"1", "²".encode()), (b",", b",nan")]))
+    else:
+        rows = data.splitlines()
+        rows[draw.randrange(len(rows))] = bad
+        data = b"\n".join(rows)
+    path.write_bytes(data)
+
+
+def template(draw):
+    return draw.choice([draw.choice(TEMPLATES).encode(), corrupt(draw, CHAT_TEMPLATE.encode())])
+
+
+BY_SUFFIX = {".json": json_file, ".safetensors": safetensors_file, ".pt": pickle_file, ".bin": numbers}
+BY_SUFFIX |= {".csv": lines, ".jsonl": lines}
+
+
+def some_file(draw, folder, words):
+    """Damages one of the files of a folder that the words match, each as likely, or puts something else there."""
+    paths = [sorted(folder.glob(word)) or [folder / word] * ("*" not in word) for word in words.split()]
+    path = draw.choice(sum(paths, []))
+    if path.suffix == ".jinja" and draw.random() < 0.9:
+        path.write_bytes(template(draw))
+    elif not path.is_file() or draw.random() < 0.1:
+        place(draw, path)
+    else:
+        return (pickle_file if path.name == "pytorch_model.bin" else BY_SUFFIX[path.suffix])(draw, path)
+    return None

@@ -17,16 +17,14 @@ step or a few tokens. A case passes if all of these hold:
                                      sees every file that the process opens for writing, renames or removes
 
 The damage is a function of (seed, part, number of the case), so every case can be repeated. Cases run in processes
-forked from this one, which has imported everything and computed nothing; if one dies, another does the rest.
-
-The options in BUSY ask for work, so they get no large numbers: a run that does what it was told does not hang. Chat
-templates that loop for ever are not among the cases either: a template is a program, and jinja's sandbox, which keeps
-it from everything else, does not keep it from that.
+forked from this one, which has imported everything and computed nothing; if one dies, another does the rest. Chat
+templates that loop for ever are not among the cases: jinja's sandbox does not keep a template from that.
 """
 
 import contextlib
 import csv
 import datetime
+import functools
 import io
 import json
 import multiprocessing
@@ -39,13 +37,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import namedtuple
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a fork does not copy a pool of threads
@@ -57,8 +54,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import damage  # noqa: E402
 import pyarrow  # noqa: E402
 import pyarrow.parquet  # noqa: E402
+import tokenizers  # noqa: E402
 import torch  # noqa: E402
-from helpers import TINY, TUNE, make_data, make_set, stopped_after  # noqa: E402
+from helpers import TINY, TUNE, make_data, make_set, stopped_after, write_csv  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import convert  # noqa: E402
@@ -71,12 +69,12 @@ import sft  # noqa: E402
 import train  # noqa: E402
 from nanodoge import run  # noqa: E402
 from nanodoge.conversations import SCHEMAS  # noqa: E402
-from nanodoge.options import Count, check_ranges, is_out_of_memory, parse_options, run_command  # noqa: E402
+from nanodoge.options import is_out_of_memory, parse_options, run_command  # noqa: E402
 from nanodoge.readers import split_pieces  # noqa: E402
 from nanodoge.tokenizer import Tokenizer, train_bpe  # noqa: E402
 
-SOURCES = [*HERE.parent.glob("*.py"), *(HERE.parent / "nanodoge").glob("*.py")]
-LINES = {str(path): path.read_text(encoding="utf-8").splitlines() for path in SOURCES}
+OURS = [*HERE.parent.glob("*.py"), *(HERE.parent / "nanodoge").glob("*.py")]
+LINES = {str(path): path.read_text(encoding="utf-8").splitlines() for path in OURS}
 SECONDS = 20  # CPU time of a case
 PATIENCE = 120  # seconds on the clock
 MEMORY = 1 << 30  # bytes that a process may take beyond what it was forked with
@@ -87,34 +85,24 @@ CASES_PER_PROCESS = 1000  # libraries keep a little memory of every case
 class Options:
     """What fuzz.py is asked to do."""
 
-    cases: Count = 10_000  # of all parts
+    cases: int = 10_000  # of all parts
     seed: int = 0  # of the damage
     only: list[str] = field(default_factory=list)  # these parts of PARTS; empty = all
     case: int = -1  # only this case of each part, in this process, with all it prints
     out: str = ""  # csv file to write; empty = none
 
-    def __post_init__(self):
-        check_ranges(self)
-
 
 # ---- Good files, to be damaged
 
 
-class Stage(NamedTuple):
-    """A command line that works, in a folder with these good files."""
-
-    main: Callable[[list[str]], None]
-    options: type
-    files: list[str]
-    argv: list[str]
-
-
+Stage = namedtuple("Stage", "main options files argv")  # a command line that works, in a folder with good files
 TRAIN = [*TINY, "--hidden_size=16", "--intermediate_size=16", "--num_hidden_layers=1", "--batch_tokens=32"]
 TRAIN += "--data=data --out_dir=new --max_steps=2 --warmup_steps=0 --decay_steps=0 --save_every=1".split()
 TUNED = [*TUNE, *"--init_from=model --out_dir=new --max_steps=2 --sequence_length=96".split()]
 TUNED += "--batch_size=4 --save_every=1 --eval_every=2 --eval_size=2".split()
 GRPO = "--data=problems --max_new_tokens=3 --generations=2 --batch_size=2".split()
 PREPARE = "text.txt --out=made --vocab_size=280 --stories=5 --workers=1 --val_fraction=0.3 --piece_chars=100".split()
+SCORE = ["model", "--bpb=data", "--eval_tokens=40"]
 STAGES = {
     "train": Stage(train.main, train.TrainOptions, ["data", "model"], TRAIN),
     "sft": Stage(sft.main, sft.SftOptions, ["chat", "model"], [*TUNED, "--data=chat", "--eval_answers=1"]),
@@ -122,20 +110,19 @@ STAGES = {
     "dpo": Stage(dpo.main, dpo.DpoOptions, ["preferences", "model"], [*TUNED, "--data=preferences"]),
     "grpo": Stage(grpo.main, grpo.GrpoOptions, ["problems", "model"], [*TUNED, *GRPO]),
     "sample": Stage(sample.main, sample.SampleOptions, ["model"], ["model", "--max_new_tokens=3"]),
-    "evaluate": Stage(
-        evaluate.main, evaluate.EvaluateOptions, ["data", "model"], ["model", "--bpb=data", "--eval_tokens=40"]
-    ),
+    "evaluate": Stage(evaluate.main, evaluate.EvaluateOptions, ["data", "model"], SCORE),
     "convert": Stage(convert.main, convert.ConvertOptions, ["model"], ["model", "converted"]),
     "prepare_data": Stage(prepare_data.main, prepare_data.PrepareOptions, ["text.txt"], PREPARE),
 }
 TUNING = ["sft", "labels", "dpo", "grpo"]
-# Options that ask for work get no number above 8; those that need a network, a terminal or a compiler are left alone.
+# Options that ask for work get no number above 8, which would not be a mistake but work; those that need a network, a
+# terminal or a compiler are left alone.
 BUSY = """max_steps epochs batch_size batch_tokens micro_batch_size micro_batch_tokens generations updates_per_rollout
     num_samples max_new_tokens sample_tokens stories""".split()
 ALONE = "sources chat prompt file compile tasks suite include_path cache".split()
 
 
-def build(root: Path) -> None:
+def build(root):
     """Makes one of everything in root/good, and root/beside, which no case may change. Computes gradients, after which
     a process must not be forked."""
     good = root / "good"
@@ -156,8 +143,7 @@ def build(root: Path) -> None:
             STAGES[stage].main([*STAGES[stage].argv, f"--out_dir={stage}-run"])
     weights = load_file("model/model.safetensors")
     for layout in ("parts", "pickled"):  # the same model as several files with an index, and as a pickle
-        shutil.copytree("model", layout)
-        Path(layout, "model.safetensors").unlink()
+        shutil.copytree("model", layout, ignore=shutil.ignore_patterns("model.safetensors"))
     files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
     for file in set(files.values()):
         tensors = {name: weights[name] for name in files if files[name] == file}
@@ -168,10 +154,10 @@ def build(root: Path) -> None:
 
 # ---- The parts: each draws a case and returns (main, argv, why it must be refused or "")
 
-Case = tuple[Callable[[list[str]], None], list[str], str]
+TOKENIZER = "model/tokenizer.json", "model/tokenizer_config.json"
 
 
-def bring(*names: str) -> None:
+def bring(*names):
     """Copies good files into the folder of the case, which is the current one."""
     for name in names:
         source = Path("..") / "good" / name
@@ -179,14 +165,14 @@ def bring(*names: str) -> None:
         shutil.copytree(source, name) if source.is_dir() else shutil.copy(source, name)
 
 
-def some_option(draw: Random, stage: Stage) -> tuple[str, Any]:
+def some_option(draw, stage):
     """The name of an option and a value that probably does not fit."""
     name, value = draw.choice([f.name for f in fields(stage.options) if f.name not in ALONE]), damage.nasty(draw)
     is_large = isinstance(value, int | float) and not abs(value) <= 8
     return name.rstrip("_"), 3 if name in BUSY and is_large else value
 
 
-def command_line(draw: Random) -> Case:
+def command_line(draw):
     stage = draw.choice(list(STAGES.values()))
     argv = list(stage.argv)
     bring(*stage.files)
@@ -211,7 +197,7 @@ VALUES += ["(" * 300 + ")" * 300, "'\\ud800'", "'a\\0b'", "0x" + "f" * 6000, "1 
 VALUES += "1e999 b'x' {} ... 1j f'{1}' [[[]]] None lambda:0 ''' \\ nan {1:2,**{}} {[]:1} +1 1+1j True".split()
 
 
-def config_file(draw: Random) -> Case:
+def config_file(draw):
     stage = draw.choice([stage for name, stage in STAGES.items() if name != "convert"])
     bring(*stage.files)
     words = [word for word in stage.argv if not word.startswith("--")]
@@ -230,15 +216,22 @@ def config_file(draw: Random) -> Case:
     return stage.main, [*words, "--config=c.py", *again], ""
 
 
+SCRAPS = "<think> </think> <tool_call> dog the se < > | |> <|pad|> \u65e5\u672c 12 'll".split() + ["\n\n", " ", "  "]
 PROBE = "The cat's 12345 blue  dogs\n\n\tran: \u00e9t\u00e9, \u6f22\u5b57 \U0001f600!? " + "a" * 40 + " " * 30
-PROBE += "<|pad|>\0\x7f"
+PROBE += "\0\x7f".join(SCRAPS)
 
 
-def use_tokenizer(argv: list[str]) -> None:
-    """Everything that the stages do with a tokenizer."""
+def use_tokenizer(argv):
+    """Everything that the stages do with a tokenizer; its ids are those of `tokenizers`, if that opens the file."""
     tokenizer = Tokenizer.load(argv[0])
     ids = tokenizer.encode(PROBE)
     assert tokenizer.decode(ids) == PROBE, "text is lost"
+    their_ids = ids
+    with contextlib.suppress(Exception):
+        theirs = tokenizers.Tokenizer.from_file(f"{argv[0]}/tokenizer.json")
+        theirs.encode_special_tokens = True
+        their_ids = theirs.encode(PROBE, add_special_tokens=False).ids
+    assert ids == their_ids, "other ids"
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     assert all(0 <= i < tokenizer.vocab_size for i in [*ids, *special])
     assert tokenizer.encode_to_numpy(PROBE).tolist() == ids
@@ -249,50 +242,20 @@ def use_tokenizer(argv: list[str]) -> None:
     assert len(ids) == len(mask) and all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-def tokenizer_files(draw: Random) -> Case:
-    bring("model/tokenizer.json", "model/tokenizer_config.json")
-    return use_tokenizer, ["model"], damage.tokenizer(draw, Path("model"))
+def tokenizer_files(draw):
+    bring(*TOKENIZER)
+    if draw.random() < 0.25:  # saved again by the library, with tokens that users added
+        theirs, flags = tokenizers.Tokenizer.from_file(TOKENIZER[0]), ("lstrip", "rstrip", "single_word")
+        for word in ("".join(draw.choices(SCRAPS, k=draw.choice([1, 1, 2]))) for _ in range(draw.choice([0, 1, 2, 4]))):
+            given = {flag: True for flag in flags if draw.random() < 0.05}
+            theirs.add_tokens([tokenizers.AddedToken(word, normalized=draw.random() < 0.7, **given)])
+        theirs.save(TOKENIZER[0], pretty=draw.random() < 0.5)
+        return use_tokenizer, ["model"], ""
+    words = 4 * "tokenizer.json " + "tokenizer_config.json tokenizer_config.json chat_template.jinja"
+    return use_tokenizer, ["model"], damage.some_file(draw, Path("model"), words)
 
 
-# ---- Tokenizers saved again by others, and runs of one character
-
-SCRAPS = "<think> </think> <tool_call> dog the se < > | |> <|pad|> \u65e5\u672c 12 'll".split() + ["\n\n", " ", "  "]
-
-
-def use_saved_again(argv: list[str]) -> None:
-    """The ids of `tokenizers`, with the tokens that were added there, after it or transformers wrote the folder."""
-    import tokenizers
-
-    ours, text = Tokenizer.load("saved"), Path("text").read_bytes().decode()
-    theirs = tokenizers.Tokenizer.from_file("saved/tokenizer.json")
-    theirs.encode_special_tokens = True
-    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, "other ids"
-    assert ours.decode(ours.encode(text)) == text, "text is lost"
-    assert (ours.digest == Tokenizer.load("model").digest) == (not ours.vocabulary.words), "another tokenizer"
-
-
-def saved_again(draw: Random) -> Case:
-    import tokenizers
-    import transformers
-
-    bring("model/tokenizer.json", "model/tokenizer_config.json")
-    theirs, flags = tokenizers.Tokenizer.from_file("model/tokenizer.json"), ["lstrip", "rstrip", "single_word"]
-    words = ["".join(draw.choices(SCRAPS, k=draw.choice([1, 1, 2]))) for _ in range(draw.choice([0, 0, 1, 1, 2, 4]))]
-    given = [dict.fromkeys([flag for flag in flags if draw.random() < 0.05], True) for _ in words]
-    kinds = [draw.random() < 0.7 for _ in words]
-    added = [tokenizers.AddedToken(w, normalized=n, **g) for w, n, g in zip(words, kinds, given, strict=True)]
-    theirs.add_tokens(added)
-    Path("saved").mkdir()
-    if draw.random() < 0.5:
-        theirs.save("saved/tokenizer.json", pretty=draw.random() < 0.5)
-    else:
-        transformers.PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained("saved")
-        shutil.copy("model/tokenizer_config.json", "saved")
-    Path("text").write_bytes("".join(draw.choices([*SCRAPS, PROBE], k=draw.randrange(30))).encode())
-    return use_saved_again, [], ""
-
-
-def use_run(argv: list[str]) -> None:
+def use_run(argv):
     """Everything that works on text of users, with a bound on the time per byte."""
     tokenizer, text = Tokenizer.load("model"), Path("run").read_bytes().decode()
     assert tokenizer.decode(tokenizer.encode(text)) == text, "text is lost"
@@ -307,8 +270,8 @@ def use_run(argv: list[str]) -> None:
         assert time.process_time() - start < 0.5 + 8e-6 * len(text), "not linear"
 
 
-def long_run(draw: Random) -> Case:
-    bring("model/tokenizer.json", "model/tokenizer_config.json")
+def long_run(draw):
+    bring(*TOKENIZER)
     letters = " \n\r\t\u3000\x1c\u0301'a1^\u00e9\u65e5\U0001f600\ufeff<|"
     unit = "".join(draw.choices(letters, k=draw.choice([1, 1, 1, 2, 3])))
     size = draw.choice([10**6, 500_000, 499_999, 500_001, int(10 ** draw.uniform(0, 6))])
@@ -317,49 +280,46 @@ def long_run(draw: Random) -> Case:
     return use_run, [], ""
 
 
-def text_data(draw: Random) -> Case:
-    name = draw.choice(["train", "evaluate", "evaluate"])
-    bring("data", "model")
-    kind, must, folder = draw.randrange(8), "", Path("data")
-    if kind < 3:
-        must = damage.json_file(draw, folder / "meta.json")
-    elif kind == 3 and name == "train":
-        must = damage.tokenizer(draw, folder)
-        meta = json.loads((folder / "meta.json").read_text())  # made to fit, or the first check would end the case
-        with contextlib.suppress(ValueError, OSError):
-            meta["tokenizer_sha256"] = Tokenizer.load(folder).digest
-        (folder / "meta.json").write_text(json.dumps(meta))
-    elif kind == 4:
-        damage.place(draw, folder / draw.choice(["meta.json", "train.bin", "val.bin", "tokenizer.json"]))
-    else:
-        must = damage.numbers(draw, folder / draw.choice(["val.bin", f"{name}.bin".replace("evaluate", "val")]), "<u2")
-    return STAGES[name].main, STAGES[name].argv, must
+def reads(stage, folder, words, *argv):
+    """A command line that reads a folder in which one of the files that `words` match is damaged."""
+    return STAGES[stage].main, {*STAGES[stage].files, folder}, folder, words, list(argv or STAGES[stage].argv)
 
 
-def tuning_data(draw: Random) -> Case:
-    stage, split, kind, must = STAGES[draw.choice(TUNING)], draw.choice(["train", "val"]), draw.randrange(8), ""
-    bring(*stage.files)
-    folder = Path(stage.files[0])
-    answers = folder / f"{split}.answers.jsonl"
-    if kind < 3:
-        must = damage.json_file(draw, folder / "meta.json")
-    elif kind == 3 and answers.exists():
-        lines = answers.read_text().splitlines()
-        bad = ["", "{}", "[]", '{"answer": 1}', '{"answer": "\\ud800"}', "{", '{"answer": ' + "[" * 5000, "null"]
-        lines[draw.randrange(len(lines))] = draw.choice(bad)
-        data = damage.corrupt(draw, answers.read_bytes())
-        answers.write_bytes(draw.choice([data, "\n".join(lines).encode()]))
-    elif kind == 4:
-        damage.place(draw, draw.choice(sorted(folder.iterdir())))
-    elif kind == 5:
-        must = damage.tokenizer(draw, folder)
-    else:
-        name, dtype = draw.choice([("ids", "<u2"), ("mask", "u1"), ("offsets", "<i8"), ("offsets", "<i8")])
-        must = damage.numbers(draw, folder / f"{split}.{name}.bin", dtype)
-    return stage.main, stage.argv, must
+DATA = 3 * "meta.json " + "*.bin *.answers.jsonl tokenizer.json tokenizer_config.json"
+CHECKPOINT = 6 * "config.json *.safetensors pytorch_model*.bin " + "*.index.json tokenizer.json tokenizer_config.json "
+CHECKPOINT += "chat_template.jinja .saved .saving"
+RUN = 4 * "training_state.pt training_state.pt log.csv " + 2 * "config.json *.safetensors "
+RUN += "tokenizer.json log.csv.new samples loss.png .saved .saving"
+READS = dict(
+    text_data=[reads("train", "data", DATA), *2 * [reads("evaluate", "data", "meta.json val.bin val.bin")]],
+    tuning_data=[reads(stage, STAGES[stage].files[0], DATA) for stage in TUNING],
+    checkpoint=[],
+    convert=[],
+    resume=[reads("train", "model", "training_state.pt", *TRAIN, "--init_from=model")],
+)
+for layout in ("model", "model", "parts", "pickled"):
+    READS["checkpoint"] += 3 * [reads("sample", layout, CHECKPOINT, layout, "--max_new_tokens=3")]
+    READS["checkpoint"] += [reads("sft", layout, CHECKPOINT, *STAGES["sft"].argv, f"--init_from={layout}")]
+    READS["convert"] += [
+        reads("convert", layout, CHECKPOINT, layout, "converted", f"--to={to}") for to in ("nanodoge", "transformers")
+    ]
+for name in ("train", "train", "sft", "dpo", "grpo"):
+    argv = ["--resume", f"--out_dir={name}-run", "--max_steps=2", *["--sample_tokens=0"] * (name == "train")]
+    READS["resume"] += 2 * [reads(name, f"{name}-run", RUN, *argv)]
 
 
-def some_rows(draw: Random, kind: str) -> list:
+def broken_file(draw, part):
+    main, files, folder, words, argv = draw.choice(READS[part])
+    bring(*files)
+    must, meta = damage.some_file(draw, Path(folder), words), Path("data/meta.json")
+    if part == "text_data" and meta.is_file() and meta.read_bytes() == Path("../good/data/meta.json").read_bytes():
+        with contextlib.suppress(ValueError, OSError):  # else the first check would end the case
+            fits = dict(tokenizer_sha256=Tokenizer.load("data").digest)
+            meta.write_text(json.dumps(json.loads(meta.read_text()) | fits))
+    return main, argv, must
+
+
+def some_rows(draw, kind):
     """Good rows of a schema with a few bad ones among them."""
     made = [dict(text=f"number {i} and so on", label="ab"[i % 2]) for i in range(12)]
     if kind not in ("text", "labels"):
@@ -373,7 +333,7 @@ def some_rows(draw: Random, kind: str) -> list:
     return made
 
 
-def some_cell(draw: Random, column: str, i: int) -> Any:
+def some_cell(draw, column, i):
     """What may be in this column of row i: a text, a number, messages in all their spellings."""
     question, answer = f"what comes after {i}", str(i + 1) + " not" * (column == "rejected")
     if column not in ("messages", "conversations", "prompt", "completion", "chosen", "rejected"):
@@ -386,7 +346,7 @@ def some_cell(draw: Random, column: str, i: int) -> Any:
     return draw.choice([turns, json.dumps(turns), turns[-1][said] if len(turns) == 1 else spelled])
 
 
-def prepare_and_count(argv: list[str]) -> None:
+def prepare_and_count(argv):
     """prepare_data.py; then every row has been written or counted as left out."""
     prepare_data.main(argv)
     meta = json.loads(Path("made/meta.json").read_text())
@@ -394,7 +354,7 @@ def prepare_and_count(argv: list[str]) -> None:
     assert meta["request"]["tokens"] or done == meta["rows"], "rows are lost in silence"
 
 
-def write_rows(draw: Random, made: list, path: Path) -> None:
+def write_rows(draw, made, path):
     """A file of rows in the form that its suffix says."""
     if path.suffix == ".parquet":
         for some in (made, [dict(text="the cat")] * 9):  # the first may be rows that no parquet file can hold
@@ -415,7 +375,7 @@ def write_rows(draw: Random, made: list, path: Path) -> None:
         file.write(b"\xef\xbb\xbf" * (draw.random() < 0.2) + data)
 
 
-def rows(draw: Random) -> Case:
+def rows(draw):
     kind = draw.choice(["text", "chat", "preferences", "problems", "labels"])
     suffix = draw.choice(["jsonl", "jsonl", "json", "jsonl.gz", "parquet", "parquet", "csv"])
     path = Path("in", f"a.{suffix}")
@@ -429,57 +389,15 @@ def rows(draw: Random) -> Case:
     argv += ["--tokens=200"] * (draw.random() < 0.2) + ["--labels=a,b"] * (kind == "labels")
     argv += ["--max_left_out=1"] * (draw.random() < 0.5)
     argv += ["--tokenizer=model"] if kind != "text" else ["--vocab_size=270"]
-    bring("model/tokenizer.json", "model/tokenizer_config.json")
+    bring(*TOKENIZER)
     return prepare_and_count, argv, ""
 
 
-def checkpoint(draw: Random) -> Case:
-    layout = draw.choice(["model", "model", "parts", "pickled"])
-    name = draw.choice(["sample", "sample", "sample", "sft"])
-    bring(layout, *["chat"] * (name == "sft"))
-    must = damage.checkpoint(draw, Path(layout))
-    argv = [*STAGES["sft"].argv, f"--init_from={layout}"] if name == "sft" else [layout, "--max_new_tokens=3"]
-    return STAGES[name].main, argv, must
-
-
-def convert_source(draw: Random) -> Case:
-    layout = draw.choice(["model", "parts", "pickled"])
-    bring(layout)
-    argv = [layout, "converted", f"--to={draw.choice(['nanodoge', 'transformers'])}"]
-    return convert.main, argv, damage.checkpoint(draw, Path(layout))
-
-
-def resume(draw: Random) -> Case:
-    name, kind, must = draw.choice(["train", "train", "sft", "dpo", "grpo"]), draw.randrange(10), ""
-    stage, folder = STAGES[name], Path(f"{name}-run")
-    bring(stage.files[0], str(folder))
-    if kind < 5:
-        must = damage.pickle_file(draw, folder / "training_state.pt")
-    elif kind < 7:
-        log = folder / "log.csv"
-        if log.is_file():
-            data = log.read_bytes()
-            bad = [damage.corrupt(draw, data), data + draw.randbytes(50), data.replace(b"1", "²".encode()), b"[]}\n"]
-            bad += [b"step\n" + b"9" * 5000 + b"\n", b'"' + b"a" * 200_000, data.replace(b",", b",nan")]
-            bad += [b'{"step": "x"}\n', b'{"a": ' + b"[" * 9000 + b"}\n"]
-            log.write_bytes(draw.choice(bad))
-    elif kind == 7:
-        names = "log.csv log.csv.new samples .saved .saving loss.png training_state.pt".split()
-        damage.place(draw, folder / draw.choice(names))
-    elif kind == 8 and name == "train":
-        bring("model")
-        must = damage.pickle_file(draw, Path("model/training_state.pt"))
-        return train.main, [*TRAIN, "--init_from=model"], must
-    else:
-        must = damage.checkpoint(draw, folder)
-    argv = ["--resume", f"--out_dir={folder}", "--max_steps=2", *["--sample_tokens=0"] * (name == "train")]
-    return stage.main, argv, must
-
-
 # part: how it draws a case, its share of the cases
-PARTS = dict(command_line=(command_line, 16), config_file=(config_file, 14), tokenizer=(tokenizer_files, 16))
-PARTS |= dict(text_data=(text_data, 8), tuning_data=(tuning_data, 9), rows=(rows, 14), checkpoint=(checkpoint, 10))
-PARTS |= dict(convert=(convert_source, 5), resume=(resume, 8), saved_again=(saved_again, 5), long_run=(long_run, 2))
+PARTS = dict(command_line=(command_line, 16), config_file=(config_file, 14), tokenizer=(tokenizer_files, 21))
+PARTS |= dict(rows=(rows, 14), long_run=(long_run, 2))
+for part, share in dict(text_data=8, tuning_data=9, checkpoint=10, convert=5, resume=8).items():
+    PARTS[part] = functools.partial(broken_file, part=part), share
 
 
 # ---- One case
@@ -493,7 +411,7 @@ def time_is_up(number, frame):
     raise TimeIsUp(f"more than {SECONDS} seconds")
 
 
-def attempt(main: Callable[[list[str]], None], argv: list[str], must: str) -> tuple[str, str]:
+def attempt(main, argv, must):
     """Runs main(argv) as its command line would. Returns "worked", "refused" or what went wrong, and its stderr."""
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     before, result = signal.signal(signal.SIGPROF, time_is_up), "worked"
@@ -520,7 +438,7 @@ def attempt(main: Callable[[list[str]], None], argv: list[str], must: str) -> tu
     return (f"read silently, though {must}" if result == "worked" and must else result), said
 
 
-def why_refused(stop: SystemExit) -> str:
+def why_refused(stop):
     """ "refused" if the error line is an OSError or a ValueError that our code raises itself, else what it is."""
     error = stop.__context__
     if is_out_of_memory(error) or "out of memory" in str(error):
@@ -535,7 +453,7 @@ def why_refused(stop: SystemExit) -> str:
 OUTSIDE = []  # what the current case wrote, renamed or removed outside its folder
 
 
-def watch(event: str, args: tuple) -> None:
+def watch(event, args):
     """The audit hook that fills OUTSIDE (see sys.addaudithook)."""
     if event == "open" and (not isinstance(args[0], str | bytes) or not args[2] & (os.O_WRONLY | os.O_RDWR)):
         return
@@ -549,20 +467,20 @@ def watch(event: str, args: tuple) -> None:
             OUTSIDE.append(f"{event} {path}")
 
 
-def is_untouched(root: Path) -> bool:
+def is_untouched(root):
     """Whether root and root/beside hold what they did before the first case."""
     names = [sorted(path.name for path in folder.iterdir()) for folder in (root, root / "beside")]
     return names == [["beside", "case", "good"], ["secret"]] and (root / "beside/secret").read_text() == "secret"
 
 
 @contextlib.contextmanager
-def quick() -> Iterator[None]:
+def quick():
     """Without pictures, and without waiting for the disk."""
     with mock.patch.object(run, "plot_loss", lambda *paths: None), mock.patch.object(os, "fsync", lambda number: None):
         yield
 
 
-def run_case(root: Path, part: str, number: int, seed: int) -> tuple[str, str]:
+def run_case(root, part, number, seed):
     """One case in the folder root/case. Returns its result (see attempt), and its command line and what it said."""
     place = root / "case"
     shutil.rmtree(place, ignore_errors=True)
@@ -589,51 +507,41 @@ def run_case(root: Path, part: str, number: int, seed: int) -> tuple[str, str]:
 FORK = multiprocessing.get_context("fork")
 
 
-def limit_process() -> None:
+def limit_process():
     """Called in a new process: limits its memory and starts to watch what it writes."""
     used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, used + MEMORY))
     sys.addaudithook(watch)
 
 
-def run_part(root: Path, part: str, count: int, seed: int) -> dict[str, Any]:
+def run_part(root, part, count, seed):
     """Runs `count` cases and returns a row of the table."""
     start, results = time.monotonic(), []
     while len(results) < count:
         with futures.ProcessPoolExecutor(1, FORK, limit_process) as pool:
-            process, alive = pool.submit(os.getpid).result(), True
+            process = pool.submit(os.getpid).result()
             for number in range(len(results), min(count, len(results) + CASES_PER_PROCESS)):
                 try:
                     results.append(pool.submit(run_case, root, part, number, seed).result(PATIENCE)[0])
                 except (futures.TimeoutError, BrokenProcessPool) as error:
                     results.append(f"the process ended or took more than {PATIENCE} s: {type(error).__name__}")
-                    alive = False
-                if results[-1] not in ("worked", "refused"):
-                    print(f"{part} {number}: {results[-1]}", flush=True)
-                if not alive:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)
                     break
     counts = {result: results.count(result) for result in ("refused", "worked")}
     bad = [f"{number}: {result}" for number, result in enumerate(results) if result not in counts]
+    for line in bad:
+        print(part, line, flush=True)
     row = dict(part=part, cases=count) | counts | dict(failures=len(bad))
     return row | dict(seconds=round(time.monotonic() - start), note="; ".join(bad[:3]))
 
 
-def shares(cases: int, parts: list[str]) -> dict[str, int]:
-    """How many of the cases each part gets."""
-    weights = {part: PARTS[part][1] for part in parts}
-    counts = {part: cases * weight // sum(weights.values()) for part, weight in weights.items()}
-    counts[parts[0]] += cases - sum(counts.values())
-    return counts
-
-
-def main(argv: list[str]) -> None:
+def main(argv):
     options, table = parse_options(Options, argv), []
     if unknown := set(options.only) - set(PARTS):
-        sys.exit(f"error: --only={','.join(unknown)} is not one of {' '.join(PARTS)}")
+        raise ValueError(f"--only={','.join(unknown)} is not one of {' '.join(PARTS)}")
     sys.dont_write_bytecode = True
-    out = Path(options.out).absolute()
+    out, parts = Path(options.out).absolute(), options.only or list(PARTS)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), quick():
@@ -641,19 +549,17 @@ def main(argv: list[str]) -> None:
             child.start()
             child.join()
         assert child.exitcode == 0, "the good files cannot be made"
-        for part, count in shares(options.cases, options.only or list(PARTS)).items():
+        for part in parts:
             if options.case >= 0:
                 print(part, options.case, *run_case(root, part, options.case, options.seed), sep="\n")
                 continue
-            table.append(run_part(root, part, count, options.seed))
+            share = PARTS[part][1] / sum(PARTS[part][1] for part in parts)
+            table.append(run_part(root, part, round(options.cases * share), options.seed))
             print(*(f"{key}={value}" for key, value in table[-1].items()), sep="  ", flush=True)
         os.chdir(HERE)
     if options.out:
         facts = dict(date=datetime.date.today().isoformat(), python=platform.python_version(), torch=torch.__version__)
-        with open(out, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*table[0], *facts], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | facts for row in table)
+        write_csv(out, [row | facts for row in table])
     sys.exit(1 if any(row["failures"] for row in table) else 0)
 
 

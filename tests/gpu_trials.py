@@ -73,51 +73,52 @@ def attention(device, tiny, attend, dtype, window):
     return result(error, dtype, window=window, length=768, note=note)
 
 
+def case_and_reference(device, tiny, name, length, how, **changes):
+    """A case of bench.py in float32, and its model by definition or (how) that of transformers."""
+    config = replace(bench.config_of(name), **changes)
+    config = replace(config, **TINY, num_experts=64, num_experts_per_tok=4) if tiny else config
+    case = bench.Case("decode", "", bench.BenchOptions(["decode"], device=device), name, config, "float32", length)
+    if how != "transformers":
+        return case, bench.make_model(case._replace(config=replace(config, attention="definition")))[0]
+    peer = bench.peer_model(case, "float32")
+    peer.set_attn_implementation("eager")
+    return case, peer
+
+
 def model(device, tiny, name, dtype, window, how=""):
     """Loss and gradient of two layers, against the same weights by definition, in the same dtype, or (how) by
     transformers in float32. With experts bfloat16 is not judged: a last bit changes which are chosen (NOTES.md)."""
-    config = replace(bench.config_of(name), num_hidden_layers=2, keep_window_size=window, vocab_size=1024)
-    config = replace(config, **TINY, num_experts=64, num_experts_per_tok=4) if tiny else config
-    options = bench.BenchOptions(["train"], device=device)
-    case = bench.Case("train", "", options, name, config, "float32", 768)
+    changes = dict(num_hidden_layers=2, keep_window_size=window, vocab_size=1024)
+    case, other = case_and_reference(device, tiny, name, 768, how, **changes)
     ours, _ = bench.make_model(case)
     # No token twice: equal tokens have equal scores in the first layer, and transformers breaks ties anyhow.
-    tokens = torch.randperm(config.vocab_size, device=device)[None, :768]
+    tokens = torch.randperm(1024, device=device)[None, :768]
     targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
-    if how == "transformers":
-        other = bench.peer_model(case, "float32")
-        other.set_attn_implementation("eager")
-        expected = other(tokens, labels=tokens, use_cache=False).loss
-    else:
-        other, _ = bench.make_model(case._replace(config=replace(config, attention="definition")))
-        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
-            expected = other(tokens, targets)[1]
     whole = window >= tokens.shape[1]  # within the window a break of the graph is an error
     network = torch.compile(ours, fullgraph=whole) if how == "compiled" else ours
     with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
         loss = network(tokens, targets)[1]
+        if how == "transformers":
+            expected = other(tokens, labels=tokens, use_cache=False).loss
+        else:
+            expected = other(tokens, targets)[1]
     gradients = []
     for loss_of, network in ((loss, ours), (expected, other)):
         weights = [p for _, p in sorted(network.named_parameters())]
         gradients.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(loss_of, weights)]))
     row = result(max(off(loss, expected), off(*gradients)), dtype, window=window, length=768)
-    return row | dict(right="", note="not judged") if config.is_moe and dtype == "bfloat16" else row
+    return row | dict(right="", note="not judged") if case.config.is_moe and dtype == "bfloat16" else row
 
 
 def text(device, tiny, name, dtype, how=""):
     """How many of 32 greedy tokens after 300, by engine and Decoder, are those of the definition, or of transformers
     within the window, in float32. Rounded weights may choose others."""
-    config = replace(bench.config_of(name), keep_window_size=1024 if how else 256)
-    config = replace(config, **TINY, num_experts=64, num_experts_per_tok=4) if tiny else config
-    case = bench.Case("decode", "", bench.BenchOptions(["decode"], device=device), name, config, "float32", 300)
+    case, other = case_and_reference(device, tiny, name, 300, how, keep_window_size=1024 if how else 256)
     ours, prompt = bench.make_model(case)
     if how == "transformers":
         settings = dict(attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=None, pad_token_id=0)
-        peer = bench.peer_model(case, "float32")
-        peer.set_attn_implementation("eager")
-        expected = peer.generate(prompt, max_new_tokens=32, **settings)[:, 300:]
+        expected = other.generate(prompt, max_new_tokens=32, **settings)[:, 300:]
     else:
-        other, _ = bench.make_model(case._replace(config=replace(config, attention="definition")))
         expected = other.generate(prompt, 32, temperature=0)
     engine = Engine(ours, Decoder(ours, getattr(torch, dtype)), slots=1)
     [found] = engine.generate([Request(prompt[0].tolist(), 32, temperature=0)])
@@ -146,12 +147,8 @@ def resume(device, tiny, deterministic):
     torch.use_deterministic_algorithms(deterministic)
     options = ["--compile=off", *([] if tiny else ["--batch_tokens=65536"])]
     with tempfile.TemporaryDirectory() as folder:
-        for run, *more in (
-            ["whole", "--max_steps=8"],
-            ["parts", "--max_steps=4"],
-            ["parts", "--max_steps=8", "--resume"],
-        ):
-            run_recipe(device, tiny, folder, run, *options, *more)
+        for words in ("whole --max_steps=8", "parts --max_steps=4", "parts --max_steps=8 --resume"):
+            run_recipe(device, tiny, folder, *words.split(), *options)
         models = [load_model(f"{folder}/{run}")[0] for run in ("parts", "whole")]
         parts, whole = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
     torch.use_deterministic_algorithms(False)
@@ -220,7 +217,7 @@ def limits(device, tiny):
         note = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
         note += f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     size, place = 2**24 if tiny else 2**31, torch.device(device)
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    source, target = torch.empty(2, size, dtype=torch.uint8, device=device)
     seconds = median(measure.alternate({"": lambda: target.copy_(source)}, 0, place)[""])
     product, read = (measure.machine_limit(unit, size, place, torch.bfloat16) for unit in ("FLOP", "bytes"))
     return dict(tflops=product / 1e12, read_gb=read / 1e9, copy_gb=2 * size / seconds / 1e9, note=note)
@@ -375,7 +372,7 @@ def recipe(device, tiny, steps=100, seconds=100):
         {key: log[-1][key] for key in ("step", "loss", "mfu")},
     )
     note = f"{len(log)} logged steps, the slowest at {min(rates):,.0f} tokens/s; the host waited at {dict(waits)}"
-    return last | dict(tokens_per_second=median(rates), note=note)
+    return dict(step=last["step"], loss=last["loss"], mfu=last["mfu"], tokens_per_second=median(rates), note=note)
 
 
 # What stands for what else in a training step: {what is called so: {name: other object}}.
@@ -386,11 +383,8 @@ VARIANTS = {
     "automatic norms": {"nanodoge.memory.rms_norm": automatic_norm},
 }
 OPTIMIZERS = {"fused": {}, "foreach": {"torch.optim.AdamW": lambda p, lr, fused: ADAMW(p, lr=lr, foreach=True)}}
-OPTIMIZERS["Muon"] = {"torch.optim.AdamW": lambda p, lr, fused: Muon(hidden_matrices(p), lr=lr)}
-
-
-def hidden_matrices(parameters):
-    return [p for p in parameters if 1 < p.ndim and len(p) < 32768]
+MATRICES = {"torch.optim.AdamW": lambda p, lr, fused: Muon([w for w in p if 1 < w.ndim and len(w) < 32768], lr=lr)}
+OPTIMIZERS["Muon"] = MATRICES  # of the hidden layers
 
 
 def trace(function, original=torch.compile, fullgraph=False, **options):

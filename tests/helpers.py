@@ -1,10 +1,13 @@
 """What several tests need: a small data folder, a small checkpoint, a run of a few seconds."""
 
 import contextlib
+import csv
+import faulthandler
 import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -94,6 +97,14 @@ def make_set(folder, checkpoint, kind="chat", count=120, rows=None, **options):
     return prepare_data.prepare(prepare_data.PrepareOptions([str(source)], str(folder), **options), quiet=True)
 
 
+def write_csv(path, rows):
+    """Writes rows, of which the first has all columns."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 # ---- Runs
 
 
@@ -160,32 +171,42 @@ STARTED = multiprocessing.get_context("spawn" if sys.platform == "win32" else "f
 STARTED.set_forkserver_preload("crash dpo grpo prepare_data sample sft train torch.distributed.fsdp".split())
 
 
-def call(main, argv, rank, world_size, port, folder):
-    """The body of a process of `command`."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+def call(main, argv, rank, world_size, port, out, err):
+    """The body of a process of `start`."""
+    if hasattr(faulthandler, "register"):  # not on Windows
+        faulthandler.register(signal.SIGUSR1)  # writes the stack
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv = [f"{main.__module__}.py", *argv]
     run_command(main)
 
 
-def command(main, argv, processes=1, timeout=120):
-    """What `python train.py ARGV` does (with main = train.main), or torchrun with several processes. Returns stdout and
-    stderr of all ranks, and the returncode of the first that failed, else 0."""
+def start(context, main, argv, out, err, world_size=1):
+    """The started processes, one per rank, of what `python train.py ARGV` does with main = train.main. They append what
+    they print to the files `out` and `err`. context: of multiprocessing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    each = [(main, argv, rank, world_size, port, out, err) for rank in range(world_size)]
+    processes = [context.Process(target=call, args=args) for args in each]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def command(main, argv, processes=1, timeout=120):
+    """Runs a command line in processes of its own. Returns stdout and stderr of all ranks, and the returncode of the
+    first that failed, else 0."""
     with tempfile.TemporaryDirectory() as folder:
-        each = [(main, argv, rank, processes, port, folder) for rank in range(processes)]
-        started = [STARTED.Process(target=call, args=args) for args in each]
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
         with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the one that imports
-            for process in started:
-                process.start()
+            started = start(STARTED, main, argv, *files, processes)
         for process in started:
             process.join(timeout)
             process.kill()
             process.join()
-        out, err = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+        out, err = (path.read_text(encoding="utf-8") for path in files)
     return SimpleNamespace(returncode=next((p.exitcode for p in started if p.exitcode), 0), stdout=out, stderr=err)
 
 

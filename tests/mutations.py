@@ -15,99 +15,56 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 900  # seconds of one run of pytest
 
+# name | file | files of tests that should notice; then the code, which stands in the file once, and what replaces it
+MUTATIONS = r"""
+tie rule: of equal scores the earlier key wins | nanodoge/attention.py | test_model.py
+- return s.shape[-1] - 1 - s.flip(-1).sort(dim=-1, descending=True, stable=True).indices
++ return s.sort(dim=-1, descending=True, stable=True).indices
 
-class Mutation(NamedTuple):
-    name: str
-    file: str
-    code: str  # stands in the file exactly once
-    instead: str
-    tests: str  # files that should notice
+mask: the EOS that ends an answer is not learned | nanodoge/template.py | test_tokenizer.py test_sft.py
+- {{- eos_token }}\n        {%- endgeneration %}
++ {%- endgeneration %}{{- eos_token }}
 
+padding: it gets attention | model.py | test_model.py
+- s = s.masked_fill(padding[:, None], NEVER)
++ pass
 
-MUTATIONS = [
-    Mutation(
-        "tie rule: of equal scores the earlier key wins",
-        "nanodoge/attention.py",
-        "return s.shape[-1] - 1 - s.flip(-1).sort(dim=-1, descending=True, stable=True).indices",
-        "return s.sort(dim=-1, descending=True, stable=True).indices",
-        "test_model.py",
-    ),
-    Mutation(
-        "mask: the EOS that ends an answer is not learned",
-        "nanodoge/template.py",
-        "{{- eos_token }}\n        {%- endgeneration %}",
-        "{%- endgeneration %}{{- eos_token }}",
-        "test_tokenizer.py test_sft.py",
-    ),
-    Mutation(
-        "padding: it gets attention",
-        "model.py",
-        "s = s.masked_fill(padding[:, None], NEVER)",
-        "pass",
-        "test_model.py",
-    ),
-    Mutation(
-        "router: half of its scores are those of the next token",
-        "model.py",
-        "logits = self.router_gate(x).unflatten(-1, (2, self.num_keys)).float()\n        best",
-        "logits = self.router_gate(x.roll(-1, dims=1)).unflatten(-1, (2, self.num_keys)).float()\n        best",
-        "test_model.py",
-    ),
-    Mutation(
-        "resume: Adam's count of steps is one too many",
-        "nanodoge/checkpoint.py",
-        "shard_like(v, p) if v.dim() else v\n",
-        "shard_like(v, p) if v.dim() else v + 1\n",
-        "test_train.py test_sft.py",
-    ),
-    Mutation(
-        "order: a resumed run reads the data in another order",
-        "nanodoge/run.py",
-        "self.row = row or None",
-        "self.row, self.options.seed = row or None, self.options.seed + 1",
-        "test_train.py test_sft.py",
-    ),
-    Mutation(
-        "tied: the output matrix gives the embedding no gradient",
-        "model.py",
-        "return self.embed_tokens.weight if self.config.tie_word_embeddings else",
-        "return self.embed_tokens.weight.detach() if self.config.tie_word_embeddings else",
-        "test_model.py",
-    ),
-    Mutation(
-        "special tokens: what a user types can be one",
-        "nanodoge/tokenizer.py",
-        "splitter(may_use.get(role, ()))",
-        "splitter(may_use.get(role, self.special_tokens))",
-        "test_tokenizer.py test_conversations.py",
-    ),
-    Mutation(
-        "loss: a mean of the micro-batches' means",
-        "sft.py",
-        "loss_sum(run.network, *data.batch(group), machine) / targets",
-        "loss_sum(run.network, *data.batch(group), machine) / int(data.targets[group].sum()) / len(groups)",
-        "test_sft.py",
-    ),
-    Mutation(
-        "cache: the new key takes another slot than the weakest",
-        "nanodoge/attention.py",
-        "masked_fill(~weakest, last).argmin(-1, keepdim=True)",
-        "masked_fill(~weakest, last).argmax(-1, keepdim=True)",
-        "test_model.py",
-    ),
-    Mutation(
-        "rename: the files of a checkpoint appear one after the other",
-        "nanodoge/checkpoint.py",
-        "os.rename(saving, saved)",
-        "[os.replace(path, folder / path.name) for path in sorted(saving.iterdir())]",
-        "test_checkpoint.py",
-    ),
-]
+router: half of its scores are those of the next token | model.py | test_model.py
+- logits = self.router_gate(x).unflatten(-1, (2, self.num_keys)).float()\n        best
++ logits = self.router_gate(x.roll(-1, dims=1)).unflatten(-1, (2, self.num_keys)).float()\n        best
+
+resume: Adam's count of steps is one too many | nanodoge/checkpoint.py | test_train.py test_sft.py
+- shard_like(v, p) if v.dim() else v\n
++ shard_like(v, p) if v.dim() else v + 1\n
+
+order: a resumed run reads the data in another order | nanodoge/run.py | test_train.py test_sft.py
+- self.row = row or None
++ self.row, self.options.seed = row or None, self.options.seed + 1
+
+tied: the output matrix gives the embedding no gradient | model.py | test_model.py
+- return self.embed_tokens.weight if self.config.tie_word_embeddings else
++ return self.embed_tokens.weight.detach() if self.config.tie_word_embeddings else
+
+special tokens: what a user types can be one | nanodoge/tokenizer.py | test_tokenizer.py test_conversations.py
+- splitter(may_use.get(role, ()))
++ splitter(may_use.get(role, self.special_tokens))
+
+loss: a mean of the micro-batches' means | sft.py | test_sft.py
+- loss_sum(run.network, *data.batch(group), machine) / targets
++ loss_sum(run.network, *data.batch(group), machine) / int(data.targets[group].sum()) / len(groups)
+
+cache: the new key takes another slot than the weakest | nanodoge/attention.py | test_model.py
+- masked_fill(~weakest, last).argmin(-1, keepdim=True)
++ masked_fill(~weakest, last).argmax(-1, keepdim=True)
+
+rename: the files of a checkpoint appear one after the other | nanodoge/checkpoint.py | test_checkpoint.py
+- os.rename(saving, saved)
++ [os.replace(path, folder / path.name) for path in sorted(saving.iterdir())]
+"""
 
 
 def first_failure(folder, tests):
@@ -127,18 +84,21 @@ def main(*only):
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place, "copy")
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "out", "data"))
-        for mutation in [m for m in MUTATIONS if m.name.startswith(only or "")]:
-            path = copy / mutation.file
-            text = path.read_text(encoding="utf-8")
-            if (count := text.count(mutation.code)) != 1:
-                sys.exit(f"{mutation.name}: {mutation.file} has {count} times, not once: {mutation.code}")
-            path.write_text(text.replace(mutation.code, mutation.instead), encoding="utf-8")
-            failed = first_failure(copy, [f"tests/{name}" for name in mutation.tests.split()])
-            path.write_text(text, encoding="utf-8")
+        for mutation in MUTATIONS.strip().split("\n\n"):
+            head, *lines = mutation.split("\n")
+            (name, file, tests), (code, instead) = head.split(" | "), (line[2:].replace(r"\n", "\n") for line in lines)
+            if not name.startswith(only or ""):
+                continue
+            text = (copy / file).read_text(encoding="utf-8")
+            if (count := text.count(code)) != 1:
+                sys.exit(f"{name}: {file} has {count} times, not once: {code}")
+            (copy / file).write_text(text.replace(code, instead), encoding="utf-8")
+            failed = first_failure(copy, [f"tests/{name}" for name in tests.split()])
+            (copy / file).write_text(text, encoding="utf-8")
             before = failed and first_failure(copy, [failed])
             unnoticed += not failed or bool(before)
             said = failed or "NOT NOTICED"
-            print(f"{mutation.name:<64}{said}{', WITHOUT IT TOO: ' + before if before else ''}", flush=True)
+            print(f"{name:<64}{said}{', WITHOUT IT TOO: ' + before if before else ''}", flush=True)
     return 1 if unnoticed else 0
 
 

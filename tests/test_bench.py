@@ -190,20 +190,19 @@ MISTAKES = {
     "decode --pear": "did you mean 'peer'",
     "gpu train": "gpu is measured alone",
     "gpu --minutes=0": "--minutes=0 must be a number from 1 up",
+    "train --peer=llama.cpp": "^--peer=llama.cpp is for decode$",
+    "decode --peer=llama.cpp": "^llama.cpp needs two packages: pip install llama-cpp-python gguf$",
+    "decode --peer": "^--peer needs transformers, which is not installed here$",
 }
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_a_mistake_is_one_line(line):
+def test_a_mistake_or_a_missing_peer_is_one_line(line, monkeypatch):
+    for name in ("transformers", "llama_cpp"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=MISTAKES[line]) as error:
         bench.main(line.split())
     assert "\n" not in str(error.value)
-
-
-def test_a_missing_peer_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="^--peer needs transformers, which is not installed here$"):
-        bench.main(["decode", "--peer"])
 
 
 def test_as_a_program_with_its_memory(shape, tmp_path):
@@ -219,36 +218,28 @@ def test_as_a_program_with_its_memory(shape, tmp_path):
 # ---- bench.py gpu
 
 
-def fine(device, tiny):
-    return dict(right=True, seconds=0.5)
-
-
-def wrong(device, tiny):
-    raise KeyError("what")
-
-
-def full(device, tiny):
-    return dict(seconds=torch.empty(10**15))
-
-
-def hanging(device, tiny):
-    time.sleep(600)
-
-
-def killed(device, tiny):
-    os._exit(9)
-
-
-FAULTS = {"wrong": "KeyError: 'what'", "full": "can't allocate memory", "hanging": "no result after 1 s"}
+FAULTS = dict(wrong="KeyError: 'what'", full="can't allocate memory", hanging="no result after 1 s")
 FAULTS["killed"] = "its process ended with status 9"
 
 
+def behave(device, tiny, how=""):
+    if how == "wrong":
+        raise KeyError("what")
+    if how == "full":
+        torch.empty(10**15)
+    if how == "hanging":
+        time.sleep(600)
+    if how == "killed":
+        os._exit(9)
+    return dict(right=True, seconds=0.5)
+
+
 def faulty():
-    trials = [bench_gpu.Trial("first", fine)]
-    for function in (wrong, full, hanging, killed):
-        trials += [bench_gpu.Trial(function.__name__, function, seconds=1 if function is hanging else 60)]
-        trials += [bench_gpu.Trial(f"after {function.__name__}", fine)]
-    return [(0.5, trials), (0.5, [bench_gpu.Trial("last", fine)])]
+    trials = [bench_gpu.Trial("first", behave)]
+    for how in FAULTS:
+        trials += [bench_gpu.Trial(how, behave, (how,), seconds=1 if how == "hanging" else 60)]
+        trials += [bench_gpu.Trial(f"after {how}", behave)]
+    return [(0.5, trials), (0.5, [bench_gpu.Trial("last", behave)])]
 
 
 def test_a_failing_a_hanging_and_a_full_trial_cost_one_row_each(tmp_path, capsys, monkeypatch):
@@ -261,9 +252,8 @@ def test_a_failing_a_hanging_and_a_full_trial_cost_one_row_each(tmp_path, capsys
         assert FAULTS.get(row["trial"], "") in row.get("failed", "") and ("failed" in row) == (row["trial"] in FAULTS)
     with open(table, newline="", encoding="utf-8") as file:
         assert [row["failed"] for row in csv.DictReader(file)] == [row.get("failed", "") for row in rows]
-    assert "a rehearsal" in (printed := capsys.readouterr().out) and all(
-        reason in printed for reason in FAULTS.values()
-    )
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ["a rehearsal", *FAULTS.values()])
 
 
 def test_hours_are_forecast_from_the_best_rate(capsys):
@@ -318,11 +308,8 @@ def test_candidates_compute_the_same():
 
 def test_flop_of_a_step_agree_with_those_torch_counts():
     """The definition computes all T x T pairs, of which flops_per_token counts the visible ones."""
-    model, tokens, T = (
-        Doge(DogeConfig(**SHAPE | dict(keep_window_size=64), attention="definition")),
-        torch.zeros(2, 64).long(),
-        64,
-    )
+    model, T = Doge(DogeConfig(**SHAPE | dict(keep_window_size=64), attention="definition")), 64
+    tokens = torch.zeros(2, T).long()
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(tokens)[0].flatten(0, 1), tokens.flatten()).backward()
     pairs = 12 * 32 * 2 * (T - (T + 1) / 2)  # 12 C per pair and layer
@@ -334,11 +321,3 @@ def test_llama_cpp_is_a_peer(shape, tmp_path, capsys, quick):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     [row], printed = table(tmp_path, capsys, "decode", "--peer=llama.cpp", shape, "--new_tokens=3", "--batch_size=2")
     assert row["peer"] == "F32" and float(row["peer_seconds"]) > 0 and row["speedup"] and "F32" in printed
-
-
-def test_llama_cpp_is_asked_for_where_it_has_something_to_do(monkeypatch):
-    with pytest.raises(ValueError, match="^--peer=llama.cpp is for decode$"):
-        bench.main(["train", "--peer=llama.cpp"])
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(ValueError, match="^llama.cpp needs two packages: pip install llama-cpp-python gguf$"):
-        bench.main(["decode", "--peer=llama.cpp"])

@@ -194,6 +194,7 @@ def test_a_pipe_in_place_of_the_weights_is_not_waited_for(folder, name):
     os.mkfifo(folder / name)
     with pytest.raises(ValueError, match=f"{name} is not a file"):
         load_model(folder)
+    load_training_state(folder)
 
 
 FULL_DISK = {  # the ways in which the libraries say it, as tests/crash.py met them

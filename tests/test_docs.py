@@ -264,12 +264,39 @@ def test_readme_is_short():
     assert len((HERE / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
 
 
-# ---- Tables
+# ---- Figures in sentences, and tables
 
 
 def rows_of_csv(name):
     with open(HERE / "results" / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def column(name, key):
+    return [float(row[key]) for row in rows_of_csv(f"{name}.csv") if row[key]]
+
+
+FIGURES = {  # page: the text that must stand there
+    "README.md": [f"ends at {column('stories', 'val_bpb')[-1]:.2f} bits per byte"],
+    "docs/evaluation.md": [
+        f"| {column('stories', 'val_bpb')[-1]:.3f} ([log](../results/stories.csv))",
+        f"| {column('shakespeare', 'val_bpb')[-1]:.2f} ([log](../results/shakespeare.csv))",
+        f"| {column('stdlib', 'val_bpb')[-1]:.2f} ([log](../results/stdlib.csv))",
+        "| {:.1f} (it has never seen such a text) | **{:.2f}** (after the first 50 steps {:.2f})".format(
+            *(column("gsm8k", "val_loss")[i] for i in (0, -1, 1))
+        ),
+        f"**{column('gsm8k-preferences', 'val_accuracy')[-1]:.0%}**".replace("%", " %"),
+    ],
+    "docs/internals.md": [
+        f"{sum(column('crash', 'tries')):.0f} tries, {sum(column('crash', 'inside_a_save')):.0f} of them there"
+    ],
+}
+
+
+@pytest.mark.parametrize("page", FIGURES)
+def test_figures_are_those_of_the_logs(page):
+    text = (HERE / page).read_text(encoding="utf-8")
+    assert [figure for figure in FIGURES[page] if figure not in text] == []
 
 
 def significant(value, digits=2):
@@ -319,14 +346,9 @@ def speed():
         ours, theirs = (row[prefix + ("tokens_per_second" if unit else "seconds")] for prefix in ("", "peer_"))
         cells = [f"{float(x):,.0f} {unit}" if unit else seconds_of(x) for x in (ours, theirs)]
         yield label, *cells, ratio_of(row)
-    short, long = (float(rows[f"decode 20m float32 decoder 1x{n}"]["seconds"]) / 128 for n in (2048, 32768))
-    cache = rows["decode 20m float32 decoder 1x32768"]["note"].removeprefix("cache ")
-    yield (
-        "a token after 32,768 others, and after 2,048",
-        f"{seconds_of(long)}, {seconds_of(short)}",
-        "",
-        f"cache {cache}",
-    )
+    long, short = (rows[f"decode 20m float32 decoder 1x{n}"] for n in (32768, 2048))
+    times = ", ".join(seconds_of(float(row["seconds"]) / 128) for row in (long, short))
+    yield "a token after 32,768 others, and after 2,048", times, "", long["note"]
 
 
 def sizes():
@@ -351,14 +373,8 @@ def measured(what):
         peer = f"{theirs} ({row['peer']})" if row["peer"] else ""
         share = f"{float(row['share']):.0%}" if row["share"] else ""
         name = row["name"].removeprefix(f"{kind} ").replace(" decoder", "") + f" {row['note']}"
-        yield (
-            name.strip(),
-            ours or seconds_of(row["seconds"]),
-            peer,
-            ratio_of(row) if row["peer"] else "",
-            memory,
-            share,
-        )
+        ratio = ratio_of(row) if row["peer"] else ""
+        yield name.strip(), ours or seconds_of(row["seconds"]), peer, ratio, memory, share
 
 
 def chain():
@@ -373,11 +389,11 @@ def chain():
         ("sft.py config/sft_reason_tiny.py", "val_exact", "sums worked out right, of 200"),
         ("grpo.py", "val_accuracy", "sums worked out right, of 200"),
     ):
-        show = {"val_bpb": lambda x: f"{x:.3f}", "val_chosen_logp": lambda x: f"{x:.0f}"}.get(
-            figure, lambda x: f"{x + 1e-9:.0%}"
-        )
+        form = dict(val_bpb=".3f", val_chosen_logp=".0f").get(figure, ".0%")
         found = [row for row in rows if row["command"] == command and row["figure"] == figure]
-        before, after = ([show(float(row[name])) for row in found if row[name]] for name in ("before", "after"))
+        before, after = (
+            [format(float(row[name]) + 1e-9, form) for row in found if row[name]] for name in ("before", "after")
+        )
         yield f"`{command}`", label, ", ".join(dict.fromkeys(before)), f"**{', '.join(after)}**"
 
 
@@ -408,47 +424,30 @@ TABLES = dict(models=models, speed=speed, sizes=sizes, chain=chain, load=load, g
 TABLES |= {
     what: lambda what=what: measured(what) for what in "decode llama prefill train attention moe tokenizer data".split()
 }
-CHINESE = {
-    "model": "模型",
-    "parameters": "参数量",
-    "training tokens": "训练词元",
-    "MB to run, float32 and int8": "运行内存 MB（float32、int8）",
-    "GB to train": "训练内存 GB",
-    "GPU hours, computed": "GPU 小时（计算值）",
-    "what, with the 20M model": "项目（20M 模型）",
-    "ours": "本项目",
-    "ratio": "倍数",
-    "writing 128 tokens": "生成 128 个词元",
-    "... int8, compiled, against its better format": "……int8，编译，对方取较快的格式",
-    "a prompt of 8,192 tokens": "读入 8,192 个词元的提示",
-    "a training step of 2,048 tokens": "2,048 个词元的一个训练步",
-    "16,384 experts of the 320M model, with backward": "320M 模型的 16,384 个专家，含反向传播",
-    "a token after 32,768 others, and after 2,048": "前文 32,768 与 2,048 个词元时，生成一个词元",
-    "command": "命令",
-    "what is counted": "统计的内容",
-    "before": "之前",
-    "after": "之后",
-    "bits per byte of held-out text": "留出文本上每字节的比特数",
-    "answers about a story right to the last word, of 972": "关于故事的回答逐词正确，共 972 个",
-    "pairs in which the better answer has the larger reward, of 972": "较好回答的奖励更大，共 972 对",
-    "log-probability of the better answer, nats": "较好回答的对数概率，nat",
-    "sums worked out right, of 200": "算术题答对，共 200 道",
-}
 MARKED = re.compile(r"(<!-- [^>]+: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 @functools.cache
-def table(name, chinese=False):
-    rows = [list(row) for row in TABLES[name]()]
-    rows[1:1] = [["---"] * len(rows[0])]
-    if chinese:
-        rows = [[CHINESE.get(cell, cell) for cell in row] for row in rows]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def table(name):
+    header, *rows = ([*cells] for cells in TABLES[name]())
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
+
+
+def translated(new, old):
+    """A new table with the Chinese cells of the old one, each with the numbers of the English one in its place."""
+
+    def cell(english, chinese):
+        same = sorted(re.findall(r"\d+", english)) == sorted(re.findall(r"\d+", chinese))
+        return chinese if same and re.search(r"[\u4e00-\u9fff]", chinese) else english
+
+    lines = itertools.zip_longest(new.splitlines(), old.splitlines()[: new.count("\n")], fillvalue="")
+    return "".join("|".join(map(cell, a.split("|"), (b + 9 * "|").split("|"))) + "\n" for a, b in lines)
 
 
 def with_tables(page):
-    chinese, text = "zh" in str(page.relative_to(HERE)), page.read_text(encoding="utf-8")
-    return MARKED.sub(lambda found: found[1] + table(found[2], chinese) + found[4], text)
+    tables = translated if "zh" in str(page.relative_to(HERE)) else lambda new, old: new
+    text = page.read_text(encoding="utf-8")
+    return MARKED.sub(lambda found: found[1] + tables(table(found[2]), found[3]) + found[4], text)
 
 
 @pytest.mark.parametrize("name", NAMES)

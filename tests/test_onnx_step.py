@@ -13,6 +13,7 @@ from nanodoge.tokenizer import train_bpe
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnx", reason="onnx is not installed")
+from nanodoge.onnx_step import OnnxDecoder
 
 DENSE = dict(vocab_size=300, hidden_size=64, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64)
 DENSE |= dict(num_attention_heads=4, num_key_value_heads=2, keep_window_size=8)
@@ -38,8 +39,6 @@ def make(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_greedy_text_is_that_of_the_model(name, slots):
     """Beyond five windows, rows of unequal length, which leave and join."""
-    from nanodoge.onnx_step import OnnxDecoder
-
     model, prompts = make(name), [([1, 2, 3, 4, 5], 40), ([9] * 3, 13), (list(range(30)), 30), ([7], 20)]
     requests = [[Request(ids, n, temperature=0) for ids, n in prompts] for _ in range(2)]
     expected = Engine(model, slots=slots).generate(requests[0])
@@ -48,8 +47,6 @@ def test_greedy_text_is_that_of_the_model(name, slots):
 
 def test_tokens_may_be_a_column_of_a_table():
     """onnxruntime is given an address, so a strided tensor must be copied."""
-    from nanodoge.onnx_step import OnnxDecoder
-
     model, tokens = make("dense"), torch.arange(6).view(2, 3)
     by_column, by_row = (model.new_cache(2, 8) for _ in range(2))
     step = OnnxDecoder(model)
@@ -61,8 +58,6 @@ def test_tokens_may_be_a_column_of_a_table():
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_prompt_read_at_once_leaves_what_the_model_leaves(name):
     """In two pieces, into one row of a cache with others: its logits, its keys, and nothing in the other rows."""
-    from nanodoge.onnx_step import OnnxDecoder
-
     model, ids = make(name), [5, 9, 5, 200, 17, 3, 88]  # 7 of a window of 8
     theirs, all_rows = model.new_cache(1, 20), Engine(model, slots=2)
     all_rows.allocate(20)
@@ -82,8 +77,6 @@ def test_a_prompt_read_at_once_leaves_what_the_model_leaves(name):
 
 def test_the_engine_has_short_prompts_read_in_int8_unless_keys_have_to_leave(monkeypatch):
     """Prompts of 3, 8 and 9 tokens, of which 9 are more than the window; in float32 none."""
-    from nanodoge.onnx_step import OnnxDecoder
-
     read, model = [], make("dense")
     whole = OnnxDecoder.read
     monkeypatch.setattr(OnnxDecoder, "read", lambda self, ids, cache: read.append(len(ids)) or whole(self, ids, cache))
@@ -101,8 +94,6 @@ def test_the_engine_has_short_prompts_read_in_int8_unless_keys_have_to_leave(mon
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_int8_logits_are_near_those_of_float32(name):
     """As near as those of torch's int8, whose inputs are not rounded, within a factor of two."""
-    from nanodoge.onnx_step import OnnxDecoder
-
     model = make(name)
 
     def logits(decoder):
@@ -119,8 +110,6 @@ def test_int8_logits_are_near_those_of_float32(name):
 
 
 def test_int8_changes_the_held_out_loss_of_a_trained_model_by_less_than_a_thousandth():
-    from nanodoge.onnx_step import OnnxDecoder
-
     texts = [stories.Story(i, "all").text for i in range(400)]
     tokenizer = train_bpe(texts, 512)
     tokens = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
