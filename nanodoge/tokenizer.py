@@ -50,6 +50,7 @@ SPECIAL_TOKENS = (
     "<|begin_of_text|> <|end_of_text|> <|pad|> <|start_header_id|> <|end_header_id|> "
     "<|begin_of_thought|> <|end_of_thought|> <|begin_of_solution|> <|end_of_solution|>"
 ).split()
+CHECKED = "nanodoge_checked"  # in tokenizer_config.json: the sha256 of the tokenizer.json that was saved with it
 REASONING_TAGS = SPECIAL_TOKENS[5:]  # these the assistant may write in its messages
 
 # Where chunks begin and end: the pattern of Llama-3 and Doge. tiktoken's regex engine, Hugging Face's and Python's
@@ -169,7 +170,9 @@ class Tokenizer:
                 config["chat_template"] = place.read_text(encoding="utf-8-sig")
             several = not isinstance(config.get("chat_template") or "", str)
             refuse_if(several, "tokenizer_config.json has several chat templates: leave the one to use, as text")
-            return cls(tokenizer_json.read_tokenizer_json(file.read_bytes()), config, file.read_bytes())
+            data = file.read_bytes()
+            is_checked = config.pop(CHECKED, "") == hashlib.sha256(data).hexdigest()
+            return cls(tokenizer_json.read_tokenizer_json(data, is_checked), config, data)
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {one_line(error)}") from None
 
@@ -179,6 +182,7 @@ class Tokenizer:
         more = {"chat_template": self.chat_template} if self.chat_template else {}
         more |= {"model_max_length": max_length} if max_length else {}
         config = {"padding_side": "left", **self.config, **self.names, **more}
+        config[CHECKED] = hashlib.sha256(self.to_json()).hexdigest()  # so that loading it is faster
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), "utf-8")
         Path(folder, "tokenizer.json").write_bytes(self.to_json())

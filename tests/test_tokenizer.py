@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -539,6 +540,22 @@ def test_tiktoken_encodings_survive_saving(no_download, name, tmp_path):
         same(text)
     given(texts)(quick(same))()
     refused(lambda: ours.render([user("Hi")]), "chat template")
+
+
+def test_the_merges_of_a_file_that_was_saved_here_are_not_checked_again_unless_it_has_changed(
+    small, folder, tmp_path, monkeypatch
+):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(tokenizer_json, "check_merges", lambda *_: tokenizer_json.refuse_if(True, "checked"))
+    assert Tokenizer.load(tmp_path).digest == small.digest
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(file.read_bytes() + b"\n")
+    refused(lambda: Tokenizer.load(tmp_path), "checked")
+
+
+@pytest.mark.parametrize("letter", ["\0", " ", "\xad", "\u0144", "\u6f22"])
+def test_characters_outside_the_byte_level_alphabet_are_refused(letter):
+    refused(lambda: tokenizer_json.bytes_of(f"a{letter}"), "byte-level alphabet")
 
 
 def test_a_folder_wins_over_a_tiktoken_name(small, tmp_path, monkeypatch):
