@@ -330,7 +330,9 @@ class Engine:
     def read(self, requests: list[Request], row: int, start: int) -> Tensor:
         """Reads a piece of each prompt, from token `start` on, into rows from `row` on -> the next logits (B, V)."""
         pieces = [request.prompt[start : start + self.piece] for request in requests]
-        T = max(map(len, pieces))
+        T, reads = max(map(len, pieces)), self.decoder.reads if self.decoder else 0
+        if len(pieces) > 1 and min(map(len, pieces)) <= reads:  # each alone, so that none depends on the others
+            return torch.cat([self.read([request], i, start) for i, request in enumerate(requests, row)])
         tokens = torch.tensor([piece + [0] * (T - len(piece)) for piece in pieces], device=self.device)
         lengths = torch.tensor([len(piece) for piece in pieces], device=self.device)
         for i, request in enumerate(requests, row):
@@ -342,9 +344,8 @@ class Engine:
         for slots in cache.layers if start == 0 else ():
             slots.s.fill_(NEVER), slots.position.fill_(-1)
         echo = any(request.echo for request in requests)
-        if self.decoder and T <= self.decoder.reads and start + T <= self.cache.window and not echo:
-            each = enumerate(pieces, row)
-            return torch.cat([self.decoder.read(torch.tensor(ids), self.rows(i, 1, self.decoder)) for i, ids in each])
+        if T <= reads and start + T <= self.cache.window and not echo:
+            return self.decoder.read(tokens[0], self.rows(row, 1, self.decoder))
         x, _ = self.model.hidden(tokens, lengths, cache, None if echo else lengths - 1)
         if echo:
             for i in (i for i, request in enumerate(requests) if request.echo):

@@ -86,9 +86,10 @@ def test_the_engine_has_short_prompts_read_in_int8_unless_keys_have_to_leave(mon
             [text] = engine.generate([Request(list(range(n)), 12, temperature=0)])
             assert len(text) == 12
         assert read == expected
-    both = [Request([7] * n, 5, temperature=0) for n in (4, 6)]
+    engine.decoder.reads = 5
     alone = [engine.generate([Request([7] * n, 5, temperature=0)])[0] for n in (4, 6)]
-    assert engine.generate(both) == alone  # whether or not it is read beside another
+    both = [Request([7] * n, 5, temperature=0) for n in (4, 6)]
+    assert engine.generate(both) == alone and read[2:] == [4, 4]  # the 6 are read by the model, beside 4 or alone
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
