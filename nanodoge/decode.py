@@ -23,6 +23,7 @@ Shapes as in model.py: B batch, C hidden size, V vocabulary, H heads, K key/valu
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def product(x: Tensor, weight: Weight) -> Tensor:
 
 
 @contextlib.contextmanager
-def without_onednn():
+def without_onednn() -> Iterator[None]:
     """Within it a CPU multiplies one row of bfloat16 by torch's own loop: oneDNN takes 20 us before it begins."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
@@ -87,7 +88,7 @@ def without_onednn():
 
 
 @contextlib.contextmanager
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Within it torch computes in one thread: after an operation in several, its threads wait for the next by spinning,
     on the cores that a decoder with threads of its own needs."""
     before = torch.get_num_threads()
@@ -236,8 +237,8 @@ class Decoder:
     decoder(token (B,), cache) -> logits (B, V) fp32, and the cache holds the token. dtype: float32, bfloat16 or int8.
     """
 
-    reads = 0  # the longest prompt that it reads itself, by a method `read`: the model reads all
-    sampling = contextlib.nullcontext  # in which the engine chooses tokens
+    reads = 0  # tokens of the longest prompt that it reads itself, by a method `read`; 0: the model reads all prompts
+    sampling = contextlib.nullcontext  # the context in which the engine chooses tokens
 
     def __init__(self, model: Doge, dtype: torch.dtype = torch.float32, compile: bool = False):
         config, blocks = model.config, model.layers

@@ -8,11 +8,11 @@ A step of generation reads all weights, whether for one row or for many. So requ
 Orca, Yu et al. 2022): each has a row of one cache, and joins and leaves between the tokens of the others. In a step
 
     1. one forward pass over the live rows gives the logits of their next tokens, and a Sampler chooses these;
-    2. free rows go to waiting requests, whose prompts are read together, up to `piece` tokens;
+    2. free rows go to waiting requests, whose prompts are read together, up to `piece` tokens (short ones: see `read`);
     3. of a prompt that is longer than that, the next piece is read, so that it delays the others by no more.
 
 The live rows are always the first of the cache: when a request ends, the last row is copied into the gap. So no row is
-computed without a request, and memory is allocated once: W keys per row are enough for a text of any length.
+computed without a request. Memory is allocated once: W keys per row are enough for a text of any length.
 
 A request's output does not depend on the others: its row sees only its own keys, and it has its own random numbers, one
 per token. (A batch's shape may change the last bits of its logits, and so which of two equally likely tokens is taken.)

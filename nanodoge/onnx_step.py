@@ -19,7 +19,7 @@ The last point is the one difference from Decoder. In float32 the greedy text is
 taken where two are nearly as likely.
 
 Shapes as in model.py: B batch, C hidden size, H heads, K key/value heads, D head size. Also L layers, N slots,
-G = H / K, and R = B K: in the graph each key/value head is a row of its own, with G heads.
+G = H / K, and R = B K: each key/value head is a row of its own, with G heads. n tokens: one per row, or T of a prompt.
 """
 
 import math
@@ -99,6 +99,7 @@ class Graph:
         return self.matrices[name]
 
     def pack(self, name: str, weight: Tensor) -> Matrix:
+        """weight (out, in) fp32 in the format that the graph stores."""
         inputs = weight.shape[1]
         block = math.gcd(inputs, BLOCK)
         if self.dtype != torch.int8 or block < LEAST_BLOCK:
@@ -260,7 +261,7 @@ def attention(graph: Graph, i: int, layer: nn.Module, h: str, shared: Shared, ep
 
 
 def feed_forward(graph: Graph, mlp: nn.Module, h: str) -> str:
-    """The nodes of MLP or CDMoE for one token: h (B, C) -> (B, C)."""
+    """The nodes of MLP or CDMoE: h (n, C) -> (n, C)."""
     add, matrix = graph.add, graph.matrix
     both = graph.product(h, matrix(mlp.gate_proj.weight, mlp.up_proj.weight))
     gate, up = add("Split", both, axis=1, outputs=2, num_outputs=2)
@@ -269,18 +270,18 @@ def feed_forward(graph: Graph, mlp: nn.Module, h: str) -> str:
         return y
     C, n, k = mlp.gate_proj.in_features, mlp.num_keys, mlp.top_k  # see CDMoE.route
     logits = add("Reshape", add("Gemm", h, mlp.router_gate.weight, transB=1), [-1, 2, n])
-    best, index = add("TopK", logits, [min(k, n)], axis=2, outputs=2)  # (B, 2, k)
+    best, index = add("TopK", logits, [min(k, n)], axis=2, outputs=2)  # (n, 2, k)
     i, j = (graph.store(ranks) for ranks in mlp.pairs)
     sums = (add("Gather", add("Gather", best, half, axis=1), ranks, axis=1) for half, ranks in ((0, i), (1, j)))
-    scores, pair = add("TopK", add("Add", *sums), [k], axis=1, outputs=2)  # (B, k)
+    scores, pair = add("TopK", add("Add", *sums), [k], axis=1, outputs=2)  # (n, k)
     x, y_ = (
         add("GatherElements", add("Gather", index, half, axis=1), add("Gather", ranks, pair), axis=1)
         for half, ranks in ((0, i), (1, j))
     )
-    experts = add("Reshape", add("Add", add("Mul", x, n), y_), [-1])  # (B k,)
+    experts = add("Reshape", add("Add", add("Mul", x, n), y_), [-1])  # (n k,)
     tables = (graph.rows(matrix(table.weight), experts) for table in (mlp.down_embed, mlp.up_embed))
     down, up = (add("Reshape", rows, [-1, k, C]) for rows in tables)
-    hidden = add("QuickGelu", add("MatMul", down, add("Unsqueeze", h, [2])), alpha=1.0)  # (B, k, 1)
+    hidden = add("QuickGelu", add("MatMul", down, add("Unsqueeze", h, [2])), alpha=1.0)  # (n, k, 1)
     hidden = add("Mul", hidden, add("Unsqueeze", add("Softmax", scores, axis=1), [2]))
     return add("Add", y, add("ReduceSum", add("Mul", hidden, up), [1], keepdims=0))
 
