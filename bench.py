@@ -42,12 +42,12 @@ import prepare_data
 from model import CDMoE, Doge, DogeConfig
 from nanodoge import measure, sources, stories
 from nanodoge.attention import dynamic_mask_attention
+from nanodoge.decode import make_decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.llama import llama_writer
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, Count, NonNegative, Whole, check_ranges, parse_options, read_config, run_command
 from nanodoge.tokenizer import train_bpe
-from sample import make_decoder
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # per weight
 LLAMA_KINDS = {"float32": ["F32"], "bfloat16": ["BF16"], "int8": ["Q8_0", "BF16"]}  # llama.cpp's formats beside ours

@@ -19,22 +19,17 @@ import math
 import os
 import re
 import select
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-
-from model import Doge
 from nanodoge import stories
 from nanodoge.answers import final_answer
 from nanodoge.checkpoint import load_model, load_options
-from nanodoge.decode import Decoder
+from nanodoge.decode import make_decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.options import Count, NonNegative, Positive, Range, Share, Whole, check_ranges, parse_options, run_command
@@ -69,18 +64,19 @@ class SampleOptions:
     # ---- Device
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of the weights; int8: a byte each, see decode.py
-    backend: Literal["torch", "onnx"] = "torch"  # onnx: faster on a CPU, needs pip install onnx onnxruntime
-    compile: bool = False  # torch.compile: half a minute or more for every power of two in length, then faster
+    backend: Literal["auto", "cpp", "onnx", "torch"] = "auto"  # auto: cpp on a CPU with a C++ compiler, else torch
+    compile: bool = False  # torch.compile, for a GPU: half a minute or more for every power of two in length
     attention: Literal["fast", "definition"] = "fast"  # definition: slow, as model.py defines it
 
     def __post_init__(self):
         check_ranges(self)
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"--temperature={self.temperature} must be 0 or at least 0.001")
-        if self.attention == "definition" and (self.compile or self.dtype == "int8"):
-            raise ValueError("--attention=definition is computed by model.py: without --compile and --dtype=int8")
-        if self.backend == "onnx" and (self.compile or self.attention == "definition"):
-            raise ValueError("--backend=onnx computes by itself: without --compile and --attention=definition")
+        if self.attention == "definition" and (self.compile or self.dtype == "int8" or self.backend != "auto"):
+            words = "without --compile and --dtype=int8, and without --backend"
+            raise ValueError(f"--attention=definition is computed by model.py: {words}")
+        if self.backend in ("cpp", "onnx") and self.compile:
+            raise ValueError(f"--backend={self.backend} computes by itself: without --compile")
         if self.system and not self.chat:
             raise ValueError("--system is the system message of a conversation: it needs --chat")
         if len(self.checkpoint) != 1:
@@ -211,23 +207,9 @@ def chat(engine: Engine, options: SampleOptions) -> None:
             limit = notice_length(request, limit)
 
 
-def make_decoder(model: Doge, dtype: str, backend: str, compile: bool = False) -> Callable:
-    """A Decoder, or an OnnxDecoder, for the device and dtype of the model, or for int8 if `dtype` says so. Raises
-    ValueError if --backend=onnx cannot run it."""
-    dtype = torch.int8 if dtype == "int8" else model.embed_tokens.weight.dtype
-    if backend == "torch":
-        return Decoder(model, dtype, compile)
-    from nanodoge.onnx_step import OnnxDecoder
-
-    return OnnxDecoder(model, dtype)
-
-
 def main(argv: list[str]) -> None:
     options = parse_options(SampleOptions, argv, positional="checkpoint")
     machine = Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
-    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # what torch calls
-    if options.compile and machine.device.type == "cpu" and not shutil.which(compiler):
-        raise ValueError(f"--compile=true needs a C++ compiler, and there is no {compiler} (set CXX to another)")
     model, tokenizer = load_model(options.checkpoint[0])
     model = model.to(machine.device, machine.dtype)
     model.config.attention, decoder = options.attention, None

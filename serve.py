@@ -22,10 +22,11 @@ from typing import Annotated, Literal
 
 from nanodoge import options as parsing
 from nanodoge.checkpoint import load_model, load_options
+from nanodoge.decode import make_decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
 from nanodoge.options import HERE, Count, NonNegative, Positive, Range, Share, Whole, one_line
-from sample import example, make_decoder
+from sample import example
 
 try:
     import uvicorn
@@ -70,7 +71,7 @@ class ServeOptions:
     keep_window_size: Whole = 0  # shrinks the model's window to so many keys, which is lossy; 0 = as it was trained
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of the weights; int8: a byte each, see decode.py
-    backend: Literal["torch", "onnx"] = "torch"  # onnx: faster on a CPU, needs pip install onnx onnxruntime
+    backend: Literal["auto", "cpp", "onnx", "torch"] = "auto"  # auto: cpp on a CPU with a C++ compiler, else torch
 
     def __post_init__(self):
         parsing.check_ranges(self)

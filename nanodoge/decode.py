@@ -1,7 +1,7 @@
 """Decoding: one token after another, as fast as the machine can read the weights.
 
-    decoder = Decoder(model, torch.int8, compile=True)
-    logits = decoder(token, cache)                        # the prompt is read by the model itself
+    decoder = Decoder(model, torch.int8)
+    logits = decoder(token, cache)          # the prompt is read by the model itself
 
 For one token the model reads every weight once and uses it for two operations. So at batch 1 decoding is, at best,
 memory bandwidth / bytes of weights. Two things keep a program from that limit.
@@ -13,17 +13,16 @@ divided by a scale of its own, so that its largest entry becomes 127, and rounde
 Too many operations. The model of model.py runs 65 a layer, and for a small model each takes less time than Python and
 torch need to launch it. So here the projections of one input are one matrix, what is the same for every layer is
 computed once per token, and of several ways to write an operation the quickest to launch is taken (costs: NOTES.md);
-41 are left. On request torch.compile turns several layers at a time into one C++ function. That needs a C++ compiler,
-and half a minute or more for every length of cache, which are few (see room); torch keeps what it compiled on disk. One
-row times one matrix is then a plain loop of multiply and sum, which reads bfloat16 and int8 as easily as float32.
-Python checks every tensor that it hands to a compiled function, so the weights of these layers are one tensor a kind.
+41 are left. On a GPU torch.compile can turn several layers at a time into a few kernels; it takes half a minute or more
+for every length of cache, which are few (see room). Python checks every tensor that it hands to a compiled function, so
+the weights of these layers are one tensor a kind. On a CPU nanodoge/cpp_step.py is faster, where there is a compiler.
 
 Shapes as in model.py: B batch, C hidden size, V vocabulary, H heads, K key/value heads, D head size.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,19 +33,16 @@ from model import CDMoE, Doge, RMSNorm, rotary_table
 from nanodoge.attention import Cache, Slots, key_scores, put, remember, rows_of
 
 LAYERS_AT_A_TIME = 8  # compiled as one function: 8 fit a 20M model whole; more layers call it again, compiled once
-STREAMS = 4  # rows far apart that a compiled step reads side by side: then a core waits less for memory
-WIDE = 512  # only where rows are wider: the weights of smaller models stay in the CPU's cache
-FEW_SLOTS = 512  # a compiled step reads so many slots by loops of its own; beyond them products are faster
 
 
 class Weight(NamedTuple):
     """A matrix, or n of them, from inputs to outputs. Of (in, out) a CPU's BLAS reads a row the fastest."""
 
     values: Tensor  # fp32 (in, out), bf16 (out, in) or int8 (out, in)
-    scale: Tensor | None = None  # (out,) of int8: fp32 where compiled, else bf16 as torch's kernel takes it
+    scale: Tensor | None = None  # (out,) of int8; bf16 for torch's kernel
 
 
-def pack(weight: Tensor, dtype: torch.dtype, compiled: bool = False) -> Weight:
+def pack(weight: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype = torch.bfloat16) -> Weight:
     """weight (out, in) or (n, out, in) -> Weight. Raises ValueError for another dtype than float32, bfloat16, int8."""
     weight = weight.detach().float()
     if dtype == torch.float32:
@@ -55,7 +51,7 @@ def pack(weight: Tensor, dtype: torch.dtype, compiled: bool = False) -> Weight:
         return Weight(weight.to(dtype).contiguous())
     if dtype == torch.int8:
         scale = weight.abs().amax(dim=-1).clamp(min=1e-12) / 127  # an all-zero row stays zero
-        return Weight((weight / scale[..., None]).round().to(torch.int8), scale if compiled else scale.bfloat16())
+        return Weight((weight / scale[..., None]).round().to(torch.int8), scale.to(scale_dtype))
     raise ValueError(f"dtype={dtype} must be float32, bfloat16 or int8")
 
 
@@ -64,15 +60,10 @@ def product(x: Tensor, weight: Weight) -> Tensor:
     values, scale = weight
     if values.dtype == torch.float32:
         return torch.mm(x, values)
-    if torch.compiler.is_compiling() and len(x) == 1 and x.device.type == "cpu":
-        x, parts = materialise(x), values.chunk(STREAMS if values.shape[1] > WIDE else 1)
-        y = torch.cat([(part.float() * x).sum(-1) for part in parts])[None]
-        return y if scale is None else y * scale
     if scale is None:
         return F.linear(x.to(values.dtype), values).float()
     if values.shape[1] % 16:  # the kernel reads 16 inputs at a time and does not look where the row ends
         return F.linear(x, values.float()) * scale
-    scale = scale if scale.dtype == torch.bfloat16 else materialise(scale.bfloat16())
     return torch._weight_int8pack_mm(x.bfloat16(), values, scale).float()
 
 
@@ -97,11 +88,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def materialise(x: Tensor) -> Tensor:
-    """x, which the compiler then stores instead of computing it again in each round of the loop that needs it."""
-    return x.as_strided(x.shape, x.stride())
 
 
 class Shape(NamedTuple):
@@ -134,7 +120,7 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def stack(blocks, dtype: torch.dtype, compiled: bool) -> Layers:
+def stack(blocks, dtype: torch.dtype) -> Layers:
     """Blocks of model.py -> Layers."""
 
     def small(block):  # layer_step takes them apart in this order
@@ -152,7 +138,7 @@ def stack(blocks, dtype: torch.dtype, compiled: bool) -> Layers:
 
     def join(*names):
         joined = [torch.cat([block.get_submodule(name).weight for name in names]) for block in blocks]
-        return pack(torch.stack(joined), dtype, compiled)
+        return pack(torch.stack(joined), dtype)
 
     qkv = join("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     out, gate_up, down = join("self_attn.o_proj"), join("mlp.gate_proj", "mlp.up_proj"), join("mlp.down_proj")
@@ -181,14 +167,10 @@ def inverse_norm(x: Tensor, eps: Tensor) -> Tensor:
 def attend_slots(slots: Slots, q: Tensor, used: int | None = None) -> Tensor:
     """What the queries (B, H, D) fp32, divided by sqrt(D), find in the slots of a layer: (B, H D) fp32."""
     (B, H, D), (K, N) = q.shape, slots.s.shape[1:]
-    if not torch.compiler.is_compiling() or B > 1 or q.device.type != "cpu" or N > FEW_SLOTS + 1:
-        k, v = slots.k.view(B * K, N, D)[:, :used], slots.v.view(B * K, N, D)[:, :used]
-        s = slots.s.view(B * K, 1, N)[..., :used]
-        p = (torch.bmm(q.reshape(B * K, H // K, D).to(k.dtype), k.mT).float() + s).softmax(-1)
-        return torch.bmm(p.to(v.dtype), v).float().view(B, -1)
-    q = materialise(q.view(B, K, H // K, 1, D))
-    p = materialise(((q * slots.k[:, :, None]).sum(-1) + slots.s[:, :, None]).softmax(-1))
-    return (p[..., None] * slots.v[:, :, None]).sum(-2).view(B, -1)
+    k, v = slots.k.view(B * K, N, D)[:, :used], slots.v.view(B * K, N, D)[:, :used]
+    s = slots.s.view(B * K, 1, N)[..., :used]
+    p = (torch.bmm(q.reshape(B * K, H // K, D).to(k.dtype), k.mT).float() + s).softmax(-1)
+    return torch.bmm(p.to(v.dtype), v).float().view(B, -1)
 
 
 def layer_step(x: Tensor, cos: Tensor, sin: Tensor, step: Step, slots: Slots, weights, shape: Shape) -> Tensor:
@@ -248,8 +230,8 @@ class Decoder:
         heads = config.num_attention_heads, config.num_key_value_heads, D
         self.shape = Shape(*heads, config.qk_norm, one * config.rms_norm_eps * C, one * config.rms_norm_eps * D)
         groups = [blocks[i : i + LAYERS_AT_A_TIME] for i in range(0, len(blocks), LAYERS_AT_A_TIME)]
-        self.layers = [stack(group, dtype, compile) for group in groups]
-        self.head = model.norm.weight.detach().float() * C**0.5, pack(model.output_weight, dtype, compile)
+        self.layers = [stack(group, dtype) for group in groups]
+        self.head = model.norm.weight.detach().float() * C**0.5, pack(model.output_weight, dtype)
         self.compiled, self.layers_step = compile, layers_step
         self.single_bf16 = dtype == torch.bfloat16 and self.embedding.device.type == "cpu" and not compile
         self.blocks = [None if compile else list(unstack(layers)) for layers in self.layers]  # once and for all
@@ -271,3 +253,20 @@ class Decoder:
                 x = self.layers_step(x, state, slots, layers, blocks, self.shape, *ends)
         cache.length += 1
         return x
+
+
+def make_decoder(model: Doge, dtype: str = "auto", backend: str = "auto", compile: bool = False) -> Callable:
+    """What computes the next token: for the device and dtype of the model, or for int8 if `dtype` says so. backend:
+    auto, cpp, onnx or torch; auto is cpp on a CPU where there is a C++ compiler, else torch. Raises ValueError for one
+    that cannot be had."""
+    from nanodoge import cpp_step  # which needs this module
+
+    dtype = torch.int8 if dtype == "int8" else model.embed_tokens.weight.dtype
+    if backend == "onnx":
+        from nanodoge.onnx_step import OnnxDecoder  # an optional package
+
+        return OnnxDecoder(model, dtype)
+    is_cpu = model.embed_tokens.weight.device.type == "cpu"
+    if backend == "cpp" or (backend == "auto" and is_cpu and not compile and cpp_step.find_compiler()):
+        return cpp_step.CppDecoder(model, dtype)
+    return Decoder(model, dtype, compile)

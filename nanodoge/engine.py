@@ -323,7 +323,7 @@ class Engine:
         else:
             x, _ = self.model.hidden(self.token[:, None], None, self.batch)
             logits = F.linear(x[:, 0], self.model.output_weight)
-        with self.decoder.sampling() if self.decoder else nullcontext():
+        with self.decoder.sampling() if self.decoder and self.sampler.temperature is not None else nullcontext():
             self.token = self.sampler(logits)
         return self.give(self.live[:], self.token.tolist())
 

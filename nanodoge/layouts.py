@@ -144,7 +144,7 @@ def quantise(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     packed = {}
     for name, w in weights.items():
         if w.dim() == 2 and not name.endswith(("dt_proj.weight", "router_gate.weight")):
-            packed[name], packed[name + SCALE] = pack(w, torch.int8, compiled=True)
+            packed[name], packed[name + SCALE] = pack(w, torch.int8, torch.float32)
         else:
             packed[name] = w
     return packed

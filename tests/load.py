@@ -31,10 +31,10 @@ import httpx
 import torch
 
 from nanodoge.checkpoint import load_model
+from nanodoge.decode import make_decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.llama import llama_writer
 from nanodoge.options import HERE, Count, Whole, check_ranges, parse_options, run_command
-from sample import make_decoder
 
 
 @dataclass
@@ -51,7 +51,7 @@ class LoadOptions:
     cases: Whole = 0  # only schemathesis, so many cases
     out: str = "results/load.csv"  # the table, to which rows are added; empty: none
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the weights
-    backend: Literal["torch", "onnx"] = "torch"  # as in serve.py
+    backend: Literal["auto", "cpp", "onnx", "torch"] = "auto"  # as in serve.py
     seed: Whole = 0  # of lengths and prompts
 
     def __post_init__(self):
