@@ -64,12 +64,14 @@ def library() -> ctypes.CDLL:
             call = [command, *FLAGS.split(), *more.split(), str(SOURCE), "-o", str(made)]
             done = subprocess.run(call, capture_output=True, text=True)
             if done.returncode == 0:
+                with open(made, "rb+") as file:
+                    os.fsync(file.fileno())
                 os.replace(made, folder / name)  # whole at once: another process may be looking for it
                 break
     loaded = ctypes.CDLL(str(folder / name)) if (folder / name).exists() else None
     shutil.rmtree(temporary)
     if not loaded:
-        reason = f"{command} cannot compile {SOURCE.name}: {one_line(done.stderr)}"
+        reason = f"{command} cannot compile {SOURCE.name}: {one_line(done.stderr or f'status {done.returncode}')}"
         raise ValueError(f"--backend=cpp: {reason} (--backend=torch needs no compiler)")
     loaded.step.restype = ctypes.c_bool
     return loaded
