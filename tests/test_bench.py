@@ -4,6 +4,7 @@ agrees with counting by hand; its peer computes what ours does. No time is ever 
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import bench_gpu
 from model import Doge, DogeConfig
 from nanodoge import engine, losses, measure, memory
 from nanodoge.experts import routed_experts
+from nanodoge.llama import llama_writer, write_gguf
 from nanodoge.options import HERE, parse_options
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -317,7 +319,25 @@ def test_flop_of_a_step_agree_with_those_torch_counts():
 
 
 def test_llama_cpp_is_a_peer(shape, tmp_path, capsys, quick):
-    """A file of the same shape is written, read and run; the row names its format."""
+    """A file of the same shape is written, read and run; the row names its format, and what its logits alone give."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     [row], printed = table(tmp_path, capsys, "decode", "--peer=llama.cpp", shape, "--new_tokens=3", "--batch_size=2")
     assert row["peer"] == "F32" and float(row["peer_seconds"]) > 0 and row["speedup"] and "F32" in printed
+    assert re.fullmatch(r"[\d.]+ x its logits alone", row["note"]) and row["note"] in printed
+
+
+def test_llama_cpp_writes_the_greedy_text(tmp_path, monkeypatch):
+    """Each token follows from the likeliest after those before it, by llama.cpp's own class, which reads all at once.
+    The one above the likeliest is written, else the text repeats one token. 200 prompts take two batches."""
+    llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    greedy, config, path = llama.llama_sampler_sample, DogeConfig(**SHAPE), tmp_path / "model.gguf"
+    monkeypatch.setattr(llama, "llama_sampler_sample", lambda *place: (greedy(*place) + 1) % 97)
+    write_gguf(path, config, "F32")
+    alone = llama.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
+    for rows, row in ((2, 0), (2, 1), (200, 199)):
+        write = llama_writer(config, "F32", rows, 12, 5, 1)
+        text, prompt = write()[row], [(row * 12 + i) % 97 for i in range(12)]
+        alone.reset()
+        alone.eval(prompt + text)
+        assert len(set(text)) == 5 and ((alone.scores[11:16].argmax(-1) + 1) % 97).tolist() == text
+        assert write(draws=False)[row] == prompt[-1:] * 5
