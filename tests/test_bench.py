@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import bench_gpu
 from model import Doge, DogeConfig
-from nanodoge import engine, losses, measure, memory
-from nanodoge.experts import routed_experts
+from nanodoge import engine, measure
 from nanodoge.llama import llama_writer, write_gguf
 from nanodoge.options import HERE, parse_options
 
@@ -241,7 +240,7 @@ def faulty():
     for how in FAULTS:
         trials += [bench_gpu.Trial(how, behave, (how,), seconds=1 if how == "hanging" else 60)]
         trials += [bench_gpu.Trial(f"after {how}", behave)]
-    return [(0.5, trials), (0.5, [bench_gpu.Trial("last", behave)])]
+    return [*trials, bench_gpu.Trial("beside", behave, timed=False), bench_gpu.Trial("last", behave)]
 
 
 def test_a_failing_a_hanging_and_a_full_trial_cost_one_row_each(tmp_path, capsys, monkeypatch):
@@ -249,7 +248,7 @@ def test_a_failing_a_hanging_and_a_full_trial_cost_one_row_each(tmp_path, capsys
     bench_gpu.run("cpu", 5, str(tmp_path), faulty)
     [lines], [table] = tmp_path.glob("*.jsonl"), tmp_path.glob("*.csv")
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [row["trial"] for row in rows] == [trial.name for _, trials in faulty() for trial in trials]
+    assert [row["trial"] for row in rows] == [trial.name for trial in faulty()]
     for row in rows:
         assert FAULTS.get(row["trial"], "") in row.get("failed", "") and ("failed" in row) == (row["trial"] in FAULTS)
     with open(table, newline="", encoding="utf-8") as file:
@@ -271,13 +270,13 @@ def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_gpu.multiprocessing, "get_context", lambda kind: STARTED)
     bench_gpu.run("cpu", 0, str(tmp_path), faulty)
     rows = [json.loads(line) for line in next(tmp_path.glob("*.jsonl")).read_text().splitlines()]
-    assert len(rows) == 10 and all("not started: --minutes=0" in row["failed"] for row in rows)
+    assert len(rows) == 11 and all("not started: --minutes were over" in row["failed"] for row in rows)
 
 
 def test_the_plan_names_each_trial_once_and_changes_what_exists():
-    trials = [trial for _, trials in bench_gpu.plan() for trial in trials]
-    assert len({trial.name for trial in trials}) == len(trials)
-    for name in {name for trial in trials for name in trial.changes | bench_gpu.REHEARSAL}:
+    trials, changes = bench_gpu.plan(), gpu_trials.CHANGES
+    assert len({trial.name for trial in trials}) == len(trials) and {trial.change for trial in trials} == set(changes)
+    for name in {name for change in [*changes.values(), bench_gpu.REHEARSAL] for name in change}:
         module, _, attribute = name.rpartition(".")
         assert hasattr(sys.modules[module], attribute)
 
@@ -296,16 +295,6 @@ def test_the_blocks_of_flex_attention_skip_most_of_a_long_text(monkeypatch):
         gpu_trials.flex(q, q, q, s, window)
         mask = seen["block_mask"]
         assert low <= (mask.kv_num_blocks + mask.full_kv_num_blocks).sum() <= high
-
-
-def test_candidates_compute_the_same():
-    x, down, up = torch.randn(1, 6, 8), torch.randn(16, 8), torch.randn(16, 8)
-    scores, experts = torch.rand(1, 6, 16).topk(3)
-    expected = routed_experts(x, down, up, scores, experts)
-    torch.testing.assert_close(gpu_trials.dense_experts(x, down, up, scores, experts), expected)
-    weight, targets = torch.rand(8), torch.tensor([1, -100, 3, 4, 5, 6])
-    torch.testing.assert_close(gpu_trials.automatic_norm(x, weight, 1e-6), memory.rms_norm(x, weight, 1e-6))
-    torch.testing.assert_close(gpu_trials.whole_loss(x[0], up, targets), losses.linear_cross_entropy(x[0], up, targets))
 
 
 def test_flop_of_a_step_agree_with_those_torch_counts():
