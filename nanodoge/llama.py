@@ -20,24 +20,17 @@ def write_gguf(path: Path, config: DogeConfig, kind: str) -> None:
     import gguf
 
     C, M, V, D = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
-    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, key_heads, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    fields = dict(tokenizer_model="none", vocab_size=V, context_length=config.max_position_embeddings)
+    fields |= dict(embedding_length=C, feed_forward_length=M, block_count=layers, head_count=heads)
+    fields |= dict(head_count_kv=key_heads, key_length=D, value_length=D, rope_dimension_count=D)
     file = gguf.GGUFWriter(path, "llama")
-    file.add_tokenizer_model("none")
-    file.add_vocab_size(V)
-    file.add_context_length(config.max_position_embeddings)
-    file.add_embedding_length(C)
-    file.add_feed_forward_length(M)
-    file.add_block_count(config.num_hidden_layers)
-    file.add_head_count(heads)
-    file.add_head_count_kv(key_heads)
-    file.add_key_length(D)
-    file.add_value_length(D)
-    file.add_rope_dimension_count(D)
-    file.add_layer_norm_rms_eps(1e-6)
+    for name, value in (fields | dict(layer_norm_rms_eps=1e-6)).items():
+        getattr(file, f"add_{name}")(value)
     shapes = {"attn_q": (heads * D, C), "attn_k": (key_heads * D, C), "attn_v": (key_heads * D, C)}
     shapes |= {"attn_output": (C, heads * D), "ffn_gate": (M, C), "ffn_up": (M, C), "ffn_down": (C, M)}
     shapes |= {"attn_norm": (C,), "ffn_norm": (C,)}
-    blocks = {f"blk.{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in shapes.items()}
+    blocks = {f"blk.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
     draw, quant = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
     for name, shape in ({"token_embd": (V, C), "output_norm": (C,)} | blocks).items():
         weight = draw.normal(0, 0.02, shape).astype(np.float32) if len(shape) == 2 else np.ones(shape, np.float32)
