@@ -20,6 +20,7 @@ MB is what a step takes beside the weights; of `data`, the memory of the whole p
 The peer is measured at its best: with each of transformers' two ways to attend (above 4,096 tokens only sdpa: eager
 takes minutes), and beside int8 in float32 and in bfloat16. The fastest counts and is named. With `decode
 --peer=llama.cpp` it is a Llama of the same shape, beside int8 in Q8_0 and in BF16 (pip install llama-cpp-python gguf).
+It chooses every token, as ours does; the row's note has our speed-up over its logits alone.
 """
 
 import dataclasses
@@ -51,6 +52,7 @@ from nanodoge.tokenizer import train_bpe
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # per weight
 LLAMA_KINDS = {"float32": ["F32"], "bfloat16": ["BF16"], "int8": ["Q8_0", "BF16"]}  # llama.cpp's formats beside ours
+LOGITS = ", logits alone"  # ends the name of a peer that chooses no tokens, against which no speed-up is reported
 LENGTHS = {"decode": [0], "train": [2048], "prefill": [2048, 8192], "attention": [2048, 8192], "moe": [2048]}
 PEER_LONGEST = {"decode": 0, "train": 8192, "prefill": 16384}  # beyond, its T x T masks take minutes and tens of GB
 PROMPT, PIECE = 32, 4096  # tokens of decode's prompt; tokens of a prompt that are read together
@@ -85,16 +87,13 @@ class BenchOptions:
         if "gpu" in self.what and len(self.what) > 1:
             raise ValueError(f"what {' '.join(self.what)}: gpu is measured alone")
         for name, valid in (("what", [*TASKS, "gpu"]), ("dtype", BYTES)):
-            for value in getattr(self, name) or [""]:
-                if value not in valid:
-                    raise ValueError(f"{name} {value!r}: must be one or more of {', '.join(valid)}")
-        given = [*(f"--dtype={dtype}" for dtype in self.dtype), f"--peer={self.peer}", f"--backend={self.backend}"]
-        for option in given:
-            if option in ("--dtype=int8", "--peer=llama.cpp", "--backend=onnx") and self.what != ["decode"]:
-                raise ValueError(f"{option} is for decode")
-        for length in self.length:
-            if not length.isdecimal() or int(length) < 1:
-                raise ValueError(f"--length={length} must be a whole number from 1 up")
+            if wrong := [value for value in getattr(self, name) or [""] if value not in valid]:
+                raise ValueError(f"{name} {wrong[0]!r}: must be one or more of {', '.join(valid)}")
+        for option, values in dict(dtype=self.dtype, peer=[self.peer], backend=[self.backend]).items():
+            if self.what != ["decode"] and (special := {"int8", "llama.cpp", "onnx"}.intersection(values)):
+                raise ValueError(f"--{option}={special.pop()} is for decode")
+        if wrong := [length for length in self.length if not length.isdecimal() or int(length) < 1]:
+            raise ValueError(f"--length={wrong[0]} must be a whole number from 1 up")
 
 
 class Case(NamedTuple):
@@ -113,10 +112,6 @@ class Case(NamedTuple):
     @property
     def device(self) -> torch.device:
         return Machine(self.options.device).device
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
 
 
 class Task(NamedTuple):
@@ -215,6 +210,7 @@ def decode(case: Case) -> Task:
     peers = peer_steps(case, lambda peer: lambda: peer.generate(prompt, attention_mask=mask, **sampling))
     if case.peer and o.peer == "llama.cpp":
         peers = {kind: llama_writer(case.config, kind, *shape) for kind in LLAMA_KINDS[case.dtype]}
+        peers |= {kind + LOGITS: functools.partial(step, draws=False) for kind, step in peers.items()}
     size = model.flops_per_token(1) / 6 * BYTES[case.dtype]  # bytes of the weights that a token passes through
     return Task({"ours": ours} | peers, o.batch_size * o.new_tokens, size * o.new_tokens, "bytes", note)
 
@@ -274,14 +270,13 @@ def attention(case: Case) -> Task:
     c, B, T = case.config, case.options.batch_size, case.length
     H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     torch.manual_seed(0)
-    q, k, v = (torch.randn(B, heads, T, D).to(case.device, case.torch_dtype).requires_grad_() for heads in (H, K, K))
+    place = dict(device=case.device, dtype=getattr(torch, case.dtype))
+    q, k, v = (torch.randn(B, heads, T, D).to(**place).requires_grad_() for heads in (H, K, K))
     s = torch.randn(B, K, T).to(case.device).requires_grad_()
     dense = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    steps = {
-        "ours": lambda: gradients(dynamic_mask_attention(q, k, v, s, c.keep_window_size)[0], q, k, v, s),
-        "dense causal": lambda: gradients(dense(q, k, v), q, k, v),
-    }
-    return Task(steps, B * T)
+    steps = {"ours": lambda: gradients(dynamic_mask_attention(q, k, v, s, c.keep_window_size)[0], q, k, v, s)}
+    peers = {"dense causal": lambda: gradients(dense(q, k, v), q, k, v)} if case.peer else {}
+    return Task(steps | peers, B * T)
 
 
 def moe(case: Case) -> Task:
@@ -290,7 +285,7 @@ def moe(case: Case) -> Task:
     c = dataclasses.replace(case.config, is_moe=True, intermediate_size=width)
     torch.manual_seed(0)
     x = torch.randn(case.options.batch_size, case.length, c.hidden_size)
-    x = x.to(case.device, case.torch_dtype).requires_grad_()
+    x = x.to(case.device, getattr(torch, case.dtype)).requires_grad_()
     layers = {"ours": CDMoE(c).to(x)}
     if case.peer:
         doge = importlib.import_module("transformers.models.doge.modeling_doge")
@@ -361,31 +356,36 @@ def make_step(case: Case, who: str) -> Callable:
 def measure_case(case: Case) -> dict[str, Any]:
     """The case's row, a dictionary of COLUMNS."""
     task, device = TASKS[case.what](case), case.device
-    names = [name for name in task.steps if name == "ours" or case.peer]
-    seconds = measure.alternate({name: task.steps[name] for name in names}, case.options.rounds, device)
+    seconds = measure.alternate(task.steps, case.options.rounds, device)
     row = {name: getattr(case, name) for name in ("what", "name", "model", "dtype", "length")}
     row |= dict(batch_size=case.options.batch_size, rounds=len(seconds["ours"]), tokens=task.tokens, unit=task.unit)
     row["note"] = task.note if case.peer or not case.options.peer else "no peer at this length"
     row["reached"] = task.amount / median(seconds["ours"])
     if task.amount and task.unit != "text":
         size = int(task.amount / case.options.new_tokens)  # of the weights, if the unit is bytes
-        row["limit"] = measure.machine_limit(task.unit, size, device, case.torch_dtype)
+        row["limit"] = measure.machine_limit(task.unit, size, device, getattr(torch, case.dtype))
         row["share"] = row["reached"] / row["limit"]
-    if names[1:]:
-        row["peer"] = best = min(names[1:], key=lambda name: median(seconds[name]))
-        ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[best], strict=True)]
-        row |= dict(speedup=median(ratios), speedup_min=min(ratios), speedup_max=max(ratios))
-    memory = {}
-    if case.config and device.type == "cuda":  # its allocator counts; elsewhere it takes a fresh process
-        memory = {name: measure.memory_of(lambda step=task.steps[name]: step, device) for name in names}
+
+    def ratios(who: str) -> list[float]:
+        return [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[who], strict=True)]
+
+    if peers := [name for name in seconds if name != "ours" and not name.endswith(LOGITS)]:
+        row["peer"] = best = min(peers, key=lambda name: median(seconds[name]))
+        row |= dict(speedup=median(ratios(best)), speedup_min=min(ratios(best)), speedup_max=max(ratios(best)))
+        if best + LOGITS in seconds:
+            row["note"] = f"{median(ratios(best + LOGITS)):.2f} x its logits alone"
+    steps = task.steps if device.type == "cuda" else {}  # whose allocator counts; elsewhere it takes a fresh process
     del task  # its weights: the next process makes its own
-    for prefix, who in [("", "ours"), ("peer_", row.get("peer"))][: len(names)]:
+    for prefix, who in [("", "ours"), ("peer_", row.get("peer"))][: 1 + bool(peers)]:
         row[prefix + "seconds"] = median(seconds[who])
         row[prefix + "tokens_per_second"] = row["tokens"] / median(seconds[who])
-        if case.what != "tokenizer":
-            again = functools.partial(make_step, case, who)
-            held = memory.get(who) or measure.in_fresh_process(measure.memory_of, again, device)
-            row[prefix + "extra_mb"] = held[case.what == "data"] / 1e6
+        if case.what == "tokenizer":
+            continue
+        if steps:
+            held = measure.memory_of(lambda who=who: steps[who], device)
+        else:
+            held = measure.in_fresh_process(measure.memory_of, functools.partial(make_step, case, who), device)
+        row[prefix + "extra_mb"] = held[case.what == "data"] / 1e6
     return row
 
 

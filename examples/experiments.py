@@ -12,7 +12,6 @@ command that was stopped goes on. At the end it draws PICTURES/NAME.png and prin
 deviations over the seeds. docs/experiments.md tells what came out.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,11 +66,11 @@ def wsd_experiment(lab: Lab, seed: int) -> None:
     fallen = lambda step: RATE * cosine(step, N, N // 10)  # noqa: E731
     low = lambda step: 0.1 * RATE * wsd(step, M, 0, M // 5)  # noqa: E731
     variants = {
-        "stable, same rate": (lambda: trained(stable), schedule(M, 0.0)),
-        "stable, re-warmed": (lambda: trained(stable), schedule(M)),
-        "cosine, re-warmed": (lambda: trained(fallen), schedule(M)),
-        "cosine, peak at once": (lambda: trained(fallen), schedule(M, 0.0)),
-        "cosine, its last rate": (lambda: trained(fallen), low),
+        "stable, same rate": (partial(trained, stable), schedule(M, 0.0)),
+        "stable, re-warmed": (partial(trained, stable), schedule(M)),
+        "cosine, re-warmed": (partial(trained, fallen), schedule(M)),
+        "cosine, peak at once": (partial(trained, fallen), schedule(M, 0.0)),
+        "cosine, its last rate": (partial(trained, fallen), low),
         "no stories before": (lambda: lab.model(seed), schedule(M)),
     }
 
@@ -79,8 +78,7 @@ def wsd_experiment(lab: Lab, seed: int) -> None:
         return dict(bpb=lab.bpb(model, text), stories_bpb=lab.bpb(model, stories))
 
     for variant, (start, rate) in variants.items():
-        branch = lambda start=start: copy.deepcopy(start())  # noqa: E731
-        lab.run(seed, variant, text, branch, batch=lab.batches(text, seed), rate=rate, steps=M, measure=measure)
+        lab.run(seed, variant, text, start, batch=lab.batches(text, seed), rate=rate, steps=M, measure=measure)
 
 
 # ---- (b) Experts
@@ -138,9 +136,9 @@ def experts_experiment(lab: Lab, seed: int) -> None:
         return found
 
     variants = {
-        "dense throughout": (lambda: copy.deepcopy(dense()), first),
-        "dense, then experts from zero": (lambda: grown(False), first),
-        "dense, then experts from normal(0, .02)": (lambda: grown(True), first),
+        "dense throughout": (dense, first),
+        "dense, then experts from zero": (partial(grown, False), first),
+        "dense, then experts from normal(0, .02)": (partial(grown, True), first),
         "experts from the start": (lambda: lab.model(seed, **experts), 0),
         "... with the reference's router": (mixing, 0),
     }

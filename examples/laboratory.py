@@ -1,5 +1,6 @@
 """What examples/experiments.py stands on: a small model, the loop, the table of the runs, its picture."""
 
+import copy
 import csv
 import statistics
 import sys
@@ -20,6 +21,7 @@ from model import Doge, DogeConfig, visible
 from nanodoge.attention import key_scores
 from nanodoge.data import Sequences, load_tokenizer, token_bytes
 from nanodoge.machine import Machine
+from nanodoge.measure import append_csv
 from train import TrainOptions, evaluate, make_optimizers, optimizer_step, rows_of_step, wsd
 
 T, W, BATCH = 256, 64, 8  # tokens per sequence, a window of a quarter of it, sequences per step
@@ -32,9 +34,8 @@ class Lab:
 
     def __init__(self, name: str, options: Any):
         self.options, self.steps, self.machine = options, options.max_steps, Machine("cpu", "float32", 60)
-        self.path, self.rows = Path(options.out) / f"{name}.csv", []
-        if self.path.is_file():
-            self.rows = list(csv.DictReader(self.path.open(encoding="utf-8")))
+        self.path = Path(options.out) / f"{name}.csv"
+        self.rows = list(csv.DictReader(self.path.open(encoding="utf-8"))) if self.path.is_file() else []
         if other := {row["max_steps"] for row in self.rows} - {str(self.steps)}:
             raise ValueError(f"--max_steps={self.steps}: {self.path} has runs of {min(other)}; choose another --out")
 
@@ -74,15 +75,12 @@ class Lab:
         return Learner(model, make_optimizers(model, TrainOptions(optimizer=optimizer), self.machine))
 
     def run(self, seed: int, variant: str, source: str, start: Callable[[], "Learner"], **fit) -> None:
-        """Trains what start() returns (see Learner.fit) and writes the rows, unless the table has this run."""
+        """Trains a copy of what start() returns (see Learner.fit); writes the rows, unless the table has this run."""
         run = dict(seed=seed, variant=variant, data=Path(source).stem, max_steps=self.steps)
         if not self.find(**run):
-            rows = [run | row for row in start().fit(**fit)]
+            rows = [run | row for row in copy.deepcopy(start()).fit(**fit)]
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = not self.path.is_file()
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writerows(([dict(zip(rows[0], rows[0], strict=True))] if fresh else []) + rows)
+            append_csv(str(self.path), list(rows[0]), *rows)
             self.rows += [{name: str(value) for name, value in row.items()} for row in rows]
             print(*(f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in rows[-1].items()))
 

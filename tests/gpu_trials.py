@@ -1,8 +1,8 @@
 """The trials of `python bench.py gpu` (bench_gpu.py has their order): functions of device, tiny, ... to a dictionary.
 
 First whether a GPU is right: every check compares with something slower, a definition in float64 or float32,
-transformers, the CPU, an uninterrupted run. Then how fast it is, and what else could be done on it: candidates that are
-not part of nanoDoge until a GPU says that they are faster. tiny: small shapes, for a CPU.
+transformers, the CPU, an uninterrupted run. Then how fast it is, beside candidates that are not part of nanoDoge until
+a GPU says that they are faster: FlexAttention, CUDA graphs, other constants. tiny: small shapes, for a CPU.
 """
 
 import contextlib
@@ -31,7 +31,6 @@ from nanodoge.checkpoint import load_model
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.machine import Machine
-from nanodoge.muon import Muon
 from nanodoge.options import HERE
 from nanodoge.run import read_log
 from prepare_data import PrepareOptions, prepare
@@ -41,7 +40,7 @@ TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_atte
 SMALL = TINY | dict(vocab_size=512, keep_window_size=32, num_experts=64, num_experts_per_tok=4)
 SHRINK = 64  # tiny: lengths are divided by it
 TOKENS = 32768  # of one attention: a micro-batch of the 20M recipe
-COMPILE, ADAMW = torch.compile, torch.optim.AdamW
+COMPILE = torch.compile
 NO_BACKWARD = "no backward on this device"  # of FlexAttention on a CPU
 
 
@@ -307,21 +306,6 @@ def train_kernels(device, tiny):
 # ---- Other candidates
 
 
-def dense_experts(x, down, up, weights, experts):
-    """routed_experts by products with all experts: E / k times the FLOP, but all of it in large products."""
-    a = F.silu((x.to(down.dtype) @ down.T).gather(-1, experts)) * weights.to(down.dtype)
-    return a.new_zeros(*x.shape[:-1], len(down)).scatter(-1, experts, a) @ up
-
-
-def whole_loss(x, weight, targets):
-    """linear_cross_entropy with all logits at once, and its gradient by the compiler."""
-    return F.cross_entropy(F.linear(x, weight).float(), targets)
-
-
-def automatic_norm(x, weight, eps):
-    return F.rms_norm(x.float(), weight.shape, weight, eps).to(torch.promote_types(x.dtype, weight.dtype))
-
-
 def compile_blocks(model):
     """A block compiled once instead of every layer: starts sooner, for deep models."""
     for block in model.layers:
@@ -367,24 +351,21 @@ def recipe(device, tiny, steps=100, seconds=100):
             torch.cuda.set_sync_debug_mode("default")
         log = read_log(f"{folder}/run/log.csv")
     waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
-    rates, last = (
-        [float(row["tokens_per_second"]) for row in log],
-        {key: log[-1][key] for key in ("step", "loss", "mfu")},
-    )
+    rates = [float(row["tokens_per_second"]) for row in log]
     note = f"{len(log)} logged steps, the slowest at {min(rates):,.0f} tokens/s; the host waited at {dict(waits)}"
-    return dict(step=last["step"], loss=last["loss"], mfu=last["mfu"], tokens_per_second=median(rates), note=note)
+    last = {key: log[-1][key] for key in ("step", "loss", "mfu")}
+    return last | dict(tokens_per_second=median(rates), note=note)
 
 
-# What stands for what else in a training step: {what is called so: {name: other object}}.
-BY_BLOCK, DENSE_EXPERTS = {"torch.compile": compile_blocks}, {"model.routed_experts": dense_experts}
-VARIANTS = {
+# What stands for what else in a trial, by the name of the change: {what is called so: other object}.
+LOGIT_ROWS, CHUNKS = (2048, 8192, 32768), (512, 1024, 2048)
+CHANGES = {
+    "": {},
+    "by block": {"torch.compile": compile_blocks},
     "CUDA graphs": {"torch.compile": lambda model: COMPILE(model, mode="reduce-overhead")},
-    "whole loss": {"model.linear_cross_entropy": whole_loss},
-    "automatic norms": {"nanodoge.memory.rms_norm": automatic_norm},
 }
-OPTIMIZERS = {"fused": {}, "foreach": {"torch.optim.AdamW": lambda p, lr, fused: ADAMW(p, lr=lr, foreach=True)}}
-MATRICES = {"torch.optim.AdamW": lambda p, lr, fused: Muon([w for w in p if 1 < w.ndim and len(w) < 32768], lr=lr)}
-OPTIMIZERS["Muon"] = MATRICES  # of the hidden layers
+CHANGES |= {f"{n} rows of logits": {"nanodoge.losses.rows_at_once": lambda x, weight, n=n: n} for n in LOGIT_ROWS}
+CHANGES |= {f"chunks of {n}": {"nanodoge.attention.GPU_CHUNK": n} for n in CHUNKS}
 
 
 def trace(function, original=torch.compile, fullgraph=False, **options):

@@ -4,6 +4,7 @@ agrees with counting by hand; its peer computes what ours does. No time is ever 
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import bench_gpu
 from model import Doge, DogeConfig
-from nanodoge import engine, losses, measure, memory
-from nanodoge.experts import routed_experts
+from nanodoge import engine, measure
+from nanodoge.llama import llama_writer, write_gguf
 from nanodoge.options import HERE, parse_options
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -239,7 +240,7 @@ def faulty():
     for how in FAULTS:
         trials += [bench_gpu.Trial(how, behave, (how,), seconds=1 if how == "hanging" else 60)]
         trials += [bench_gpu.Trial(f"after {how}", behave)]
-    return [(0.5, trials), (0.5, [bench_gpu.Trial("last", behave)])]
+    return [*trials, bench_gpu.Trial("beside", behave, timed=False), bench_gpu.Trial("last", behave)]
 
 
 def test_a_failing_a_hanging_and_a_full_trial_cost_one_row_each(tmp_path, capsys, monkeypatch):
@@ -247,7 +248,7 @@ def test_a_failing_a_hanging_and_a_full_trial_cost_one_row_each(tmp_path, capsys
     bench_gpu.run("cpu", 5, str(tmp_path), faulty)
     [lines], [table] = tmp_path.glob("*.jsonl"), tmp_path.glob("*.csv")
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [row["trial"] for row in rows] == [trial.name for _, trials in faulty() for trial in trials]
+    assert [row["trial"] for row in rows] == [trial.name for trial in faulty()]
     for row in rows:
         assert FAULTS.get(row["trial"], "") in row.get("failed", "") and ("failed" in row) == (row["trial"] in FAULTS)
     with open(table, newline="", encoding="utf-8") as file:
@@ -269,13 +270,13 @@ def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_gpu.multiprocessing, "get_context", lambda kind: STARTED)
     bench_gpu.run("cpu", 0, str(tmp_path), faulty)
     rows = [json.loads(line) for line in next(tmp_path.glob("*.jsonl")).read_text().splitlines()]
-    assert len(rows) == 10 and all("not started: --minutes=0" in row["failed"] for row in rows)
+    assert len(rows) == 11 and all("not started: --minutes were over" in row["failed"] for row in rows)
 
 
 def test_the_plan_names_each_trial_once_and_changes_what_exists():
-    trials = [trial for _, trials in bench_gpu.plan() for trial in trials]
-    assert len({trial.name for trial in trials}) == len(trials)
-    for name in {name for trial in trials for name in trial.changes | bench_gpu.REHEARSAL}:
+    trials, changes = bench_gpu.plan(), gpu_trials.CHANGES
+    assert len({trial.name for trial in trials}) == len(trials) and {trial.change for trial in trials} == set(changes)
+    for name in {name for change in [*changes.values(), bench_gpu.REHEARSAL] for name in change}:
         module, _, attribute = name.rpartition(".")
         assert hasattr(sys.modules[module], attribute)
 
@@ -296,16 +297,6 @@ def test_the_blocks_of_flex_attention_skip_most_of_a_long_text(monkeypatch):
         assert low <= (mask.kv_num_blocks + mask.full_kv_num_blocks).sum() <= high
 
 
-def test_candidates_compute_the_same():
-    x, down, up = torch.randn(1, 6, 8), torch.randn(16, 8), torch.randn(16, 8)
-    scores, experts = torch.rand(1, 6, 16).topk(3)
-    expected = routed_experts(x, down, up, scores, experts)
-    torch.testing.assert_close(gpu_trials.dense_experts(x, down, up, scores, experts), expected)
-    weight, targets = torch.rand(8), torch.tensor([1, -100, 3, 4, 5, 6])
-    torch.testing.assert_close(gpu_trials.automatic_norm(x, weight, 1e-6), memory.rms_norm(x, weight, 1e-6))
-    torch.testing.assert_close(gpu_trials.whole_loss(x[0], up, targets), losses.linear_cross_entropy(x[0], up, targets))
-
-
 def test_flop_of_a_step_agree_with_those_torch_counts():
     """The definition computes all T x T pairs, of which flops_per_token counts the visible ones."""
     model, T = Doge(DogeConfig(**SHAPE | dict(keep_window_size=64), attention="definition")), 64
@@ -317,7 +308,25 @@ def test_flop_of_a_step_agree_with_those_torch_counts():
 
 
 def test_llama_cpp_is_a_peer(shape, tmp_path, capsys, quick):
-    """A file of the same shape is written, read and run; the row names its format."""
+    """A file of the same shape is written, read and run; the row names its format, and what its logits alone give."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     [row], printed = table(tmp_path, capsys, "decode", "--peer=llama.cpp", shape, "--new_tokens=3", "--batch_size=2")
     assert row["peer"] == "F32" and float(row["peer_seconds"]) > 0 and row["speedup"] and "F32" in printed
+    assert re.fullmatch(r"[\d.]+ x its logits alone", row["note"]) and row["note"] in printed
+
+
+def test_llama_cpp_writes_the_greedy_text(tmp_path, monkeypatch):
+    """Each token follows from the likeliest after those before it, by llama.cpp's own class, which reads all at once.
+    The one above the likeliest is written, else the text repeats one token. 200 prompts take two batches."""
+    llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    greedy, config, path = llama.llama_sampler_sample, DogeConfig(**SHAPE), tmp_path / "model.gguf"
+    monkeypatch.setattr(llama, "llama_sampler_sample", lambda *place: (greedy(*place) + 1) % 97)
+    write_gguf(path, config, "F32")
+    alone = llama.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
+    for rows, row in ((2, 0), (2, 1), (200, 199)):
+        write = llama_writer(config, "F32", rows, 12, 5, 1)
+        text, prompt = write()[row], [(row * 12 + i) % 97 for i in range(12)]
+        alone.reset()
+        alone.eval(prompt + text)
+        assert len(set(text)) == 5 and ((alone.scores[11:16].argmax(-1) + 1) % 97).tolist() == text
+        assert write(draws=False)[row] == prompt[-1:] * 5
