@@ -72,8 +72,8 @@ class BenchOptions:
     batch_size: Count = 1  # sequences at once
     new_tokens: Count = 128  # decode: tokens to write
     temperature: NonNegative = 0.0  # decode: 0 takes the likeliest tokens, above 0 tokens are drawn
-    compile: bool = False  # torch.compile (train and decode)
-    backend: Literal["torch", "onnx"] = "torch"  # decode: what computes a step, as in sample.py
+    compile: bool = False  # torch.compile (train; on a GPU decode)
+    backend: Literal["torch", "cpp", "onnx"] = "torch"  # decode: what computes a step, as in sample.py
     rounds: Whole = 0  # turns; 0: five, and one of what takes over 20 seconds
     vocab_size: Count = 32768  # tokenizer and data: the vocabulary
     megabytes: Count = 100  # data: how much text
@@ -90,7 +90,7 @@ class BenchOptions:
             if wrong := [value for value in getattr(self, name) or [""] if value not in valid]:
                 raise ValueError(f"{name} {wrong[0]!r}: must be one or more of {', '.join(valid)}")
         for option, values in dict(dtype=self.dtype, peer=[self.peer], backend=[self.backend]).items():
-            if self.what != ["decode"] and (special := {"int8", "llama.cpp", "onnx"}.intersection(values)):
+            if self.what != ["decode"] and (special := {"int8", "llama.cpp", "cpp", "onnx"}.intersection(values)):
                 raise ValueError(f"--{option}={special.pop()} is for decode")
         if wrong := [length for length in self.length if not length.isdecimal() or int(length) < 1]:
             raise ValueError(f"--length={wrong[0]} must be a whole number from 1 up")
@@ -185,7 +185,7 @@ def peer_steps(case: Case, make_step: Callable[[nn.Module], Callable]) -> dict[s
 
 def decode(case: Case) -> Task:
     """The prompt and the new tokens, as sample.py writes them; behind a text of case.length the new ones alone."""
-    (model, prompt), o = make_model(case), case.options
+    o, (model, prompt) = case.options, make_model(case, "bfloat16" if case.dtype == "bfloat16" else "float32")
     engine = Engine(model, make_decoder(model, case.dtype, o.backend, o.compile), slots=o.batch_size)
     sampling = dict(do_sample=True, temperature=o.temperature, top_k=0) if o.temperature else dict(do_sample=False)
     sampling |= dict(max_new_tokens=o.new_tokens, pad_token_id=0, eos_token_id=None)
@@ -342,7 +342,7 @@ def make_cases(options: BenchOptions) -> Iterator[Case]:
         for model, dtype, part, length in itertools.product(models, options.dtype, parts.get(what, [""]), lengths):
             size = f"{options.batch_size}x{length or f'{PROMPT}+{options.new_tokens}'}"
             how = ["compiled"] * (options.compile and what in ("train", "decode"))
-            how += ["onnx"] * (options.backend == "onnx")
+            how += [options.backend] * (options.backend != "torch")
             how += ["drawn"] * (options.temperature > 0 and what == "decode")
             name = " ".join(filter(None, [what, Path(model).stem, dtype, part, *how, size]))
             peer = bool(options.peer) and length <= PEER_LONGEST.get(what, length)
