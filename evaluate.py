@@ -1,4 +1,4 @@
-"""How good is a model? Bits per byte of text it has never seen, and the benchmarks that everybody reports.
+"""How good is a model? Bits per byte of text it has never seen, and standard benchmarks.
 
     python evaluate.py out/stories --bpb=data/stories
     python evaluate.py out/mine --bpb=data/mine --dtype=float32,bfloat16,int8
@@ -14,9 +14,9 @@ lm_eval`), so the numbers can be compared with published ones. It asks the model
     rolling          how probable is this whole text? (perplexity)
     generation       the completion, up to a stop string, is compared with the right answer.
 
-Few-shot: the context begins with n solved questions; numbers with different n cannot be compared. Each score has its
-standard error: of 100 questions, 30 % right is 30 +- 4.6, which may as well be the 25 % that guessing gets with four
-answers. A score less than two standard errors above guessing shows nothing.
+Few-shot: the context begins with n solved questions; scores with different n cannot be compared. Each score has its
+standard error: with 100 questions, 30 % right is 30 +- 4.6, which does not differ from the 25 % that guessing gives
+with four answers. A score that is less than two standard errors above guessing shows nothing.
 """
 
 import difflib
