@@ -351,7 +351,7 @@ def report(out: Path, meta: dict) -> None:
     if meta.get("note"):
         print(f"  {meta['note']}")
     if meta["train"]["bytes"] < 100_000:
-        print("warning: so little text is learned by heart; give more if there is more")
+        print("warning: a model will learn so little text by heart; give more text if there is more")
 
 
 def prepare_built_in(folder: str, kind: str = "text", tokenizer: str = "", say: Callable = print) -> None:

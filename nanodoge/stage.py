@@ -238,14 +238,15 @@ def announce(
         attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
     if c.attention == "definition":
         attention = "by definition, every query with every key: slow"
-    time_needed = duration(seconds * micro_batches + more_seconds)
+    left = max(0, options.max_steps - run.step)  # a resumed run has fewer steps to do
+    time_needed = duration((seconds * micro_batches + more_seconds) * left / options.max_steps)
     common = {
         "options": changed(options) or "as --help shows them",
         "model": f"{parameters:,} parameters, {c.num_hidden_layers} layers of {c.hidden_size}{experts}{source}",
         **lines,
         "attention": attention,
         "device": f"{machine.summary}; {compile_note}",
-        "cost": f"{options.max_steps:,} steps, at most about {time_needed}, {memory / 1e9:.2g} GB per process",
+        "cost": f"{left:,} steps, at most about {time_needed}, {memory / 1e9:.2g} GB per process",
     }
     for label, text in common.items():
         machine.print(f"{label:<9} {text}")

@@ -338,6 +338,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, whole, tmp_path, capsys):
     run_signalled(signal.SIGINT, data, tmp_path / "run")
     assert "--resume" in capsys.readouterr().out
     resume(tmp_path / "run")
+    assert "cost      5 steps, " in capsys.readouterr().out  # 7 of 12 are done
     assert_same_run(tmp_path / "run", whole)
 
 
