@@ -7,14 +7,14 @@
 
 No stage needs this step: each takes a name on the hub, or a folder in any published layout (nanodoge/layouts.py).
 
-transformers (5.18 or newer: before, its sdpa attention sees later tokens, its issue 48748) opens a folder of ours as
-it is, as long as it computes the same. It does not for models without norms on queries and keys, which it always has,
-nor for experts, where its router mixes the tokens of a text. Such folders say `"model_type": "nanodoge"`, so that
-transformers refuses them. `--to=transformers` asks for a folder that it opens all the same: without the norms this is
-refused, with experts it is written and the differences are printed.
+transformers (5.18 or newer: before, its sdpa attention sees later tokens, its issue 48748) opens a folder of ours as it
+is, if it computes the same. It would compute two kinds of model differently: models without norms on queries and keys,
+which it always has, and models with experts, where its router mixes the tokens of a text. Their folders say
+`"model_type": "nanodoge"`, so that transformers refuses them. `--to=transformers` writes a folder that it opens.
+Without the norms this is refused; with experts the folder is written, and the differences are printed.
 
-With --dtype=int8 the matrices are stored as one byte a weight and a scale a row, and every program here opens such a
-folder. How much the loss changes is measured on a text that the model itself has written, and printed.
+With --dtype=int8 the matrices are stored as one byte per weight and one scale per row, and every program here opens
+such a folder. The change of the loss, measured on a text that the model itself has written, is printed.
 """
 
 from dataclasses import dataclass, field

@@ -9,15 +9,16 @@ Fine-tuning shows good answers, but never what is wrong with a bad one. A prefer
 that was chosen, and one that was rejected.
 
 The idea (Rafailov et al. 2023, arXiv 2305.18290). Suppose that an answer has a reward, and that people choose the first
-of two answers with probability sigmoid(its reward - the other's). Of all models that stay close to a reference, the
-model they began as, the one with the most reward is known: the probability of an answer is the reference's, times
-exp(reward / beta), times a factor that depends only on the prompt. Read backwards, every model is the best one for some
-reward, and the choices of people can be made likely without a reward model and without drawing samples:
+of two answers with probability sigmoid(its reward - the other's). Look for the model with the most reward that stays
+close to a reference, the model at the start. The solution is known: p(answer) = p_reference(answer) exp(reward / beta),
+times a factor that depends only on the prompt. Solved for the reward, this equation gives every model the reward for
+which it is the best. So the choices of people can be made likely without a reward model and without drawing samples:
 
     reward(answer) = beta * (log p(answer) - log p_reference(answer)) + (a term that depends only on the prompt)
     loss = -log sigmoid(reward(chosen) - reward(rejected))
 
-With a smaller beta the model must go farther from its reference for the same margin. Five things are easy to get wrong.
+With a smaller beta the model must move farther from its reference for the same margin. Five things are easy to get
+wrong.
 
 What is compared. log p is the sum over the tokens of the answer and the EOS that ends it, without the prompt.
 
@@ -25,13 +26,13 @@ What the reference is. The model at the start, for the whole run. Its log-probab
 before the first step, so a step costs one model and not two. They are part of every checkpoint, for a resumed run.
 
 Ties. At first the model is its reference: every reward is 0, the loss is ln 2 = 0.693, and every pair is a tie. A tie
-is not won, and neither is a margin that may be rounding (TIE), so accuracy starts at 0 and not at 1/2.
+does not count as won, nor does a margin so small that it may be rounding (TIE). So accuracy starts at 0 and not at 1/2.
 
-What the loss does not see. It compares, so it also falls when both answers become unlikely, the rejected one faster
-(arXiv 2402.13228). Watch val_chosen_logp: a small fall is usual; after a collapse the model no longer writes text, and
-a lower --learning_rate or a higher --beta helps.
+What the loss does not show. It depends on a difference, so it also falls when both answers become unlikely, the
+rejected one faster (arXiv 2402.13228). Watch val_chosen_logp: a small fall is usual. After a large fall the model no
+longer writes text; then a lower --learning_rate or a higher --beta helps.
 
-Long pairs. A pair of which one row does not fit is left out and counted: cut at the end, an answer would lose its EOS;
+Long pairs. A pair with a row that is too long is left out and counted. Cut at the end, an answer would lose its EOS;
 cut at the front, the prompt would lose the question.
 """
 

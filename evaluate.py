@@ -1,4 +1,4 @@
-"""How good is a model? Bits per byte of text it has never seen, and the benchmarks that everybody reports.
+"""How good is a model? Bits per byte of text it has never seen, and standard benchmarks.
 
     python evaluate.py out/stories --bpb=data/stories
     python evaluate.py out/mine --bpb=data/mine --dtype=float32,bfloat16,int8
@@ -14,9 +14,9 @@ lm_eval`), so the numbers can be compared with published ones. It asks the model
     rolling          how probable is this whole text? (perplexity)
     generation       the completion, up to a stop string, is compared with the right answer.
 
-Few-shot: the context begins with n solved questions; numbers with different n cannot be compared. Each score has its
-standard error: of 100 questions, 30 % right is 30 +- 4.6, which may as well be the 25 % that guessing gets with four
-answers. A score less than two standard errors above guessing shows nothing.
+Few-shot: the context begins with n solved questions; scores with different n cannot be compared. Each score has its
+standard error: with 100 questions, 30 % right is 30 +- 4.6, which does not differ from the 25 % that guessing gives
+with four answers. A score that is less than two standard errors above guessing shows nothing.
 """
 
 import difflib
@@ -261,12 +261,13 @@ def find_tasks(names: list[str], folder: str = "") -> Any:
     return manager
 
 
-def run_tasks(harness: Any, options: EvaluateOptions, chat: bool) -> None:
+def run_tasks(model: Doge, tokenizer: Tokenizer, micro_batch_tokens: int, options: EvaluateOptions, chat: bool) -> None:
     """Prints lm_eval's table of each task, and writes all results to --out, when it is done. One that fails does not
     lose the others: at the end, ValueError names all that failed for want of a package, the network, a file or an
     option; any other error is raised as it is."""
     asked = [task.partition("=") for task in (*options.tasks, *SUITES.get(options.suite, "").split())]
     manager = find_tasks([name for name, *_ in asked], options.include_path)
+    harness = harness_model(model, tokenizer, micro_batch_tokens)
     from datasets.exceptions import DatasetsError
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.utils import handle_non_serializable, make_table
@@ -312,8 +313,7 @@ def main(argv: list[str]) -> None:
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--apply_chat_template=on: the tokenizer of {options.checkpoint[0]} has no chat template")
     size = options.micro_batch_tokens or (2048 if machine.device.type == "cpu" else 65536)  # a CPU's cache is small
-    harness = harness_model(model.to(getattr(torch, options.dtype[0])), tokenizer, size)
-    run_tasks(harness, options, chat)
+    run_tasks(model.to(getattr(torch, options.dtype[0])), tokenizer, size, options, chat)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,39 @@
-"""Reinforcement learning with verifiable rewards (GRPO): a model tries, is told what was right, and does more of that.
+"""Reinforcement learning with verifiable rewards (GRPO): a model writes answers, and the right ones become likelier.
 
     python grpo.py                                                   the tiny model on built-in sums, minutes
     python grpo.py config/grpo_doge.py                               a real recipe
     torchrun --nproc_per_node=8 grpo.py config/grpo_doge.py          the same on eight GPUs: same problems, same draws
     python grpo.py --out_dir=out/sums-problems --resume              continues as if it had never stopped
 
-Fine-tuning shows a model how an answer is reached. Here it is shown nothing. It gets problems whose answers can be
-checked, writes answers of its own, and each earns a number, its reward. Then every token of a good answer is made a
-little likelier, and every token of a bad one less likely. The method is GRPO, group relative policy optimisation (Shao
-et al. 2024, arXiv 2402.03300). Five questions decide how well it works.
+Fine-tuning shows a model how an answer is reached. Here no answers are shown. The model gets problems whose answers can
+be checked, writes its own answers, and each of these gets a number, its reward. Then every token of a good answer is
+made a little likelier, and every token of a bad one less likely. The method is GRPO, group relative policy optimisation
+(Shao et al. 2024, arXiv 2402.03300). Five choices decide how well it works.
 
-Good compared with what? Each problem is answered several times, and an answer's advantage is its reward minus the mean
-of its group. Where all earn the same there is nothing to learn: the advantage is 0 (the log counts such groups as
-no_signal). The first GRPO also divides by the group's standard deviation. That weights most the problems that are
-nearly always or nearly never solved (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783), so it is an option, off here.
+Advantage. Each problem is answered several times, and an answer's advantage is its reward minus the mean of its group.
+If all answers of a group have the same reward, the advantage is 0, and nothing is learned from them (the log counts
+such groups as no_signal). The first GRPO also divides by the group's standard deviation. That gives most weight to
+problems that are nearly always or nearly never solved (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783), so it is an
+option, off here.
 
-How far? The loss of a token is -min(r A, clip(r) A). A is the advantage of its answer, r the ratio of its probability
+Clipping. The loss of a token is -min(r A, clip(r) A). A is the advantage of its answer, r the ratio of its probability
 to what it was when drawn, and clip keeps r within 1 - clip_low .. 1 + clip_high (PPO, Schulman et al. 2017, arXiv
 1707.06347). In the first update r = 1: the gradient is the plain policy gradient, -A grad log p. In later updates on
-the same answers, a token that has moved so far in the direction of its advantage has no gradient. A clip_high above
-clip_low lets rare tokens grow (DAPO, Yu et al. 2025, arXiv 2503.14476).
+the same answers, a token has no gradient once its r has left this range in the direction of its advantage. A clip_high
+above clip_low lets rare tokens become more likely (DAPO, Yu et al. 2025, arXiv 2503.14476).
 
-The weight of a token? The loss is the sum over all tokens of all answers of a step, divided by their number, as in
-DAPO. A mean within each answer first, as in the first GRPO, gives a token of a long wrong answer less weight than one
-of a short wrong answer, which teaches long wrong answers.
+The weight of a token. The loss is the sum over all tokens of all answers of a step, divided by their number, as in
+DAPO. The first GRPO takes the mean within each answer first. Then a token of a long wrong answer has less weight than
+one of a short wrong answer, so the model learns to make wrong answers long.
 
-Away from where? --kl=B adds to the loss of every token B times an estimate of the KL divergence from the model at the
-start: k3 = exp(d) - d - 1 with d = log p_start - log p, which is never negative and on average the divergence (Schulman
-2020, "Approximating KL divergence"). With --kl=0 no second model is held in memory.
+KL divergence. --kl=B adds to the loss of every token B times an estimate of the KL divergence from the model at the
+start: k3 = exp(d) - d - 1 with d = log p_start - log p, which is never negative and on average equals the divergence
+(Schulman 2020, "Approximating KL divergence"). With --kl=0 no second model is held in memory.
 
-What is rewarded? The right number, in an answer that ends: one that reaches --max_new_tokens without EOS earns nothing
-for what it says. The format: a thought between its tags, then a solution between its own, each tag once. Length costs,
-if it is given a weight. Read what is written, in OUT_DIR/samples: a reward that rises may mean that the model found
-something that you did not intend.
+Reward. It counts the right number, in an answer that ends: an answer that reaches --max_new_tokens without EOS gets no
+reward for its number. It counts the format: a thought between its tags, then a solution between its own, each tag once.
+With --reward_length, length costs. Read the answers in OUT_DIR/samples: the reward also rises if the model has found a
+way to it that you did not intend.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""The Doge language model: RMSNorm, rotary embedding, Dynamic Mask Attention, MLP, CDMoE, the blocks, the whole.
+"""The Doge language model: RMSNorm, rotary embedding, Dynamic Mask Attention, MLP, CDMoE, the blocks, the model.
 
 A language model reads a sequence of tokens and says, at each position, how likely every token of the vocabulary is to
 come next. Doge is a Llama-like transformer: an embedding, a stack of blocks, a last norm, and the embedding again as
-output matrix. A block adds to the hidden state x first what attention gathers from earlier positions, then what a
-feed-forward network makes of the result:
+output matrix. A block adds to the hidden state x first the output of attention, which combines earlier positions, then
+the output of a feed-forward network, which works on each position by itself:
 
     x = input_residual          * x + Attention(RMSNorm(x))
     x = post_attention_residual * x + MLP(RMSNorm(x))              the two scales are learned vectors, 1 at the start
@@ -12,16 +12,17 @@ Two things are Doge's own.
 
 Dynamic Mask Attention (DMA). Every key j gets a score from its value vector alone, s_j = exp(A softplus(dt_proj(v_j))).
 The score is added to the attention logits of all queries that may see j, and a query sees only the W earlier keys of
-largest score (`keep_window_size`; of equal scores the later key wins). So the model itself decides what is worth
-remembering.  -> visible, attention_by_definition; in linear time, and in constant memory: nanodoge/attention.py
+largest score (`keep_window_size`; of equal scores the later key wins). So the model learns which keys to keep.
+-> visible, attention_by_definition; in linear time and constant memory: nanodoge/attention.py
 
-Cross Domain Mixture of Experts (CDMoE). Beside the usual MLP stand E tiny experts of one hidden unit each. A router
-scores sqrt(E) rows and sqrt(E) columns, expert (i, j) scores x_i + y_j, and a token uses its k best experts. Thousands
-of experts are searched at the price of two short lists.  -> routed_by_definition; ungathered: nanodoge/experts.py
+Cross Domain Mixture of Experts (CDMoE). Beside the usual MLP, a layer has E experts of one hidden unit each. A router
+gives scores x_i to sqrt(E) rows and y_j to sqrt(E) columns. Expert (i, j) has the score x_i + y_j, and a token uses its
+k best experts. So the best of E experts are found from 2 sqrt(E) scores.
+-> routed_by_definition; without gathering the experts' vectors: nanodoge/experts.py
 
 With the config field `attention` = "definition" both are computed as they are defined here; "fast" gives the same
-numbers. Names of parameters and options are those of Hugging Face's Doge, so that its checkpoints load as they are;
-where that implementation departs from the architecture (its router mixes tokens) ours does not follow.
+numbers. Names of parameters and options are those of Hugging Face's Doge, so that its checkpoints load as they are.
+Where that implementation differs from the architecture (its router mixes tokens), this one follows the architecture.
 Papers: Wonderful Matrices (arXiv 2412.11834), Trainable Dynamic Mask Sparse Attention (arXiv 2508.02124).
 
 Shapes: B batch, T query length, S key length, H attention heads, K key/value heads, D head size, C hidden size,

@@ -32,8 +32,8 @@ Without one, .txt and .md files are cut into pieces of at most --piece_chars cha
 or more): after the last blank line in the second half of a piece, else a line, else a space. No text is lost.
 
 Train or validation? The hash of a document decides (of a row: the hash of the user's first words). So a document stays
-on its side when data is added, and two copies of it are never on both sides. Where that leaves a side empty, the one of
-the smallest hash is held out. --val=SOURCE gives a validation set of your own instead.
+on its side when data is added, and two copies of it are never on both sides. If all documents would be on one
+side, the one with the smallest hash is held out. --val=SOURCE gives a validation set of your own instead.
 
 Bad rows. A row that cannot be used is left out and counted, with the reason and the place of the first. The run stops
 when there are more than --max_left_out, and at once if the first row of a file has not the columns it needs.
@@ -351,7 +351,7 @@ def report(out: Path, meta: dict) -> None:
     if meta.get("note"):
         print(f"  {meta['note']}")
     if meta["train"]["bytes"] < 100_000:
-        print("warning: so little text is learned by heart; give more if there is more")
+        print("warning: a model will learn so little text by heart; give more text if there is more")
 
 
 def prepare_built_in(folder: str, kind: str = "text", tokenizer: str = "", say: Callable = print) -> None:

@@ -5,12 +5,12 @@
     python sample.py out/stories --file=beginning.txt --num_samples=3
     python sample.py out/chat --chat                           a conversation; /help lists what else can be typed
 
-A model gives a probability to every possible next token. Generating means to draw one, append it, and ask again. With
-the bare probabilities an unlikely token derails the text now and then; always taking the likeliest makes it loop. The
-options in between: temperature sharpens (below 1) or flattens the distribution; top_k, top_p and min_p cut its tail;
-repetition_penalty makes tokens that have occurred less likely.
+A model gives a probability to every possible next token. Generating means to draw one, append it, and ask again. If
+tokens are drawn from the unchanged probabilities, now and then an unlikely one spoils the text; always taking the
+likeliest leads to repetitions. The options are in between: temperature makes the distribution sharper (below 1) or
+flatter; top_k, top_p and min_p exclude unlikely tokens; repetition_penalty makes tokens that have occurred less likely.
 
-Text is printed as it is made, and Ctrl-C ends it: what was written stays.
+Text is printed while it is generated. Ctrl-C ends the generation.
 """
 
 import itertools

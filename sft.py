@@ -6,18 +6,19 @@
     python sft.py --out_dir=out/stories-chat --resume               continues as if it had never stopped
 
 A base model that is asked a question may write three more questions, because texts often go on like that. So it is
-trained on conversations. It predicts the next token as before, but only where the assistant speaks: the mask of the
-data decides what it learns. Four things about it are easy to get wrong.
+trained on conversations. It predicts the next token as before, but only the tokens that the assistant writes are
+targets: the data has a mask of them (made by Tokenizer.render). Four things about it are easy to get wrong.
 
-What is learned. The assistant's words, and the EOS that ends each answer: a model that never learned the end does not
-stop. Not the user's words, or it learns to ask. One example is printed with its targets marked: look at it.
+The mask. It covers the assistant's words, and the EOS that ends each answer: a model that never learned the end does
+not stop. It does not cover the user's words, or the model would learn to ask. One example is printed with its targets
+marked: look at it.
 
 The weight of a token. The loss of a step is the sum over all its targets, divided by their number. Micro-batches and
 ranks have different numbers of targets, so a mean of their means would weight a token by the size of its micro-batch.
 
-Packing. Several conversations in one row need a mask that separates them, and attention is then no longer the plain
-causal one, which is the fastest. Here every conversation is a row of its own. Rows of similar length share a
-micro-batch and are padded on the right, where no token looks: exact without any mask, and with little padding.
+Packing. Several conversations in one row need a mask that separates them, and then plain causal attention, which is the
+fastest, cannot be used. Here every conversation is a row of its own. Rows of similar length share a micro-batch, so
+that there is little padding. They are padded on the right: no token attends to later ones, so no mask is needed.
 
 Long conversations. A conversation is cut after the last answer that fits, and left out if none does; both are counted.
 An answer cut in the middle would teach the model to stop there.

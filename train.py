@@ -7,23 +7,24 @@
 
 The data is one long array of token ids, documents one after the other, cut into sequences of T tokens. At every
 position the model predicts the next token. One step: take the sequences of this step, compute the mean loss and its
-gradient, move the weights a little against it. The yardstick is bits per byte of held-out text, which unlike the loss
-per token does not depend on the tokenizer. The rest of this file is about four choices.
+gradient, move the weights a little against the gradient. The measure of quality is bits per byte of held-out text.
+Unlike the loss per token, it can be compared between tokenizers. Four choices are explained here.
 
 Data order. An epoch visits every sequence once, in an order that is a pure function of (seed, epoch). So the sequences
-of step n are known without having run the steps before, and a run that was killed continues with exactly what it would
-have read. On a CPU it ends at the same weights to the last bit (not on a GPU, nor with another version of torch).
+of step n are known without running the steps before it, and a run that was killed continues with the sequences that it
+would have read. On a CPU its weights become the same, bit for bit (not on a GPU, nor with another version of torch).
 
 Schedule. The learning rate warms up, stays, and decays: Warmup-Stable-Decay (Hu et al. 2024, arXiv 2404.06395; Hagele
-et al. 2024, arXiv 2405.18392). Unlike a cosine it does not need to know the end beforehand. `--init_from` continues
-from the weights just before the decay, OUT_DIR/stable, at the same rate, and a MoE model starts from its dense twin's.
+et al. 2024, arXiv 2405.18392). Unlike with a cosine, the number of steps need not be known beforehand. `--init_from`
+continues from the weights just before the decay, OUT_DIR/stable, at the same rate. A MoE model starts from the stable
+weights of its dense twin.
 
 Optimizer. AdamW, with weight decay on the matrices alone; or Muon (Jordan et al. 2024), which makes every update of a
 hidden matrix orthogonal, for the matrices between embedding and output.
 
-Copy curriculum. A small model soon knows that a name comes next, but for long not which one. So the tiny recipe begins
-with `copy_steps`, most of which learn only tokens that already occurred in their sequence. A model that has first
-learned to look back keeps to its names (NOTES.md has the figures, and texts where it did not help).
+Copy curriculum. A small model learns early that a name comes next, but only much later which name. So the tiny recipe
+begins with `copy_steps`. Most of these train only on tokens that already occurred in their sequence. A model that has
+first learned to copy uses the right names in its stories (NOTES.md has the figures, and texts where it did not help).
 """
 
 import dataclasses

@@ -210,8 +210,11 @@ def open_checkpoint(folder: Path) -> tuple[layouts.Layout, Path]:
     naming the file, for what is not a Doge."""
     config = checkpoint_file(folder, "config.json")
     if not config.is_file():
-        reason = f"{folder} is not a checkpoint: it has no config.json"
-        raise ValueError(reason if folder.is_dir() else f"there is no checkpoint folder {str(folder)!r}")
+        if folder.is_dir():
+            raise ValueError(f"{folder} is not a checkpoint: it has no config.json")
+        near = [str(path.parent) for path in sorted(folder.parent.glob("*/config.json"))[:9]]
+        advice = f"there are {', '.join(near)}" if near else "a stage such as train.py writes one"
+        raise ValueError(f"there is no checkpoint folder {str(folder)!r} in {Path.cwd()}; {advice}")
     found = [main for main in (checkpoint_file(folder, name) for name in WEIGHTS) if [*main.parent.glob(main.name)]]
     if not found:
         raise ValueError(f"{folder} has no model.safetensors, nor its parts, nor a pytorch_model.bin")

@@ -4,6 +4,7 @@ the first step and after the last one."""
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -114,6 +115,8 @@ def read_run_options(cls: type, argv: list[str], inherited: Callable | None = No
     from_files, from_line = read_values(cls, argv, default_config=HERE / "config" / cls.recipe)
     asked = from_files | from_line
     out = Path(asked.get("out_dir") or f"out/{Path(asked.get('data') or cls.data).name}").as_posix()
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"--out_dir={out} is not a folder")
     for name in ("resume", "resume_or_start"):
         if asked.get(name) and asked.get("overwrite"):
             raise ValueError(f"--overwrite replaces the run in --out_dir={out}, --{name} goes on with it: choose one")
@@ -238,14 +241,15 @@ def announce(
         attention += f"; beyond {c.keep_window_size:,} tokens, chunks of live keys"
     if c.attention == "definition":
         attention = "by definition, every query with every key: slow"
-    time_needed = duration(seconds * micro_batches + more_seconds)
+    left = max(0, options.max_steps - run.step)  # a resumed run has fewer steps to do
+    time_needed = duration((seconds * micro_batches + more_seconds) * left / options.max_steps)
     common = {
         "options": changed(options) or "as --help shows them",
         "model": f"{parameters:,} parameters, {c.num_hidden_layers} layers of {c.hidden_size}{experts}{source}",
         **lines,
         "attention": attention,
         "device": f"{machine.summary}; {compile_note}",
-        "cost": f"{options.max_steps:,} steps, at most about {time_needed}, {memory / 1e9:.2g} GB per process",
+        "cost": f"{left:,} steps, at most about {time_needed}, {memory / 1e9:.2g} GB per process",
     }
     for label, text in common.items():
         machine.print(f"{label:<9} {text}")
@@ -280,7 +284,8 @@ def profile_step(run: Run, loss_of: Callable, size_option: str) -> tuple[float, 
         seconds = seconds or timed(run.network)
         if machine.world_size > 1 and not options.shard:
             # No broadcast of buffers: they are constants, and in a validation the ranks may have different numbers of
-            # batches, so that a collective would hang.
+            # batches, so that a collective would hang. (torch 2.9 lacks the argument that replaces this one.)
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             run.network = DistributedDataParallel(run.network, gradient_as_bucket_view=True, broadcast_buffers=False)
             # DDP adds up gradients in an order that follows the first backward pass. With one at every start it is the
             # same in all steps that count, also after a --resume.

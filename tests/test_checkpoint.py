@@ -163,6 +163,14 @@ def test_a_folder_copied_by_halves_is_refused(small, folder, tmp_path):
     load_model(folder)  # as a model it is whole
 
 
+def test_a_wrong_folder_is_refused_with_those_that_are_there(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"there are {folder}$"):
+        load_model(f"{folder}s")
+    with pytest.raises(ValueError, match=f"'out/stories' in {tmp_path}; a stage such as train.py writes one$"):
+        load_model("out/stories")
+
+
 @pytest.mark.parametrize(
     "change",  # both moments: the fused kernel would write past the end of a short one
     [dict(exp_avg=torch.zeros(3, 3)), dict(exp_avg_sq=torch.zeros(3, 3)), dict(exp_avg_sq=None)],

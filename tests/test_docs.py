@@ -288,7 +288,7 @@ FIGURES = {  # page: the text that must stand there
         f"**{column('gsm8k-preferences', 'val_accuracy')[-1]:.0%}**".replace("%", " %"),
     ],
     "docs/internals.md": [
-        f"{sum(column('crash', 'tries')):.0f} tries, {sum(column('crash', 'inside_a_save')):.0f} of them there"
+        f"{sum(column('crash', 'tries')):.0f} tries, {sum(column('crash', 'inside_a_save')):.0f} of them during a save"
     ],
 }
 

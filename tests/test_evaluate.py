@@ -318,7 +318,9 @@ def test_wrong_names_of_tasks_are_one_line(folder, monkeypatch):
         evaluate.find_tasks(["choose", "chose"], str(folder / "tasks"))
 
 
-def test_without_lm_eval_a_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+def test_without_lm_eval_a_line_says_how_to_get_it(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path)
+    for name in ("lm_eval.tasks", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match="pip install lm_eval"):
-        evaluate.find_tasks(["piqa"])
+        evaluate.main([str(tmp_path), "--suite=base", "--device=cpu"])

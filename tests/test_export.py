@@ -167,8 +167,9 @@ def test_a_damaged_export_is_refused_in_one_line(exports, tmp_path, damage):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "damaged" in done.stderr, done.stderr
 
 
-def test_the_exported_program_chats(exports):
-    done = ran(exports["dense"][1], "--max_new_tokens=5", "--temperature=0", input="the red cat\nsees a dog\n\n")
+@pytest.mark.parametrize("end", ["\n", ""], ids=["empty line", "Ctrl-D"])
+def test_the_exported_program_chats(exports, end):
+    done = ran(exports["dense"][1], "--max_new_tokens=5", "--temperature=0", input="the red cat\nsees a dog\n" + end)
     assert done.returncode == 0 and done.stdout.count("> ") == 3, done.stderr
 
 

@@ -338,6 +338,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, whole, tmp_path, capsys):
     run_signalled(signal.SIGINT, data, tmp_path / "run")
     assert "--resume" in capsys.readouterr().out
     resume(tmp_path / "run")
+    assert "cost      5 steps, " in capsys.readouterr().out  # 7 of 12 are done
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -583,6 +584,7 @@ def test_what_exists_is_not_overwritten_unasked(data, whole, tmp_path):
     refused = [
         ("holds a run already", run, data, out),
         ("half holds a run already", run, data, tmp_path / "half"),
+        ("config.json is not a folder", run, data, out / "config.json"),
         ("seed=1: the run in .* has 233", resume, out, "--seed=1"),
         ("another tokenizer", run_from_config, other, new, f"--init_from={out}"),
         ("hidden_size=64: the model of", run_from_config, data, new, f"--init_from={out}", "--hidden_size=64"),

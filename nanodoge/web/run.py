@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,7 @@ if __name__ == "__main__":
     if options.prompt is not None or not model.chat:
         sys.exit(model.write([model.bos, options.prompt or ""], *limits))
     before = model.chat["start"]
-    while line := input("> ").strip():
-        model.write([*before, line, *model.chat["answer"]], *limits)
-        before = model.chat["next"]
+    with suppress(EOFError, KeyboardInterrupt):  # Ctrl-D and Ctrl-C end the conversation
+        while line := input("> ").strip():
+            model.write([*before, line, *model.chat["answer"]], *limits)
+            before = model.chat["next"]
