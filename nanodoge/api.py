@@ -306,8 +306,6 @@ class Service:
         if not 0 < len(ids) <= self.context - new:
             words = f"the prompt has {len(ids)} tokens, and the context holds from 1 to {self.context}, reply included"
             raise APIError(400, words, "context_length_exceeded" if ids else None, param)
-        with refusing(param):
-            self.coder.decode(ids)
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         self.check(4 * [0] * len(messages), "messages", 0)  # each has four tokens or more, and a template is slow
@@ -340,7 +338,8 @@ class Service:
             ids = self.coder.encode_prompt(prompt) if isinstance(prompt, str) else prompt
             self.check(ids, param, 0 if limit == 0 else 1)
             new = min(self.context - len(ids), self.context if limit is None else limit)
-            echoed = prompt if isinstance(prompt, str) else self.coder.decode(ids)
+            with refusing(param):  # ids of a client may be none of the vocabulary's
+                echoed = prompt if isinstance(prompt, str) else self.coder.decode(ids)
             common |= dict(limit=new, echoed=echoed if echo else "")
             for i in range(body.n or 1):
                 found.append(Choice(ids, max(new, 1), **common, seed=seed + i, index=len(found)))
