@@ -249,7 +249,6 @@ class Service:
         self.about |= dict(layers=config.num_hidden_layers, kv_heads=config.num_key_value_heads) | about
         self.card = dict(id=self.name, object="model", created=int(time.time()), owned_by="nanodoge")
         self.pending, self.at_once = 0, options.slots + options.max_queue  # requests that run or wait; most of them
-        self.is_stopping = False  # set by the server
         self.calls, self.active, self.loop = queue.SimpleQueue(), set(), None  # loop: of the handlers
         self.sums = Counter(prompt_tokens=0, reused_tokens=0, generated_tokens=0)
 

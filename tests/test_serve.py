@@ -36,13 +36,13 @@ def served(checkpoint, *argv):
     service = serve.load_service(options)
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
         service.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server = service.server = serve.Server(service, options)
+        server = service.server = serve.Server(service)
         threads = [threading.Thread(target=server.run, args=([listening],)), threading.Thread(target=service.run)]
         for thread in threads:
             thread.start()
         wait_for(lambda: server.started)
         yield service
-        if not service.is_stopping:
+        if not server.should_exit:
             server.handle_exit(signal.SIGTERM, None)
         for thread in threads:
             thread.join(20)
@@ -246,22 +246,6 @@ def test_the_line_that_is_printed_works_in_a_shell_and_sigterm_lets_a_reply_end(
         process.wait()
 
 
-def test_new_requests_get_503_while_running_ones_end(checkpoint):
-    with served(checkpoint, "--slots=2") as service:
-        step = service.engine.step
-        service.engine.step = lambda: time.sleep(0.02) or step()
-        body = dict(prompt="the cat", max_tokens=100, stream=True)
-        with (
-            httpx.Client(timeout=30) as client,
-            client.stream("POST", f"{service.url}/v1/completions", json=body) as reply,
-        ):
-            chunks = reply.iter_lines()
-            next(chunks)
-            service.server.handle_exit(signal.SIGTERM, None)
-            assert httpx.get(f"{service.url}/health").status_code == 503
-            assert [line for line in chunks if line][-1] == "data: [DONE]"
-
-
 def test_a_second_signal_cuts_replies_without_a_traceback(checkpoint, capfd, monkeypatch):
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "disabled", False)
     with served(checkpoint, "--slots=2") as service, httpx.Client(timeout=30) as client:
@@ -424,9 +408,9 @@ def test_a_host_that_is_not_ours_gets_403(service, host):
 def test_hosts_that_are_ours(listens):
     options = serve.ServeOptions(host=listens)
     for host in ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", listens]:
-        assert serve.refusal(options, False, "/", {b"host": host.encode()}) is None
+        assert serve.refusal(options, "/", {b"host": host.encode()}) is None
     for host in [b"other.example", b"\xff"]:
-        assert bool(serve.refusal(options, False, "/", {b"host": host})) == (listens != "0.0.0.0")
+        assert bool(serve.refusal(options, "/", {b"host": host})) == (listens != "0.0.0.0")
 
 
 def test_without_cors_origin_no_page_of_another_origin_gets_anything(service, post):
