@@ -114,6 +114,8 @@ def make_app(service: Service) -> FastAPI:
 
 def add_routes(app: FastAPI, service: Service) -> None:
     streams = {200: {"content": {"text/event-stream": {}}}}
+    app.get("/metrics", response_class=PlainTextResponse)(service.metrics)
+    app.post("/v1/nanodoge/kept")(service.kept)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -122,10 +124,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         return json_reply(dict(status="ok"))
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -148,12 +146,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/nanodoge/info")
     async def info() -> Response:
         return json_reply(service.about)
-
-    @app.post("/v1/nanodoge/kept")
-    async def kept(
-        messages: Annotated[api.Messages, Body()], connection: Connection, layer: Annotated[api.Whole, Body()] = None
-    ) -> Response:
-        return await service.kept(messages, layer, connection)
 
     @app.post("/tokenize")
     async def tokenize(prompt: Annotated[str, Body()], add_special_tokens: Annotated[bool, Body()] = True) -> Response:
@@ -205,7 +197,7 @@ def guard(app, options: ServeOptions):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which at a signal lets the running requests end, and at a second one ends; it also leaves slow clients."""
+    """uvicorn; it also leaves slow clients, and at a second signal it ends at once."""
 
     def __init__(self, service: Service):
         self.service, self.since = service, {}  # {request or connection: when its client had to act}

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from fastapi import HTTPException, Response
+from fastapi import Body, HTTPException, Response
 from fastapi import Request as Connection
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nanodoge.engine import Engine, Request
@@ -194,10 +194,8 @@ def split_thoughts(text: str, is_complete: bool) -> tuple[str, str]:
 def token_text(coder: Tokenizer, id: int) -> str:
     """The text of a token. Half a character is written by its bytes, as OpenAI does: different tokens differ."""
     data = coder.token_bytes(id)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    text = data.decode(errors="backslashreplace")
+    return text if text.encode() == data else f"bytes:{text}"
 
 
 def chat_logprob(coder: Tokenizer, id: int, score: tuple) -> dict:
@@ -293,12 +291,13 @@ class Service:
 
     # ---- The handlers
 
-    def metrics(self) -> str:
-        """In Prometheus's format."""
+    async def metrics(self) -> Response:
+        """Counts in Prometheus's format."""
         rows = dict(slots=self.engine.slots, running=len(self.engine.live), waiting=len(self.engine.waiting))
         rows |= dict(pending=self.pending) | {f"{name}_total": count for name, count in self.sums.items()}
         kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in rows}
-        return "".join(f"# TYPE nanodoge_{x} {kinds[x]}\nnanodoge_{x} {n}\n" for x, n in rows.items())
+        text = "".join(f"# TYPE nanodoge_{x} {kinds[x]}\nnanodoge_{x} {n}\n" for x, n in rows.items())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     def check(self, ids: list[int], param: str, new: int) -> None:
         """Raises APIError if the model cannot read these and write `new` tokens."""
@@ -404,7 +403,9 @@ class Service:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    async def kept(self, messages: list[Message], layer: int | None, connection: Connection) -> Response:
+    async def kept(
+        self, messages: Annotated[Messages, Body()], connection: Connection, layer: Annotated[Whole, Body()] = None
+    ) -> Response:
         """For each token of a conversation, how many (layer, key/value head) caches hold it after reading all."""
         ids = await asyncio.to_thread(self.render, messages, False)
         self.check(ids, "messages", 0)
