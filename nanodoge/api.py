@@ -126,9 +126,9 @@ def json_reply(content: dict, status: int = 200, headers: dict | None = None) ->
 def error_reply(error: Exception) -> Response:
     """An error in OpenAI's envelope."""
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        where = [str(place) for place in first["loc"] if place != "body"]
-        error = APIError(400, f"{'.'.join(where) or 'body'}: {first['msg']}", "invalid", where[0] if where else None)
+        last = error.errors()[-1]  # of a text or a list of texts: what is wrong with the list
+        where = [str(place) for place in last["loc"] if place != "body"]
+        error = APIError(400, f"{'.'.join(where) or 'body'}: {last['msg']}", "invalid", where[0] if where else None)
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = "server_error" if error.status_code >= 500 else kinds.get(error.status_code, "invalid_request_error")
     about = {name: getattr(error, name, None) for name in ("param", "code")}  # Starlette's own errors have none

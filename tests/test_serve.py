@@ -304,6 +304,8 @@ def test_bad_bodies(post, name):
 def test_bad_fields(post, body):
     reply = post("/v1/completions", body)
     assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
+    if len(body.get("stop", "")) == 10_000:
+        assert "at most 16 items" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("sent", [b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 50\r\n\r\n{"])
