@@ -15,7 +15,6 @@ import asyncio
 import csv
 import json
 import random
-import re
 import subprocess
 import sys
 import time
@@ -28,12 +27,13 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import httpx
 import torch
+from screenshots import serving
 
 from nanodoge.checkpoint import load_model
 from nanodoge.decode import make_decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.llama import llama_writer
-from nanodoge.options import HERE, Count, Whole, check_ranges, parse_options, run_command
+from nanodoge.options import Count, Whole, check_ranges, parse_options, run_command
 
 
 @dataclass
@@ -60,16 +60,12 @@ class LoadOptions:
 @contextmanager
 def server(options: LoadOptions):
     """Within it a server runs; gives (address, process)."""
-    argv = [sys.executable, "serve.py", options.checkpoint[0], *"--port=0 --temperature=0 --patience=5".split()]
+    argv = ["--temperature=0", "--patience=5", f"--max_queue={options.clients}"]
     argv += [f"--{name}={getattr(options, name)}" for name in ("dtype", "backend", "slots")]
-    argv += [f"--max_queue={options.clients}"]
-    process = subprocess.Popen(argv, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield re.search(r"http://[\d.:]+", process.stdout.readline()).group(), process
+    with serving(options.checkpoint[0], *argv) as (url, process):
+        yield url, process
         process.terminate()
         assert process.wait(60) == 0, "the server did not end in peace"
-    finally:
-        process.kill()
 
 
 def memory(process: subprocess.Popen) -> float:
