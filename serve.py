@@ -108,11 +108,6 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(guard, options=service.options)
     if origin := service.options.cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=[origin], allow_methods=["*"], allow_headers=["*"])
-    add_routes(app, service)
-    return app
-
-
-def add_routes(app: FastAPI, service: Service) -> None:
     streams = {200: {"content": {"text/event-stream": {}}}}
     app.get("/metrics", response_class=PlainTextResponse)(service.metrics)
     app.post("/v1/nanodoge/kept")(service.kept)
@@ -160,6 +155,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Response:  # with this lm_eval needs no tokenizer of its own
         return json_reply(service.coder.names | dict(chat_template=service.coder.chat_template))
+
+    return app
 
 
 def refusal(options: ServeOptions, path: str, headers: dict[bytes, bytes]) -> APIError | None:

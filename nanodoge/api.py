@@ -336,8 +336,8 @@ class Service:
             ids = self.coder.encode_prompt(prompt) if isinstance(prompt, str) else prompt
             self.check(ids, param, 0 if limit == 0 else 1)
             new = min(self.context - len(ids), self.context if limit is None else limit)
-            with refusing(param):  # ids of a client may be none of the vocabulary's
-                echoed = prompt if isinstance(prompt, str) else self.coder.decode(ids)
+            with refusing(param):  # a client's ids may be none of the vocabulary's
+                echoed = self.coder.decode(ids) if kind == "text" and ids is prompt else prompt
             common |= dict(limit=new, echoed=echoed if echo else "")
             for i in range(body.n or 1):
                 found.append(Choice(ids, max(new, 1), **common, seed=seed + i, index=len(found)))
@@ -395,9 +395,8 @@ class Service:
                 yield event(json.dumps(head | dict(choices=[first])))
                 async for piece in pieces:
                     yield event(json.dumps(head | dict(choices=[piece])))
-                if with_usage:
-                    yield event(json.dumps(head | dict(choices=[], usage=usage(choices, body.n or 1))))
-                yield event("[DONE]")
+                counts = dict(choices=[], usage=usage(choices, body.n or 1))
+                yield (event(json.dumps(head | counts)) if with_usage else "") + event("[DONE]")  # in one write
             except APIError as error:
                 yield event(error_reply(error).body.decode())
 
