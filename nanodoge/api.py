@@ -126,9 +126,10 @@ def json_reply(content: dict, status: int = 200, headers: dict | None = None) ->
 def error_reply(error: Exception) -> Response:
     """An error in OpenAI's envelope."""
     if isinstance(error, RequestValidationError):
-        last = error.errors()[-1]  # of a text or a list of texts: what is wrong with the list
-        where = [str(place) for place in last["loc"] if place != "body"]
-        error = APIError(400, f"{'.'.join(where) or 'body'}: {last['msg']}", "invalid", where[0] if where else None)
+        # Of a field that may be a text or a list, one error says that it is not the other.
+        first = min(error.errors(), key=lambda error: error["type"].endswith("_type"))
+        where = [str(place) for place in first["loc"] if place != "body"]
+        error = APIError(400, f"{'.'.join(where) or 'body'}: {first['msg']}", "invalid", where[0] if where else None)
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = "server_error" if error.status_code >= 500 else kinds.get(error.status_code, "invalid_request_error")
     about = {name: getattr(error, name, None) for name in ("param", "code")}  # Starlette's own errors have none
