@@ -201,7 +201,7 @@ def speed_rows(options: LoadOptions, url: str, model, decoder: Callable, prompts
         rows += [(f"tokens/s, {count} clients, {name}", round(median(speeds))) for name, speeds in found.items()]
         for name in ("server", "server, streaming"):
             shares = [own / engine for own, engine in zip(found[name], found["engine"], strict=True)]
-            rows.append((f"share of the engine's, {count} clients, {name}", round(median(shares), 2)))
+            rows.append((f"share, {count} clients, {name}", round(median(shares), 2)))
     return rows
 
 
