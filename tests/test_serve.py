@@ -158,6 +158,12 @@ def test_openai_client_many_choices_stops_and_logprobs(client, checkpoint):
     assert bytes(first.bytes).decode(errors="replace") in (first.token, "\ufffd")
 
 
+def test_tokens_in_logprobs_differ_and_half_characters_are_bytes(checkpoint):
+    coder = load_model(checkpoint)[1]
+    names = {api.token_text(coder, id) for id in range(coder.vocab_size)}
+    assert len(names) == coder.vocab_size and "bytes:\\xff" in names
+
+
 def test_async_client_and_many_at_once(service, checkpoint):
     """Each of many greedy texts is that of the request alone."""
     prompts = texts(16, seed=9)
