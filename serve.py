@@ -66,7 +66,7 @@ class ServeOptions:
     max_body: Count = 1_000_000  # bytes of a request; more get 413
     patience: Positive = 20.0  # seconds in which a request must have arrived, or it gets 408
     timeout: Positive = 600.0  # seconds for a reply, or it gets 504
-    grace: NonNegative = 30.0  # seconds that running requests have after SIGTERM or Ctrl-C; new ones get 503
+    grace: NonNegative = 30.0  # seconds that running requests have after SIGTERM or Ctrl-C; there are no new ones
     # ---- Model
     keep_window_size: Whole = 0  # shrinks the model's window to so many keys, which is lossy; 0 = as it was trained
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
@@ -105,15 +105,12 @@ def make_app(service: Service) -> FastAPI:
     errors = {status: dict(description="An error, in OpenAI's envelope") for status in ("4XX", "5XX")}
     handlers = dict.fromkeys((HTTPException, RequestValidationError), lambda _, error: error_reply(error))
     app = FastAPI(title="nanoDoge", docs_url=None, redoc_url=None, responses=errors, exception_handlers=handlers)
-    app.add_middleware(guard, service=service)
+    app.add_middleware(guard, options=service.options)
     if origin := service.options.cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=[origin], allow_methods=["*"], allow_headers=["*"])
-    add_routes(app, service)
-    return app
-
-
-def add_routes(app: FastAPI, service: Service) -> None:
     streams = {200: {"content": {"text/event-stream": {}}}}
+    app.get("/metrics", response_class=PlainTextResponse)(service.metrics)
+    app.post("/v1/nanodoge/kept")(service.kept)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -122,10 +119,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         return json_reply(dict(status="ok"))
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -149,12 +142,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def info() -> Response:
         return json_reply(service.about)
 
-    @app.post("/v1/nanodoge/kept")
-    async def kept(
-        messages: Annotated[api.Messages, Body()], connection: Connection, layer: Annotated[api.Whole, Body()] = None
-    ) -> Response:
-        return await service.kept(messages, layer, connection)
-
     @app.post("/tokenize")
     async def tokenize(prompt: Annotated[str, Body()], add_special_tokens: Annotated[bool, Body()] = True) -> Response:
         ids = await asyncio.to_thread(service.coder.encode_prompt, prompt, add_special_tokens)
@@ -169,9 +156,11 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def tokenizer_info() -> Response:  # with this lm_eval needs no tokenizer of its own
         return json_reply(service.coder.names | dict(chat_template=service.coder.chat_template))
 
+    return app
 
-def refusal(options: ServeOptions, is_stopping: bool, path: str, headers: dict[bytes, bytes]) -> APIError | None:
-    """What keeps a request from the application: its host, its key, or the server's end."""
+
+def refusal(options: ServeOptions, path: str, headers: dict[bytes, bytes]) -> APIError | None:
+    """What keeps a request from the application: its host or its key."""
     # A page of another host, whose name its owner points to this machine (DNS rebinding), comes with that name.
     host = re.sub(r":\d*$", "", headers.get(b"host", b"localhost").decode("latin-1")).strip("[]").lower()
     if options.host not in EVERYWHERE and host not in ("localhost", "127.0.0.1", "::1", options.host.lower()):
@@ -181,16 +170,14 @@ def refusal(options: ServeOptions, is_stopping: bool, path: str, headers: dict[b
         given = base64.urlsafe_b64decode(given + b"==").partition(b":")[2]
     if path != "/health" and options.api_key and not hmac.compare_digest(given.strip(), options.api_key.encode()):
         return APIError(401, "the API key is missing or wrong", "invalid_api_key", **{"WWW-Authenticate": "Basic"})
-    if is_stopping:
-        return APIError(503, "the server is stopping", "stopping", **{"Retry-After": "5", "Connection": "close"})
     return None
 
 
-def guard(app, service: Service):
+def guard(app, options: ServeOptions):
     """An ASGI application: `app` behind `refusal`, with bodies of at most --max_body bytes."""
 
     async def guarded(scope, receive, send):
-        size, options = 0, service.options
+        size = 0
 
         async def limited():
             nonlocal size
@@ -200,21 +187,20 @@ def guard(app, service: Service):
                 raise APIError(413, f"at most {options.max_body} bytes", "too_large")
             return message
 
-        is_http = scope["type"] == "http"
-        refused = is_http and refusal(options, service.is_stopping, scope["path"], dict(scope["headers"]))
+        refused = scope["type"] == "http" and refusal(options, scope["path"], dict(scope["headers"]))
         await (error_reply(refused) if refused else app)(scope, limited, send)
 
     return guarded
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but it leaves slow clients, and on a signal it first lets the running requests end. On a second one it
-    ends at once."""
+    """uvicorn; it also leaves slow clients, and at a second signal it ends at once."""
 
-    def __init__(self, service: Service, options: ServeOptions):
-        common = dict(http="h11", ws="none", proxy_headers=False, log_level="error", timeout_graceful_shutdown=1)
+    def __init__(self, service: Service):
+        self.service, self.since = service, {}  # {request or connection: when its client had to act}
+        common = dict(http="h11", ws="none", proxy_headers=False, log_level="error")
+        common |= dict(timeout_graceful_shutdown=service.options.grace)
         super().__init__(uvicorn.Config(make_app(service), **common))
-        self.service, self.options, self.since, self.deadline = service, options, {}, 0.0
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         try:
@@ -223,28 +209,28 @@ class Server(uvicorn.Server):
             self.service.calls.put(None)
 
     def handle_exit(self, sig: int, frame) -> None:
-        self.should_exit = self.force_exit = self.service.is_stopping
-        logging.getLogger("uvicorn.error").disabled = self.force_exit  # it would print a traceback of every reply cut
-        self.service.is_stopping, self.deadline = True, time.monotonic() + self.options.grace
+        if self.should_exit:
+            self.force_exit = True
+            self.service.calls.put(None)  # from Python 3.12 on, uvicorn would still wait until clients have left
+        self.should_exit = True
+        logging.getLogger("uvicorn.error").disabled = True  # it would print a traceback of every reply that is cut
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second. True ends the server."""
-        now, since = time.monotonic(), {}
+        now, since, patience = time.monotonic(), {}, self.service.options.patience
         for connection in list(self.server_state.connections):
             cycle, is_stuck = connection.cycle, connection.flow.write_paused
             if not cycle or cycle.more_body or cycle.response_complete or is_stuck:  # the client has to act
                 since[cycle or connection] = start = self.since.get(cycle or connection, now)
-                if now > start + self.options.patience and is_stuck:
+                if now > start + patience and is_stuck:
                     connection.transport.abort()
-                elif now > start + self.options.patience:
+                elif now > start + patience:
                     late = error_reply(APIError(408, "the request did not arrive in time")).body
                     head = b"HTTP/1.1 408 Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
                     connection.transport.write(head + late)
                     connection.transport.close()
         self.since = since
         self.service.calls.put(bool)  # does nothing but wake the main thread: without, Windows delivers no Ctrl-C
-        if self.service.is_stopping:
-            self.should_exit |= not self.service.pending or now > self.deadline
         return await super().on_tick(counter)
 
 
@@ -263,7 +249,7 @@ def main(argv: list[str]) -> None:
         key = " -H 'Authorization: Bearer KEY'" if options.api_key else ""
         body = '{"messages": [{"role": "user", "content": "Hello"}]}'
         print(f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
-        server = Server(service, options)
+        server = Server(service)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)
         threading.Thread(target=server.run, args=([listening],), daemon=True).start()

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from fastapi import HTTPException, Response
+from fastapi import Body, HTTPException, Response
 from fastapi import Request as Connection
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nanodoge.engine import Engine, Request
@@ -126,7 +126,8 @@ def json_reply(content: dict, status: int = 200, headers: dict | None = None) ->
 def error_reply(error: Exception) -> Response:
     """An error in OpenAI's envelope."""
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
+        # Of a field that may be a text or a list, one error says that it is not the other.
+        first = min(error.errors(), key=lambda error: error["type"].endswith("_type"))
         where = [str(place) for place in first["loc"] if place != "body"]
         error = APIError(400, f"{'.'.join(where) or 'body'}: {first['msg']}", "invalid", where[0] if where else None)
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
@@ -194,10 +195,8 @@ def split_thoughts(text: str, is_complete: bool) -> tuple[str, str]:
 def token_text(coder: Tokenizer, id: int) -> str:
     """The text of a token. Half a character is written by its bytes, as OpenAI does: different tokens differ."""
     data = coder.token_bytes(id)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    text = data.decode(errors="backslashreplace")
+    return text if text.encode() == data else f"bytes:{text}"
 
 
 def chat_logprob(coder: Tokenizer, id: int, score: tuple) -> dict:
@@ -249,7 +248,6 @@ class Service:
         self.about |= dict(layers=config.num_hidden_layers, kv_heads=config.num_key_value_heads) | about
         self.card = dict(id=self.name, object="model", created=int(time.time()), owned_by="nanodoge")
         self.pending, self.at_once = 0, options.slots + options.max_queue  # requests that run or wait; most of them
-        self.is_stopping = False  # set by the server
         self.calls, self.active, self.loop = queue.SimpleQueue(), set(), None  # loop: of the handlers
         self.sums = Counter(prompt_tokens=0, reused_tokens=0, generated_tokens=0)
 
@@ -294,20 +292,19 @@ class Service:
 
     # ---- The handlers
 
-    def metrics(self) -> str:
-        """In Prometheus's format."""
+    async def metrics(self) -> Response:
+        """Counts in Prometheus's format."""
         rows = dict(slots=self.engine.slots, running=len(self.engine.live), waiting=len(self.engine.waiting))
         rows |= dict(pending=self.pending) | {f"{name}_total": count for name, count in self.sums.items()}
         kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in rows}
-        return "".join(f"# TYPE nanodoge_{x} {kinds[x]}\nnanodoge_{x} {n}\n" for x, n in rows.items())
+        text = "".join(f"# TYPE nanodoge_{x} {kinds[x]}\nnanodoge_{x} {n}\n" for x, n in rows.items())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     def check(self, ids: list[int], param: str, new: int) -> None:
         """Raises APIError if the model cannot read these and write `new` tokens."""
         if not 0 < len(ids) <= self.context - new:
             words = f"the prompt has {len(ids)} tokens, and the context holds from 1 to {self.context}, reply included"
             raise APIError(400, words, "context_length_exceeded" if ids else None, param)
-        with refusing(param):
-            self.coder.decode(ids)
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> list[int]:
         self.check(4 * [0] * len(messages), "messages", 0)  # each has four tokens or more, and a template is slow
@@ -340,7 +337,8 @@ class Service:
             ids = self.coder.encode_prompt(prompt) if isinstance(prompt, str) else prompt
             self.check(ids, param, 0 if limit == 0 else 1)
             new = min(self.context - len(ids), self.context if limit is None else limit)
-            echoed = prompt if isinstance(prompt, str) else self.coder.decode(ids)
+            with refusing(param):  # a client's ids may be none of the vocabulary's
+                echoed = self.coder.decode(ids) if kind == "text" and ids is prompt else prompt
             common |= dict(limit=new, echoed=echoed if echo else "")
             for i in range(body.n or 1):
                 found.append(Choice(ids, max(new, 1), **common, seed=seed + i, index=len(found)))
@@ -398,15 +396,16 @@ class Service:
                 yield event(json.dumps(head | dict(choices=[first])))
                 async for piece in pieces:
                     yield event(json.dumps(head | dict(choices=[piece])))
-                if with_usage:
-                    yield event(json.dumps(head | dict(choices=[], usage=usage(choices, body.n or 1))))
-                yield event("[DONE]")
+                counts = dict(choices=[], usage=usage(choices, body.n or 1))
+                yield (event(json.dumps(head | counts)) if with_usage else "") + event("[DONE]")  # in one write
             except APIError as error:
                 yield event(error_reply(error).body.decode())
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    async def kept(self, messages: list[Message], layer: int | None, connection: Connection) -> Response:
+    async def kept(
+        self, messages: Annotated[Messages, Body()], connection: Connection, layer: Annotated[Whole, Body()] = None
+    ) -> Response:
         """For each token of a conversation, how many (layer, key/value head) caches hold it after reading all."""
         ids = await asyncio.to_thread(self.render, messages, False)
         self.check(ids, "messages", 0)

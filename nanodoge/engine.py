@@ -104,12 +104,15 @@ class TextStream:
 
     def feed(self, id: int | None) -> str:
         """The new piece of text after this id, or at the end, when id is None."""
-        self.held += "" if self.stopped else self.decode(id)
-        found = [at for at in map(self.held.find, self.stop) if at >= 0]
-        begun = (n for string in self.stop for n in range(len(string) - 1, 0, -1) if self.held.endswith(string[:n]))
-        certain = min(found) if found else len(self.held) - (0 if id is None else max(begun, default=0))
-        piece, self.held = self.held[:certain], "" if found else self.held[certain:]
-        self.stopped, self.text = self.stopped or bool(found), self.text + piece
+        piece = self.decode(id)
+        if self.stop:  # the search takes longer than to decode
+            self.held += "" if self.stopped else piece
+            found = [at for at in map(self.held.find, self.stop) if at >= 0]
+            begun = (n for string in self.stop for n in range(len(string) - 1, 0, -1) if self.held.endswith(string[:n]))
+            certain = min(found) if found else len(self.held) - (0 if id is None else max(begun, default=0))
+            piece, self.held = self.held[:certain], "" if found else self.held[certain:]
+            self.stopped = self.stopped or bool(found)
+        self.text += piece
         return piece
 
 

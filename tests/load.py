@@ -15,26 +15,25 @@ import asyncio
 import csv
 import json
 import random
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import httpx
 import torch
+from screenshots import serving
 
 from nanodoge.checkpoint import load_model
 from nanodoge.decode import make_decoder
 from nanodoge.engine import Engine, Request
 from nanodoge.llama import llama_writer
-from nanodoge.options import HERE, Count, Whole, check_ranges, parse_options, run_command
+from nanodoge.options import Count, Whole, check_ranges, parse_options, run_command
 
 
 @dataclass
@@ -61,16 +60,12 @@ class LoadOptions:
 @contextmanager
 def server(options: LoadOptions):
     """Within it a server runs; gives (address, process)."""
-    argv = [sys.executable, "serve.py", options.checkpoint[0], *"--port=0 --temperature=0 --patience=5".split()]
+    argv = ["--temperature=0", "--patience=5", f"--max_queue={options.clients}"]
     argv += [f"--{name}={getattr(options, name)}" for name in ("dtype", "backend", "slots")]
-    argv += [f"--max_queue={options.clients}"]
-    process = subprocess.Popen(argv, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield re.search(r"http://[\d.:]+", process.stdout.readline()).group(), process
+    with serving(options.checkpoint[0], *argv) as (url, process):
+        yield url, process
         process.terminate()
         assert process.wait(60) == 0, "the server did not end in peace"
-    finally:
-        process.kill()
 
 
 def memory(process: subprocess.Popen) -> float:
@@ -164,19 +159,6 @@ def same_texts(engine: Engine, bodies: list[dict], replies: dict) -> tuple[int, 
 # ---- Speed
 
 
-def engine_speed(engine: Engine, prompts: list[list[int]], new: int) -> float:
-    """Tokens per second of the engine itself, prompts included."""
-    requests, start = [Request(prompt, new, 0) for prompt in prompts], time.perf_counter()
-    return sum(map(len, engine.generate(requests))) / (time.perf_counter() - start)
-
-
-def llama_speed(step: Callable, tokens: int) -> float:
-    """Tokens per second of llama.cpp's batched decoding, prompts included."""
-    start = time.perf_counter()
-    step()
-    return tokens / (time.perf_counter() - start)
-
-
 async def complete(url: str, body: dict) -> bytes:
     """The raw reply. (The client shares the server's cores, and httpx would take as much of them as the server.)"""
     host, port = url.removeprefix("http://").split(":")
@@ -188,33 +170,38 @@ async def complete(url: str, body: dict) -> bytes:
     return reply
 
 
-async def server_speed(url: str, prompts: list[list[int]], new: int, streams: bool) -> float:
-    """The same by the server, all at once."""
+async def complete_all(url: str, prompts: list[list[int]], new: int, streams: bool) -> None:
+    """All at once."""
     common = dict(max_tokens=new, temperature=0, ignore_eos=True, stream=streams)
     common |= dict(stream_options=dict(include_usage=True)) if streams else {}
-    start = time.perf_counter()
     replies = await asyncio.gather(*(complete(url, dict(prompt=prompt) | common) for prompt in prompts))
-    seconds = time.perf_counter() - start
-    return sum(int(re.search(rb'"completion_tokens": (\d+)', reply)[1]) for reply in replies) / seconds
+    assert all(b'"completion_tokens": %d,' % new in reply for reply in replies)
 
 
 def speed_rows(options: LoadOptions, url: str, model, decoder: Callable, prompts: list[list[int]]) -> list[tuple]:
-    """Tokens per second at 1, 4, 16, 64 clients. All see the same machine: they take turns."""
+    """Tokens per second at 1, 4, 16, 64 clients, prompts included, and the median of the server's share of the engine's
+    in the same round. All see the same machine: they take turns. Few clients are soon done, and have more rounds."""
     rows, ways = [], {}
     for count in (1, 4, 16, 64):
         some, new, engine = prompts[:count], options.new_tokens, Engine(model, decoder, slots=count)
         engine.allocate(model.config.max_position_embeddings + 2)
-        ways["engine"] = partial(engine_speed, engine, some, new)
+        ways["engine"] = lambda: engine.generate([Request(prompt, new, 0) for prompt in some])  # noqa: B023
         for name, streams in (("server", False), ("server, streaming", True)):
-            ways[name] = lambda streams=streams: asyncio.run(server_speed(url, some, new, streams))  # noqa: B023
+            ways[name] = lambda streams=streams: asyncio.run(complete_all(url, some, new, streams))  # noqa: B023
         for kind in options.llama.split(",") if options.llama else ():
-            step = llama_writer(model.config, kind, count, len(some[0]), new, torch.get_num_threads())
-            ways[f"llama.cpp, {kind}"] = partial(llama_speed, step, count * new)
+            ways[f"llama.cpp, {kind}"] = llama_writer(
+                model.config, kind, count, len(some[0]), new, torch.get_num_threads()
+            )
         found = {name: [] for name in ways}
-        for _ in range(options.rounds):
+        for _ in range(options.rounds * max(1, 16 // count)):
             for name, measure in ways.items():
-                found[name].append(measure())
+                start = time.perf_counter()
+                measure()
+                found[name].append(count * new / (time.perf_counter() - start))
         rows += [(f"tokens/s, {count} clients, {name}", round(median(speeds))) for name, speeds in found.items()]
+        for name in ("server", "server, streaming"):
+            shares = [own / engine for own, engine in zip(found[name], found["engine"], strict=True)]
+            rows.append((f"share, {count} clients, {name}", round(median(shares), 2)))
     return rows
 
 

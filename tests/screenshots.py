@@ -21,12 +21,11 @@ ARGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --
 
 @contextlib.contextmanager
 def serving(checkpoint, *options):
-    """Within it serve.py serves the checkpoint at the address that it gives."""
+    """Within it serve.py serves the checkpoint; gives (address, process)."""
     argv = [sys.executable, str(HERE / "serve.py"), str(checkpoint), "--port=0", *options]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=HERE) as server:
         try:
-            line = server.stdout.readline()
-            yield re.search(r"http://[\w.:\[\]]+", line)[0] + "/"
+            yield re.search(r"http://[\w.:\[\]]+", server.stdout.readline())[0], server
         finally:
             server.kill()
 
@@ -47,7 +46,7 @@ def main(checkpoint: str) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGS)
         for window in (0, 64):
-            with serving(checkpoint, f"--keep_window_size={window}") as address:
+            with serving(checkpoint, f"--keep_window_size={window}") as (address, _):
                 page = browser.new_context(viewport=wide).new_page()
                 page.goto(address)
                 page.locator("#start p").first.wait_for()

@@ -358,7 +358,7 @@ def test_with_the_real_server(page, tmp_path):
     """Streaming, the kept view and a second turn, with serve.py and a small model of random weights."""
     pytest.importorskip("uvicorn", reason="serve.py needs fastapi and uvicorn")
     checkpoint = make_checkpoint(tmp_path / "model", max_position_embeddings=512)
-    with serving(checkpoint, "--keep_window_size=16", "--device=cpu") as address:
+    with serving(checkpoint, "--keep_window_size=16", "--device=cpu") as (address, _):
         home = page.context.new_page()
         home.goto(address)
         expect(home.locator("#model")).to_have_text("model")
