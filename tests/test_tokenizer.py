@@ -354,20 +354,6 @@ def test_added_words_give_the_ids_of_the_library_or_are_refused(folder, tmp_path
     assert (ours.digest == Tokenizer.load(folder).digest) == (not words)
 
 
-def test_added_tokens_of_other_kinds_are_refused_by_name(folder, tmp_path):
-    for flag in ("lstrip", "rstrip", "single_word"):
-        other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        other.add_tokens([tokenizers.AddedToken("<think>", **{flag: True})])
-        other.save(str(tmp_path / "tokenizer.json"))
-        refused(lambda: Tokenizer.load(tmp_path), "<think>", "blanks")
-    document = parsed(folder)  # as a word "é" is two bytes, in the byte-level alphabet it is one
-    document["added_tokens"].append({"content": "é", "id": document["model"]["vocab"]["é"], "special": False})
-    refused(lambda: load(document, tmp_path), "'é'", "meaning")
-    document = parsed(folder)
-    document["added_tokens"].append({"content": "<think>", "id": 1500, "special": False})
-    refused(lambda: load(document, tmp_path), "<think>", "1500", "1000")  # the library would number it 1000
-
-
 @pytest.mark.parametrize("saved_by", ["transformers", "tokenizers"])
 def test_a_tokenizer_that_was_saved_again_is_the_same(small, folder, tmp_path, saved_by):
     if saved_by == "transformers":
@@ -401,7 +387,7 @@ def change_at(document: dict, path: tuple, value: object) -> None:
     if value is DROP:
         del document[path[-1]]
     else:
-        document[path[-1]] = value
+        document[path[-1]] = value(document[path[-1]]) if callable(value) else value
 
 
 def swapped_merges(merges: list[str]) -> list[str]:
@@ -421,6 +407,8 @@ def another_pair(merges: list[str]) -> list[str]:
 
 STEPS, MERGES = ("pre_tokenizer", "pretokenizers"), ("model", "merges")
 REGEX = (*STEPS, 0, "pattern", "Regex")
+OTHER_WORD = {"content": "<think>", "id": 1500, "special": False}  # the library would number it 1000
+AMBIGUOUS = {"content": "é", "id": 9 + 0xE9, "special": False}  # as a word two bytes, in the byte-level alphabet one
 # What is changed, its new value (a function: of the old one), and a word of the reason.
 DAMAGE = [
     (("model", "type"), "Unigram", "Unigram"),
@@ -448,8 +436,10 @@ DAMAGE = [
     (("model", "vocab", "A"), -3, "whole numbers"),
     (("added_tokens", 1, "content"), "", "empty"),
     (("model", "vocab", "A"), "7", "whole numbers"),
-    (("model", "vocab", "▁the"), 5000, "▁the"),  # as sentencepiece writes it
-    (("added_tokens", 0, "lstrip"), True, "blanks"),
+    *((("model", "vocab", f"a{letter}"), 5000, "byte-level alphabet") for letter in "\0 \xad\u0144\u6f22▁"),
+    *((("added_tokens", 0, flag), True, "blanks") for flag in ("lstrip", "rstrip", "single_word")),
+    (("added_tokens",), lambda tokens: [*tokens, OTHER_WORD], "'<think>' has the id 1500, which should be 1000"),
+    (("added_tokens",), lambda tokens: [*tokens, AMBIGUOUS], "'é'"),
     (("added_tokens", 0, "id"), 4000, "another id"),
     (("added_tokens", 1, "content"), "<|stop|>", "eos_token"),
 ]
@@ -460,7 +450,7 @@ def test_files_that_cannot_be_represented(folder, tmp_path, path, value, word):
     document = parsed(folder)
     if word == "eos_token":
         del document["model"]["vocab"]["<|end_of_text|>"]
-    change_at(document, path, value(document["model"]["merges"]) if callable(value) else value)
+    change_at(document, path, value)
     refused(lambda: load(document, tmp_path), "tokenizer.json", word)
 
 
@@ -553,11 +543,6 @@ def test_the_merges_of_a_file_that_was_saved_here_are_not_checked_again_unless_i
     refused(lambda: Tokenizer.load(tmp_path), "checked")
 
 
-@pytest.mark.parametrize("letter", ["\0", " ", "\xad", "\u0144", "\u6f22"])
-def test_characters_outside_the_byte_level_alphabet_are_refused(letter):
-    refused(lambda: tokenizer_json.bytes_of(f"a{letter}"), "byte-level alphabet")
-
-
 def test_a_folder_wins_over_a_tiktoken_name(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small.save("gpt2")
@@ -624,6 +609,9 @@ def test_mask_equals_transformers(small, auto, messages):
     plain = Tokenizer(small.vocabulary, {"chat_template": re.sub("{%- (end)?generation %}", "", CHAT_TEMPLATE)})
     ids, mask = small.render(messages)
     assert plain.render(messages) == (ids, mask) and learned(small, ids, mask) == answers(messages)
+    prompt, none = small.render(messages, add_generation_prompt=True)
+    ids, mask = small.render([*messages, assistant("Hello.")])  # which goes on exactly where generation would
+    assert ids[: len(prompt)] == prompt and not any(none[len(theirs["input_ids"]) :]) and mask[len(prompt)] == 1
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rill <|pad|>"}}}
@@ -684,19 +672,6 @@ def test_a_conversation_is_rendered_twice_however_long(folder, monkeypatch):
     monkeypatch.setattr(template, "compile_template", lambda _: counting)
     ours.render([user(" a\n"), assistant(" b\n")] * 50)
     assert len(runs) == 2
-
-
-def test_one_bos_one_eos_a_turn(small):
-    """Peers doubled the first and never learned the second."""
-    messages = [user("Hi <|begin_of_text|>"), assistant("Hello.")]
-    ids, mask = small.render(messages)
-    assert ids.count(small.bos_id) == 1 and ids[0] == small.bos_id
-    assert ids.count(small.eos_id) == 2
-    last_word = max(i for i, on in enumerate(mask) if on)
-    assert ids[last_word] == small.eos_id and sum(mask) == len(small.encode("Hello.")) + 1
-    prompt, none = small.render(messages[:1], add_generation_prompt=True)
-    assert ids[: len(prompt)] == prompt and not any(none)  # training continues exactly what generation is given
-    assert mask[len(prompt)] == 1
 
 
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|begin_of_", "text|>", "Hi", " ", "\n", "\x000\x00"]), max_size=8))
