@@ -3,23 +3,22 @@
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command
+from helpers import command, rows_of
 
 import prepare_data
 from nanodoge import readers
@@ -235,44 +234,46 @@ def test_validation_side_is_for_ever(run):
     assert not set(read_back(many, "val")) & set(read_back(many, "train"))
 
 
-SLOW = """
-import sys, time, prepare_data
-prepare_data.BATCH, prepare_data.AHEAD, prepare_data.SHARD = 2000, 5, 20_000
-fast = prepare_data.Writer.commit
-def commit(self, finished=False):
-    fast(self, finished)
-    print("committed", flush=True)
-    time.sleep(0.2)
-prepare_data.Writer.commit = commit
-prepare_data.main(sys.argv[1:])
-"""
+def prepare_and_die(argv):
+    """prepare_data.py, whose process ends after its third commit."""
+    commit, count = prepare_data.Writer.commit, itertools.count(1)
+
+    def last_commit(self, finished=False):
+        commit(self, finished)
+        if next(count) == 3:
+            os._exit(9)
+
+    changed = dict(BATCH=2000, AHEAD=5, SHARD=20_000) if "--kind=text" in argv else dict(BATCH=500, AHEAD=5, SHARD=4000)
+    with patch.multiple(prepare_data, **changed), patch.object(prepare_data.Writer, "commit", last_commit):
+        prepare_data.main(argv)
 
 
-def test_killed_run_continues_to_the_same_bytes(run, vocabulary, small_steps, monkeypatch):
-    sources, taken, encode = three_sources(), [], prepare_data.encode
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_killed_run_continues_to_the_same_bytes(run, vocabulary, small_steps, monkeypatch, kind):
+    taken, encode, tokens = [], prepare_data.encode, 150_000 if kind == "text" else 0
     monkeypatch.setattr(prepare_data, "encode", lambda *a: taken.append(a[-1]) or encode(*a))
-    whole = run(*sources, out="whole", tokens=150_000)
+    sources = three_sources() if kind == "text" else ["chat.jsonl"]
+    if kind == "chat":
+        Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("chat", 300)))
+    whole = run(*sources, out="whole", kind=kind, tokens=tokens)
     in_one_go = len(taken)
-    words = [sys.executable, "-c", SLOW, *sources, "--out=cut", f"--tokenizer={vocabulary}", "--tokens=150000"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-    with subprocess.Popen(words, text=True, **pipes) as process:
-        for _ in range(3):
-            while "committed" not in process.stdout.readline():
-                assert process.poll() is None
-        process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
-    done = meta_of("cut.partial")["train"]["documents"]
+    argv = [*sources, "--out=cut", f"--tokenizer={vocabulary}", f"--kind={kind}", f"--tokens={tokens}"]
+    assert command(prepare_and_die, argv).returncode == 9
+    done, bins = meta_of("cut.partial")["train"]["documents"], sorted(path.name for path in whole.glob("*.bin"))
     assert 0 < done < meta_of(whole)["train"]["documents"] and not Path("cut").exists()
-    with open("cut.partial/train.bin", "ab") as file:
+    with open(Path("cut.partial", bins[0]), "ab") as file:
         file.write(b"bytes after the last commit")
     with pytest.raises(ValueError, match="unfinished work of another call.*val_fraction"):
-        run(*sources, out="cut", tokens=150_000, val_fraction=0.5)
+        run(*sources, out="cut", kind=kind, tokens=tokens, val_fraction=0.5)
     taken.clear()
-    cut = run(*sources, out="cut", tokens=150_000)
-    assert same_bins(cut, whole) and meta_of(cut)["train"] == meta_of(whole)["train"]
+    cut = run(*sources, out="cut", kind=kind, tokens=tokens)
+    assert all((cut / name).read_bytes() == (whole / name).read_bytes() for name in bins) and len(bins) > 1
+    assert meta_of(cut)["train"] == meta_of(whole)["train"]
     assert not Path("cut.partial").exists() and len(taken) <= in_one_go - done
 
 
-def test_same_call_does_nothing_and_another_is_refused(run, monkeypatch):
+def test_same_call_does_nothing_and_another_is_refused(run):
+    Path("latin1.txt").write_bytes("café".encode("latin-1") * 100_000)
     out = run(write_jsonl("x.jsonl", documents(200)))
     before = (out / "train.bin").stat().st_mtime_ns
     assert run("x.jsonl") == out and (out / "train.bin").stat().st_mtime_ns == before
@@ -281,6 +282,9 @@ def test_same_call_does_nothing_and_another_is_refused(run, monkeypatch):
     write_jsonl("x.jsonl", documents(250))
     with pytest.raises(ValueError, match="differs in inputs"):
         run("x.jsonl")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        run("latin1.txt", overwrite=True)
+    assert (out / "train.bin").stat().st_mtime_ns == before and not Path("out.partial").exists()
     assert len(read_all(run("x.jsonl", overwrite=True))) == 250
     Path("mine").mkdir()
     Path("mine/thesis.doc").write_text("precious")
@@ -452,26 +456,21 @@ def test_a_long_text_without_lines_is_cut(run, monkeypatch):
         ({"sources": ["x.jsonl@0.5", "stories"], "tokens": 9}, "'stories' has no @RATIO"),
         ({"labels": ["a", "b"]}, "labels=a,b: --kind=labels, and no other"),
         ({"kind": "labels", "labels": ["a", "a", "b"]}, "labels=a,a,b"),
+        ({"kind": "chat", "tokenizer": ""}, "--kind=chat needs the --tokenizer"),
+        ({"kind": "text", "system": "x"}, "needs --kind=chat"),
+        ({"kind": "chat", "sources": ["stdlib"]}, "plain text"),
+        ({"kind": "preferences", "sources": ["sums"]}, "it has chat problems"),
+        ({"sources": ["sums"]}, "'sums' has no --kind=text"),
+        ({"kind": "chat", "sources": ["x.txt"]}, "reads rows"),
+        ({"kind": "chat", "sources": ["x.txt"], "val": ["x.txt"]}, "only once"),
     ],
 )
 def test_bad_options(run, option, message):
     write_jsonl("x.jsonl", documents(300))
+    Path("x.txt").write_text("some text " * 100)
     with pytest.raises(ValueError, match=message) as info:
         run(**{"sources": ["x.jsonl"], **option})
-    assert "\n" not in str(info.value) and os.listdir() == ["x.jsonl"]
-
-
-@pytest.mark.parametrize("arguments", [["latin1.txt"], ["good.jsonl", "--fraction=2"]])
-def test_command_line_exits_2_and_keeps_what_was_there(arguments):
-    write_jsonl("good.jsonl", documents(300))
-    Path("latin1.txt").write_bytes("café".encode("latin-1") * 100_000)
-    Path("out").mkdir()
-    Path("out/meta.json").write_text('{"finished": true}')
-    Path("out/train.bin").write_bytes(b"earlier")
-    done = command(prepare_data.main, [*arguments, "--out=out", "--overwrite"])
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert Path("out/train.bin").read_bytes() == b"earlier" and not Path("out.partial").exists()
+    assert "\n" not in str(info.value) and sorted(os.listdir()) == ["x.jsonl", "x.txt"]
 
 
 # ---- Downloads
