@@ -18,7 +18,6 @@ import evaluate
 import train
 from model import Doge, DogeConfig
 from nanodoge.checkpoint import load_model, save_checkpoint
-from nanodoge.data import bits_per_byte, token_bytes
 from nanodoge.machine import Machine
 from nanodoge.run import read_log
 
@@ -52,24 +51,6 @@ def test_bits_per_byte_equal_those_that_training_logged(trained, capsys):
     for row in rows[1:]:
         assert float(row[1]) == pytest.approx(float(rows[0][1]), rel=5e-3)
     assert all(math.isfinite(float(row[2])) for row in rows)
-
-
-def test_a_ragged_last_sequence_is_counted_once(trained):
-    model, tokenizer = load_model(trained / "out")
-    rows = train.Sequences(trained / "data", "val", 16)
-
-    @torch.no_grad()
-    def nats_of(tokens, targets):
-        return model(tokens, targets)[1].item() * int((targets >= 0).sum())
-
-    def measured(batch_size):
-        return bits_per_byte(nats_of, rows, token_bytes(tokenizer), 10**9, batch_size, Machine("cpu"))
-
-    (loss, bits, seen), one_by_one = measured(3), measured(1)
-    assert seen == len(rows.tokens) - 1
-    assert (loss, bits, seen) == pytest.approx(one_by_one, rel=1e-5)
-    meta = json.loads((trained / "data" / "meta.json").read_text())
-    assert bits == pytest.approx(loss * seen / math.log(2) / meta["val"]["bytes"])
 
 
 MISTAKES = {

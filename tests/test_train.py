@@ -182,25 +182,20 @@ def test_copy_steps_count_every_copy_alike(data, tmp_path, monkeypatch):
     assert abs(plain[0] - one[0]) > 1e-3
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000])
-def test_an_epoch_is_a_permutation_and_the_next_another(count):
-    orders = [[train.shuffled(i, count, key) for i in range(count)] for key in range(3)]
-    assert all(sorted(order) == list(range(count)) for order in orders)
-    if count > 10:
-        assert orders[0] != orders[1] != orders[2] != list(range(count))
-
-
 def test_the_shuffle_is_even():
     """Each row comes first about equally often over many epochs: a chi-squared test with a wide margin."""
     firsts = np.bincount([train.shuffled(0, 20, key) for key in range(4000)], minlength=20)
     assert ((firsts - 200) ** 2 / 200).sum() < 60  # 19 degrees of freedom: 60 has a chance of 4e-6
 
 
-def test_rows_of_steps_are_epochs_without_replacement():
-    rows = [row for step in range(15) for row in train.rows_of_step(step, 20, 4, seed=5)]
-    assert [sorted(rows[i : i + 20]) for i in (0, 20, 40)] == [list(range(20))] * 3
-    assert train.rows_of_step(7, 20, 4, seed=5) == rows[28:32]
-    assert train.rows_of_step(7, 20, 4, seed=6) != rows[28:32]
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000])
+def test_rows_of_steps_are_epochs_without_replacement(count):
+    rows = [row for step in range(count) for row in train.rows_of_step(step, count, 3, seed=5)]
+    epochs = [rows[i : i + count] for i in range(0, 3 * count, count)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
+    if count > 10:
+        assert epochs[0] != epochs[1] != epochs[2] != list(range(count))
+        assert train.rows_of_step(2, count, 4, seed=5) == rows[8:12] != train.rows_of_step(2, count, 4, seed=6)
 
 
 def test_a_row_overlaps_its_neighbour_by_the_one_token_that_is_only_a_target(data):
@@ -478,17 +473,6 @@ def test_where_torch_compile_fails_the_run_goes_on_and_says_so(data, tmp_path, m
     assert "eager, since torch.compile failed here: No working C++ compiler found\n" in capsys.readouterr().out
 
 
-def test_the_best_model_is_kept_if_asked(data, tmp_path, monkeypatch):
-    """Though the run was killed after it, and knows of it from its log alone."""
-    losses, count, out = {4: 3.0, 8: 1.0, 12: 2.0}, iter((4, 8, 12)), tmp_path / "run"
-    monkeypatch.setattr(train, "evaluate", lambda *rest: dict(val_loss=losses[next(count)], val_bpb=0.0))
-    with stopped_after(9):
-        run(data, out, "--keep_best")
-    run(data, out, "--keep_best", "--resume_or_start")
-    assert_same_weights(out / "best", out / "stable")  # of step 8
-    assert not torch.equal(*(weights(folder)["model.norm.weight"] for folder in (out, out / "best")))
-
-
 @pytest.mark.parametrize("config", sorted(path.name for path in (HERE / "config").glob("doge*.py")))
 @pytest.mark.parametrize("steps", [8, 80, 12_345])
 def test_every_recipe_takes_any_number_of_steps(config, steps):
@@ -502,24 +486,27 @@ def test_every_recipe_takes_any_number_of_steps(config, steps):
 
 def test_a_text_of_ones_own_has_its_own_recipe(data, tmp_path):
     """Steps from its size, no steps of copies, unless they are asked for; the built-in stories have 600 and 300."""
-    machine, found = train.Machine("cpu", "auto", 600), {}
+    machine, folder = train.Machine("cpu", "auto", 600), shutil.copytree(data, tmp_path / "text")
     asked = ["--max_steps=31", "--copy_steps=0.5", "--decay_steps=7"]
-    for name, source, extra in (("stories", "stories", []), ("mine", "x.txt", []), ("asked", "x.txt", asked)):
-        folder = shutil.copytree(data, tmp_path / name)
-        meta = json.loads((folder / "meta.json").read_text()) | dict(source=[source])
+    for source, extra, expected in (("stories", [], (20, 10, 7)), ("x", [], (20, 0, 7)), ("x", asked, (31, 16, 7))):
+        meta = json.loads((data / "meta.json").read_text()) | dict(source=[source])
         (folder / "meta.json").write_text(json.dumps(meta))
         options = train.read_options([f"--data={folder}", f"--out_dir={tmp_path / 'run'}", *extra])
         train.open_data(options, machine)
-        found[name] = [options.max_steps, options.copy_steps, options.decay_steps]
-    assert found == dict(stories=[20, 10, 7], mine=[20, 0, 7], asked=[31, 16, 7])
+        assert (options.max_steps, options.copy_steps, options.decay_steps) == expected
     assert [train.stage.good_steps(tokens, 4096) for tokens in (10**3, 300_000, 3 * 10**6)] == [20, 440, 600]
 
 
-def test_a_rising_validation_loss_is_said(data, tmp_path, monkeypatch, capsys):
-    losses = iter((3.0, 2.0, 2.1))
+def test_a_rising_validation_loss_is_said_and_the_best_model_kept_if_asked(data, tmp_path, monkeypatch, capsys):
+    """Though the run was killed after it, and knows of it from its log alone."""
+    losses, out = iter((3.0, 1.0, 2.0)), tmp_path / "run"
     monkeypatch.setattr(train, "evaluate", lambda *rest: dict(val_loss=next(losses), val_bpb=0.0))
-    run(data, tmp_path / "run")
-    assert capsys.readouterr().out.count("val_loss has risen from 2.0000; the model learns its text by heart") == 1
+    with stopped_after(9):
+        run(data, out, "--keep_best")
+    run(data, out, "--keep_best", "--resume_or_start")
+    assert_same_weights(out / "best", out / "stable")  # of step 8
+    assert not torch.equal(*(weights(folder)["model.norm.weight"] for folder in (out, out / "best")))
+    assert capsys.readouterr().out.count("val_loss has risen from 1.0000; the model learns its text by heart") == 1
 
 
 # ---- Refusals: one line, and nothing that was there is touched
