@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import faulthandler
+import http.server
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -60,6 +62,14 @@ def make_data(folder, vocab_size=300, count=60, seed=0):
     return folder
 
 
+def roughen(model):
+    """The model with weights far from their initial values, so that no term is invisible."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += (0.5 if name.endswith(".A") or "dt_proj" in name else 0.1) * torch.randn(p.shape)
+    return model.eval()
+
+
 def make_checkpoint(folder, vocab_size=400, seed=0, **shape):
     """A checkpoint of a small model with random weights, and a tokenizer with a chat template."""
     tok = tokenizer.train_bpe(texts(300, seed=2), vocab_size)
@@ -103,6 +113,15 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """The address of a server in a thread of this process, whose requests `handler` answers."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 # ---- Runs

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import make_checkpoint, make_set, rows_of
+from helpers import make_set, rows_of
 
 import prepare_data
 from nanodoge import stories
@@ -14,11 +14,6 @@ from nanodoge.conversations import RowError, document, final_answer
 from nanodoge.data import read_meta
 from nanodoge.examples import TokenSet, bucket_by_length, pad
 from nanodoge.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("out") / "base")
 
 
 def read(row, kind="chat", system=""):
@@ -176,14 +171,14 @@ def learned_parts(tokenizer, ids, mask):
     return [tokenizer.decode(part) for part in np.split(ids, edges)[1::2]]
 
 
-def test_conversations_come_out_as_they_went_in(tmp_path, checkpoint):
+def test_conversations_come_out_as_they_went_in(tmp_path, base):
     """The assistant's tags of thoughts are tokens; special tokens that a user types are letters."""
     tags = ["<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>", "<|end_of_solution|>"]
     rows, thought = list(rows_of("chat", 150)), "{}\n\nTwo,\nthree.\n{}\n\n{}\n3{}".format(*tags)
     for row in rows[::5]:
         row["messages"][-2]["content"] += " <|end_of_text|>" + tags[0]
         row["messages"][-1]["content"] = thought
-    folder = make_set(tmp_path / "set", checkpoint, rows=[*rows, {"messages": []}, {"messages": PROMPT}])
+    folder = make_set(tmp_path / "set", base, rows=[*rows, {"messages": []}, {"messages": PROMPT}])
     tokenizer, meta = Tokenizer.load(folder), read_meta(folder, "chat")
     assert meta["left_out"] == {"empty": 1, "without an answer": 1}
     wanted = {}
@@ -205,14 +200,14 @@ def test_conversations_come_out_as_they_went_in(tmp_path, checkpoint):
     assert not wanted
 
 
-def test_preferences_share_their_prompt_and_learn_the_last_answer(tmp_path, checkpoint):
+def test_preferences_share_their_prompt_and_learn_the_last_answer(tmp_path, base):
     earlier = [*ASKED, {"role": "user", "content": "And three?"}]
     rows, pairs = list(rows_of("preferences", 60)), [(f"Seven {i}", f"Four {i}") for i in range(3)]
     for pair in pairs:
         chosen, rejected = ([*earlier, dict(role="assistant", content=text)] for text in pair)
         rows.append(dict(prompt="x", chosen=chosen, rejected=rejected))
     pairs += [(row["chosen"], row["rejected"]) for row in rows[:60]]
-    folder = make_set(tmp_path / "set", checkpoint, "preferences", rows=rows)
+    folder = make_set(tmp_path / "set", base, "preferences", rows=rows)
     tokenizer, seen = Tokenizer.load(folder), {}
     for split in ("train", "val"):
         part = TokenSet(folder, split, "preferences")
@@ -227,8 +222,8 @@ def test_preferences_share_their_prompt_and_learn_the_last_answer(tmp_path, chec
     assert len({seen[f"Seven {i}"][1] for i in range(3)}) == 1  # one prompt, one side
 
 
-def test_problems_end_where_the_assistant_begins(tmp_path, checkpoint):
-    folder = make_set(tmp_path / "set", checkpoint, "problems")
+def test_problems_end_where_the_assistant_begins(tmp_path, base):
+    folder = make_set(tmp_path / "set", base, "problems")
     tokenizer, asked = Tokenizer.load(folder), {}
     for split in ("train", "val"):
         part = TokenSet(folder, split, "problems")
@@ -242,15 +237,15 @@ def test_problems_end_where_the_assistant_begins(tmp_path, checkpoint):
     }
 
 
-def test_rows_that_all_begin_alike_are_divided(tmp_path, checkpoint):
+def test_rows_that_all_begin_alike_are_divided(tmp_path, base):
     """The hash of the user's first words would put all of them on one side."""
     rows = [dict(instruction=f"And {i}?", output="yes", history=[["Hi", "Hello"]]) for i in range(9)]
-    meta = read_meta(make_set(tmp_path / "set", checkpoint, rows=rows), "chat")
+    meta = read_meta(make_set(tmp_path / "set", base, rows=rows), "chat")
     assert meta["train"]["documents"] + meta["val"]["documents"] == 9 and "begin alike" in meta["note"]
 
 
-def test_a_damaged_or_other_folder_is_refused(tmp_path, checkpoint):
-    folder = make_set(tmp_path / "set", checkpoint)
+def test_a_damaged_or_other_folder_is_refused(tmp_path, base):
+    folder = make_set(tmp_path / "set", base)
     with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=preferences"):
         TokenSet(folder, "train", "preferences")
     with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=text"):

@@ -7,16 +7,14 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import TINY, TUNE, make_data, make_set, texts, tune
+from damage import Program
+from helpers import TINY, TUNE, make_data, make_set, roughen, serving, texts, tune
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -36,7 +34,6 @@ import train
 from model import Doge, DogeConfig
 from nanodoge import checkpoint, layouts, tokenizer
 from nanodoge.checkpoint import load_model, save_checkpoint
-from nanodoge.options import HERE
 from nanodoge.run import read_log
 
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -49,14 +46,9 @@ def words():
     return tokenizer.train_bpe(texts(200, seed=1), 300)
 
 
-def random_model(seed=0, **shape):
-    """Weights far from their initial values, so that no term is invisible."""
-    torch.manual_seed(seed)
-    model = Doge(DogeConfig(**SHAPE | shape)).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p += (0.5 if name.endswith(".A") or "dt_proj" in name else 0.1) * torch.randn(p.shape)
-    return model
+def random_model(**shape):
+    torch.manual_seed(0)
+    return roughen(Doge(DogeConfig(**SHAPE | shape)))
 
 
 def published_state(model):
@@ -273,10 +265,7 @@ TIED = dict(tie_word_embeddings=True, num_key_value_heads=1)
 @pytest.mark.parametrize("change", [dict(), TIED, MOE, dict(rope_parameters=ROPE)], ids=str)
 def test_what_transformers_writes_is_read(tmp_path, words, change):
     torch.manual_seed(0)
-    theirs = DogeForCausalLM(ReferenceConfig(**SHAPE | change, attn_implementation="eager")).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p += 0.1 * torch.randn(p.shape)
+    theirs = roughen(DogeForCausalLM(ReferenceConfig(**SHAPE | change, attn_implementation="eager")))
     theirs.save_pretrained(tmp_path, max_shard_size="60KB")
     words.save(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").is_file()
@@ -346,10 +335,10 @@ def test_the_rotary_base_is_transformers_own_at_every_length(factor):
     assert DogeConfig(**SHAPE).rope_base(5000) == 10000.0
 
 
-def test_beyond_the_trained_length_a_forward_pass_equals_transformers_and_generation_equals_the_forward_pass(
-    tmp_path, words
-):
-    model, plain = random_model(rope_factor=4.0, max_position_embeddings=16), random_model(max_position_embeddings=16)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_computes_the_same_in_transformers_also_beyond_the_trained_length(tmp_path, words, tied):
+    shape = dict(max_position_embeddings=16, tie_word_embeddings=tied)
+    model, plain = random_model(rope_factor=4.0, **shape), random_model(**shape)
     save_checkpoint(tmp_path, model, words)
     theirs = theirs_of(tmp_path)
     for length in (15, 16, 17, 40):
@@ -357,7 +346,7 @@ def test_beyond_the_trained_length_a_forward_pass_equals_transformers_and_genera
         torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, atol=1e-5, rtol=0)
         assert torch.equal(model(tokens)[0], plain(tokens)[0]) == (length <= 16)
     assert load_model(tmp_path)[0].config == model.config
-
+    # and generation equals the forward pass
     prompt = torch.randint(0, 300, (2, 10))
     text = torch.cat((prompt, model.generate(prompt, 30, temperature=0)), dim=1)  # 40 tokens, decided from the start
     assert torch.equal(model(text)[0][:, 9:-1].argmax(-1), text[:, 10:])
@@ -408,10 +397,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def endpoint():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(Hub) as address:
+        yield address
 
 
 @pytest.fixture
@@ -429,16 +416,13 @@ def hub(endpoint, tmp_path, monkeypatch):
     checkpoint.download.cache_clear()
 
 
-def test_a_name_on_the_hub_converts_from_the_command_line(hub, endpoint, tmp_path, words):
-    """A process of its own, told by HF_ENDPOINT where the hub is, as a user would."""
+def test_a_name_on_the_hub_converts(hub, tmp_path, words, capsys):
     hub.models["SmallDoge/Doge-tiny"] = write_folder(tmp_path / "far", renamed(original_state()), words, parts=2)
     (tmp_path / "far" / "optimizer.pt").write_bytes(b"not wanted")
-    environment = os.environ | dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"))
-    command = [sys.executable, str(HERE / "convert.py"), "SmallDoge/Doge-tiny", str(tmp_path / "here")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "2 key/value heads repeated to 4" in done.stdout and not any("optimizer" in path for path in hub.asked)
-    near, far = load_model(tmp_path / "here")[0], load_model(tmp_path / "far")[0]
+    convert.main(["SmallDoge/Doge-tiny", "here"])
+    assert "2 key/value heads repeated to 4" in capsys.readouterr().out
+    assert hub.asked and not any("optimizer" in path for path in hub.asked)
+    near, far = load_model("here")[0], load_model("far")[0]
     assert all(torch.equal(w, far.state_dict()[name]) for name, w in near.state_dict().items())
 
 
@@ -497,11 +481,6 @@ def test_what_the_hub_cannot_give_is_said_in_a_line(hub, tmp_path, monkeypatch):
 # ---- Refusals
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("echo pwned",)
-
-
 BLOCK, ATTENTION = "model.layers.0.mlp", "model.layers.1.self_attn"
 SPOILED = {  # what is said of changed tensors: {name, or a part of the names of removed ones: the new tensor or None}
     r"model.safetensors lacks model.layers.1.mlp.up_proj.weight$": {"1.feed_forward.up_proj": None},
@@ -544,10 +523,6 @@ def test_a_foreign_or_damaged_checkpoint_is_refused_with_file_and_tensor(tmp_pat
     assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path))
 
 
-def cut_short(path, count):
-    path.write_bytes(path.read_bytes()[:-count])
-
-
 def pickled(folder, content):
     for path in folder.glob("model*"):
         path.unlink()
@@ -559,7 +534,7 @@ FIRST, SECOND, THIRD = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2, 3)
 PICKLE = "pytorch_model.bin is damaged or not ours: "
 DAMAGED_FILES = {
     r"model-\*-of-\*.safetensors lacks model\..* \(and .* more\)$": lambda at: (at / SECOND).unlink(),
-    f"{FIRST} is damaged: ": lambda at: cut_short(at / FIRST, 40),
+    f"{FIRST} is damaged: ": lambda at: os.truncate(at / FIRST, 20_000),
     f"{THIRD} has .*, which another file has too$": lambda at: shutil.copy(at / FIRST, at / THIRD),
     "is not a checkpoint: it has no config.json$": lambda at: (at / "config.json").unlink(),
     "config.json is damaged: it is not JSON": lambda at: (at / "config.json").write_text("{"),
@@ -569,10 +544,10 @@ DAMAGED_FILES = {
         at, renamed(original_state()), tokenizer.Tokenizer.load(at), vocab_size=299
     ),
     "holds no tokenizer.json$": lambda at: (at / "tokenizer.json").unlink(),
-    f"{PICKLE}Weights": lambda at: pickled(at, Evil()),
+    f"{PICKLE}Weights": lambda at: pickled(at, Program()),
     "pytorch_model.bin holds a, which is not a tensor$": lambda at: pickled(at, {"a": "b"}),
     f"{PICKLE}it holds a list$": lambda at: pickled(at, [1]),
-    f"{PICKLE}it is not a whole zip archive$": lambda at: cut_short(pickled(at, {}), 40),
+    f"{PICKLE}it is not a whole zip archive$": lambda at: os.truncate(pickled(at, {}), 200),
 }
 
 

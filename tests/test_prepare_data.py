@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command, rows_of
+from helpers import command, rows_of, serving
 
 import prepare_data
 from nanodoge import readers
@@ -514,10 +513,8 @@ def server(monkeypatch):
     monkeypatch.setattr(reading, "TRIES", 3)
     monkeypatch.setattr(Server, "files", {"x.txt": "".join(documents(3000)).encode()})
     monkeypatch.setattr(Server, "log", [])
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(Server) as address:
+        yield address
 
 
 REQUESTS = dict(plain=[0], cut=[0, 19], norange=[0, 19], changes=[0, 19], shifts=[0, 19, 0], busy=[0, 0, 0])

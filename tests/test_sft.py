@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     assert_close_logs,
-    assert_refused,
     assert_same_weights,
     gradients_seen,
     make_checkpoint,
@@ -30,11 +29,6 @@ from nanodoge.checkpoint import load_config, load_model
 from nanodoge.examples import TokenSet, pad
 from nanodoge.run import read_log
 from nanodoge.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("out") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -66,28 +60,6 @@ def said_by_the_assistant(text):
         answer, end, text = text.partition("<|end_of_text|>")
         parts += [(before + header, False), (answer + end, True)]
     return parts
-
-
-def test_targets_are_the_answers_and_their_ends_and_nothing_else(data):
-    tokenizer, part = Tokenizer.load(data), TokenSet(data, "train", "chat")
-    rows = selected(part, 10_000)
-    assert rows.count == len(part) and not any(rows.left_out.values())
-    for i in range(rows.count):
-        tokens, targets = pad([rows.rows(i)[0]], tokenizer.pad_id)
-        expected = said_by_the_assistant(tokenizer.decode(part.conversation(i)[0]))
-        learned, run_of = [], []
-        for token, target in zip(tokens[0].tolist(), targets[0].tolist(), strict=True):
-            if target >= 0:
-                run_of.append(target)
-                if target == tokenizer.eos_id:
-                    learned.append(tokenizer.decode(run_of))
-                    run_of = []
-            assert token != tokenizer.pad_id
-        assert not run_of and learned == [text for text, is_learned in expected if is_learned]
-        shifted = part.conversation(i)[0][1 : rows.lengths[i] + 1]
-        assert ((targets[0].numpy() == shifted) | (targets[0].numpy() == -100)).all()  # not off by one
-        assert rows.targets[i, 0] == (targets >= 0).sum() > 0
-        assert tokenizer.decode(rows.rows(i)[0][0]).endswith(learned[-1])
 
 
 @pytest.mark.parametrize("length", [1, 9, 20, 30, 45, 64, 200])
@@ -237,8 +209,6 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "cut"))
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == ({"model.embed_tokens.weight"} if extra else set())
-    with pytest.raises(ValueError, match="learning_rate=1.0: the run in .* has 0.003"):
-        sft.main([f"--out_dir={tmp_path / 'cut'}", "--resume", "--learning_rate=1"])
     with pytest.raises(ValueError, match="is of another stage"):
         train.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
 
@@ -263,35 +233,14 @@ def test_longer_rows_make_a_longer_model(data, tmp_path, shape):
     assert float(log[-1]["loss"]) < float(log[1]["loss"])
 
 
-def test_the_checkpoint_goes_on_to_the_next_stage_and_to_transformers(base, data, tmp_path):
+def test_the_checkpoint_goes_on_to_the_next_stage(base, data, tmp_path):
     run(base, data, tmp_path / "first", "--max_steps=2")
     run(tmp_path / "first", data, tmp_path / "second", "--max_steps=2")
-    model, tokenizer = load_model(tmp_path / "second")
-    ids = torch.tensor([tokenizer.render([dict(role="user", content="the cat")], add_generation_prompt=True)[0]])
     pretrain = train.read_options([f"--init_from={tmp_path / 'second'}", f"--out_dir={tmp_path / 'third'}"])
     assert (pretrain.hidden_size, pretrain.max_steps) == (32, train.TrainOptions.max_steps)
-    other = AutoModelForCausalLM.from_pretrained(tmp_path / "second", attn_implementation="eager")
-    torch.testing.assert_close(model(ids)[0], other(ids).logits, atol=1e-4, rtol=0)
 
 
-# ---- Refusals
-
-
-BAD = """--init_from=nowhere | no checkpoint folder 'nowhere'
---data=nowhere | nowhere
---sequence_length=2 | has no conversations to use
---micro_batch_tokens=10 | less than one sequence
---warmup=1 | warmup=1
---hidden_size=9 | no option 'hidden_size'
---resume | no run to go on with"""
-
-
-@pytest.mark.parametrize("case", BAD.splitlines())
-def test_bad_options_are_named(base, data, tmp_path, case):
-    assert_refused(lambda out, *options: run(base, data, out, *options), tmp_path / "run", case)
-
-
-def test_data_of_another_tokenizer_template_or_kind_is_refused(base, data, tmp_path):
+def test_data_of_another_tokenizer_or_template_is_refused(base, data, tmp_path):
     other = make_checkpoint(tmp_path / "other", vocab_size=300)
     with pytest.raises(ValueError, match="has another tokenizer than --data"):
         run(other, data, tmp_path / "run")
@@ -301,14 +250,6 @@ def test_data_of_another_tokenizer_template_or_kind_is_refused(base, data, tmp_p
     template.save(again)
     with pytest.raises(ValueError, match="has another chat template than --data"):
         run(again, data, tmp_path / "run")
-    pairs = make_set(tmp_path / "pairs", base, "preferences")
-    with pytest.raises(ValueError, match="holds --kind=preferences, and this stage reads --kind=chat"):
-        run(base, pairs, tmp_path / "run")
-    run(base, data, tmp_path / "run", "--max_steps=1")
-    with pytest.raises(ValueError, match="holds a run already"):
-        run(base, data, tmp_path / "run")
-    with pytest.raises(ValueError, match="give the new run another folder"):
-        run(tmp_path / "run", data, tmp_path / "run", "--overwrite")
 
 
 @pytest.mark.parametrize(
