@@ -56,8 +56,7 @@ import pyarrow  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
-from helpers import TINY, TUNE, make_data, make_set, stopped_after, write_csv  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from helpers import TINY, TUNE, make_data, make_set, stopped_after, weights, write_csv, write_weights  # noqa: E402
 
 import convert  # noqa: E402
 import dpo  # noqa: E402
@@ -141,15 +140,9 @@ def build(root):
         make_set(good / "labels", "model", "labels", rows=labelled, labels=["a", "b"])
         for stage in TUNING:
             STAGES[stage].main([*STAGES[stage].argv, f"--out_dir={stage}-run"])
-    weights = load_file("model/model.safetensors")
-    for layout in ("parts", "pickled"):  # the same model as several files with an index, and as a pickle
+    for layout, files in dict(parts=dict(parts=2), pickled=dict(suffix="bin")).items():  # the same model
         shutil.copytree("model", layout, ignore=shutil.ignore_patterns("model.safetensors"))
-    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
-    for file in set(files.values()):
-        tensors = {name: weights[name] for name in files if files[name] == file}
-        save_file(tensors, Path("parts", file), metadata={"format": "pt"})
-    Path("parts/model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=files)))
-    torch.save(weights, "pickled/pytorch_model.bin")
+        write_weights(Path(layout), weights(Path("model")), **files)
 
 
 # ---- The parts: each draws a case and returns (main, argv, why it must be refused or "")

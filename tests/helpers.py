@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import prepare_data
 from model import Doge, DogeConfig
@@ -78,6 +78,18 @@ def make_checkpoint(folder, vocab_size=400, seed=0, **shape):
     torch.manual_seed(seed)
     save_checkpoint(folder, Doge(DogeConfig(**fields | shape)), tok)
     return folder
+
+
+def write_weights(folder, state, parts=1, suffix="safetensors"):
+    """Writes a state dict as `parts` files, with an index if these are several, of safetensors or pickles (bin)."""
+    base = "model" if suffix == "safetensors" else "pytorch_model"
+    names = [f"{base}-{i + 1:05}-of-{parts:05}.{suffix}" for i in range(parts)] if parts > 1 else [f"{base}.{suffix}"]
+    place = {name: names[i % parts] for i, name in enumerate(state)}
+    for name in names:
+        piece = {key: w for key, w in state.items() if place[key] == name}
+        (save_file if suffix == "safetensors" else torch.save)(piece, folder / name)
+    if parts > 1:
+        (folder / f"{base}.{suffix}.index.json").write_text(json.dumps(dict(metadata={}, weight_map=place)))
 
 
 def rows_of(kind, count, seed=0):
@@ -175,6 +187,14 @@ def assert_close_logs(a, b, names, tolerance):
         for name in names:
             assert x[name] == y[name] == "" or abs(float(x[name]) - float(y[name])) <= tolerance, name
         assert x["tokens"] == y["tokens"] and x["lr"] == y["lr"]
+
+
+def refused(call, *words):
+    """Asserts that `call` raises a ValueError of one line that holds all the words."""
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
 
 
 def assert_refused(run, folder, case):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import pytest
+from helpers import refused
 
 from nanodoge.options import (
     HERE,
@@ -92,9 +93,7 @@ Ranges --count --rate=2  | --count needs a value
 def test_a_wrong_option_is_named_with_what_would_be_right(mistake):
     argv, words = mistake.split(" | ")
     name, *argv = argv.split()
-    with pytest.raises(ValueError) as error:
-        parse_options(globals()[name], argv)
-    assert words in str(error.value) and "\n" not in str(error.value)
+    refused(lambda: parse_options(globals()[name], argv), words)
 
 
 @pytest.mark.parametrize("words", [("on", "off"), ("true", "false"), ("1", "0"), ("True", "False")])
@@ -123,9 +122,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("text", BAD_FILES)
 def test_a_config_file_is_read_and_never_run(tmp_path, text):
     (tmp_path / "c.py").write_text(text)
-    with pytest.raises(ValueError) as error:
-        parse(str(tmp_path / "c.py"))
-    assert BAD_FILES[text] in str(error.value) and "\n" not in str(error.value)
+    refused(lambda: parse(str(tmp_path / "c.py")), BAD_FILES[text])
 
 
 def test_help_lists_every_option_with_default_and_comment_the_first_ones_at_the_top():

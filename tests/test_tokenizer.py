@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+from helpers import refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
@@ -80,14 +81,6 @@ def learned(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> str:
 
 def answers(messages: list[dict]) -> str:
     return "".join(m["content"].strip() + "<|end_of_text|>" for m in messages if m["role"] == "assistant")
-
-
-def refused(call, *words: str) -> None:
-    """`call` must raise a ValueError of one line that holds all the words."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
 
 
 # ------------------------------------------------------------------------------------------------ training
