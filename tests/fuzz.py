@@ -293,9 +293,8 @@ READS = dict(
 for layout in ("model", "model", "parts", "pickled"):
     READS["checkpoint"] += 3 * [reads("sample", layout, CHECKPOINT, layout, "--max_new_tokens=3")]
     READS["checkpoint"] += [reads("sft", layout, CHECKPOINT, *STAGES["sft"].argv, f"--init_from={layout}")]
-    READS["convert"] += [
-        reads("convert", layout, CHECKPOINT, layout, "converted", f"--to={to}") for to in ("nanodoge", "transformers")
-    ]
+    for to in ("nanodoge", "transformers"):
+        READS["convert"] += [reads("convert", layout, CHECKPOINT, layout, "converted", f"--to={to}")]
 for name in ("train", "train", "sft", "dpo", "grpo"):
     argv = ["--resume", f"--out_dir={name}-run", "--max_steps=2", *["--sample_tokens=0"] * (name == "train")]
     READS["resume"] += 2 * [reads(name, f"{name}-run", RUN, *argv)]

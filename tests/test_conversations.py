@@ -19,9 +19,8 @@ from nanodoge.tokenizer import Tokenizer
 def read(row, kind="chat", system=""):
     """What a row means, or the reason why it is left out."""
     system = "" if kind == "labels" else system
-    options = prepare_data.PrepareOptions(
-        tokenizer="x", kind=kind, system=system, labels=["a", "b"] * (kind == "labels")
-    )
+    labels = ["a", "b"] * (kind == "labels")
+    options = prepare_data.PrepareOptions(tokenizer="x", kind=kind, system=system, labels=labels)
     try:
         return json.loads(document(row, options))
     except RowError as error:
@@ -274,7 +273,6 @@ def test_a_damaged_or_other_folder_is_refused(tmp_path, base):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_built_in_rows_have_the_words_of_their_side(split):
-    """Names, towns and things; and pairs of numbers."""
     own, other = (stories.lexicon(name) for name in (split, "test" if split == "train" else "train"))
     keys = ("girls", "boys", "towns", "surnames", "pet_names")
     words = {w for key in keys for w in other[key]} - {w for key in keys for w in own[key]}
@@ -335,9 +333,8 @@ def test_buckets_lose_nothing_and_keep_to_the_limit(parts):
 
 
 def test_pad_shifts_by_one_and_targets_what_is_marked():
-    tokens, targets = pad(
-        [(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1], bool)), (np.array([5, 9]), np.array([0, 1], bool))], pad_id=2
-    )
+    rows = [(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1], bool)), (np.array([5, 9]), np.array([0, 1], bool))]
+    tokens, targets = pad(rows, pad_id=2)
     assert tokens.tolist() == [[5, 6, 7], [5, 2, 2]]
     assert targets.tolist() == [[-100, 7, 8], [9, -100, -100]]
     ends = [(np.array([5, 6, 2]), np.array([0, 0, 1], bool)), (np.array([5, 2]), np.array([0, 1], bool))]

@@ -74,23 +74,13 @@ OLD |= dict(input_layernorm="pre_layernorm", post_attention_layernorm="post_laye
 OLD |= dict(input_residual="pre_residual.weight", post_attention_residual="post_residual.weight")
 
 
-def original_state(seed=0, heads=4, groups=2, experts=0, tied=True):
-    """{name of the library: tensor} of the original's shapes."""
-    torch.manual_seed(seed)
-    sizes = dict(C=32, KD=groups * 32 // heads, H=heads, F=48, V=300, E=experts, R=2 * math.isqrt(experts))
-    table = """
-        input_layernorm.weight C, post_attention_layernorm.weight C, input_residual C, post_attention_residual C,
-        self_attn.q_proj.weight C C, self_attn.k_proj.weight KD C, self_attn.v_proj.weight KD C,
-        self_attn.o_proj.weight C C, self_attn.A H, self_attn.dt_proj.weight H KD,
-        mlp.gate_proj.weight F C, mlp.up_proj.weight F C, mlp.down_proj.weight C F"""
-    if experts:
-        table += ", mlp.router_gate.weight R C, mlp.down_embed.weight E C, mlp.up_embed.weight E C"
-    rows = ["model.embed_tokens.weight V C", "model.norm.weight C"] + ["lm_head.weight V C"] * (not tied)
-    rows += [f"model.layers.{i}.{row.strip()}" for i in range(2) for row in table.split(",")]
-    state = {}
-    for name, *shape in map(str.split, rows):
-        shape = [sizes[letter] for letter in shape]
-        state[name] = (len(shape) == 1 and not name.endswith(".A")) + 0.3 * torch.randn(shape)
+def original_state(groups=2, experts=0, tied=True):
+    """{name of the library: tensor} of the original's shapes: 4 attention heads of 8, `groups` key/value heads."""
+    moe = dict(is_moe=True, num_experts=experts) if experts else {}
+    state = published_state(random_model(num_key_value_heads=groups, tie_word_embeddings=tied, qk_norm=False, **moe))
+    for i in range(2):
+        state[f"model.layers.{i}.self_attn.A"] = 0.3 * torch.randn(4)
+        state[f"model.layers.{i}.self_attn.dt_proj.weight"] = 0.3 * torch.randn(4, groups * 8)
     return state
 
 
@@ -233,10 +223,8 @@ def test_half_precision_is_read_exactly_and_written(tmp_path, words, dtype):
     state = {name: w.to(getattr(torch, dtype)) for name, w in published_state(random_model()).items()}
     source = write_folder(tmp_path / "half", state, words, torch_dtype=dtype)
     model, _ = load_model(source)
-    assert all(
-        w.dtype == torch.float32 and torch.equal(w, state[layouts.hf_name(n)].float())
-        for n, w in model.state_dict().items()
-    )
+    for name, w in model.state_dict().items():
+        assert w.dtype == torch.float32 and torch.equal(w, state[layouts.hf_name(name)].float())
     convert.main([str(source), str(tmp_path / "new"), f"--dtype={dtype}"])
     written = load_file(tmp_path / "new" / "model.safetensors")
     assert all(torch.equal(w, written[name]) and w.dtype == written[name].dtype for name, w in state.items())
@@ -304,9 +292,8 @@ def test_experts_go_to_transformers_with_a_warning(tmp_path, words, capsys):
     assert "router mixes the tokens" in capsys.readouterr().out
     theirs, tokens = theirs_of(tmp_path / "theirs"), torch.randint(0, 300, (1, 9))
     ids = tokens[:, :1]  # one text, from its first token
-    out = theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=None
-    )
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=None)
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(out[:, 1:], model.generate(ids, 12, temperature=0))
     again, _ = load_model(tmp_path / "theirs")  # and back
     assert torch.equal(again(tokens)[0], model(tokens)[0])
@@ -371,10 +358,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             data = (Path(self.models[name]) / path[-1]).read_bytes()
             return self.answer(data, 200, {"ETag": f'"{path[-1]}"', "X-Repo-Commit": commit})
         if path[4] == "tree":
-            listed = [
-                dict(type="file", path=file.name, size=file.stat().st_size, oid=f"{i:040}")
-                for i, file in enumerate(files)
-            ]
+            sizes = [dict(path=file.name, size=file.stat().st_size) for file in files]
+            listed = [file | dict(type="file", oid=f"{i:040}") for i, file in enumerate(sizes)]
             return self.answer(json.dumps(listed).encode(), 200, {})
         about = dict(id=name, sha=commit, siblings=[dict(rfilename=file.name) for file in files])
         self.answer(json.dumps(about).encode(), 200, {})
@@ -589,9 +574,8 @@ def test_the_loss_and_gradients_of_a_classifier_are_transformers(classifier, wor
 
 
 def test_what_transformers_writes_of_a_classifier_is_read(tmp_path, words):
-    theirs = DogeForSequenceClassification(
-        ReferenceConfig(**SHAPE, num_labels=3, attn_implementation="eager", pad_token_id=2)
-    ).eval()
+    config = ReferenceConfig(**SHAPE, num_labels=3, attn_implementation="eager", pad_token_id=2)
+    theirs = DogeForSequenceClassification(config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     words.save(tmp_path / "theirs")
     convert.main([str(tmp_path / "theirs"), str(tmp_path / "ours")])

@@ -104,7 +104,6 @@ def test_the_loss_equals_an_example_worked_out_by_hand():
 
 
 def test_the_clip_holds_what_went_far_enough_and_lets_it_come_back():
-    """Ratio and advantage of a token that learns, and of one that does not."""
     learning = [(1.0, 1), (1.0, -1), (1.29, 1), (0.5, 1), (0.81, -1), (5.0, -1)]
     for ratio, advantage in [*learning, (1.31, 1), (0.79, -1), (5.0, 0), (0.1, 0)]:
         now = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
@@ -158,9 +157,8 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data, tmp_path):
     other, total, surprise = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").double(), 0.0, 0.0
     for prompt, answer, advantage in zip(prompts, written, above, strict=True):
         ids = torch.tensor([[*prompt, *answer]])
-        logp = (
-            (other(ids).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
-        )
+        logits = other(ids).logits[0, len(prompt) - 1 : -1] / 0.7
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
         total, surprise = total - advantage * logp.sum() / tokens, surprise - logp.sum().item() / tokens
     total.backward()
     lengths = [len(ids) for ids in written]
@@ -191,9 +189,8 @@ def test_logprobs_are_those_of_the_drawing(base, monkeypatch):
 # ---- Rewards
 
 
-THINK, END_THINK, SOLVE, END_SOLVE = (
-    f"<|{edge}_of_{part}|>" for part in ("thought", "solution") for edge in ("begin", "end")
-)
+THINK, END_THINK = "<|begin_of_thought|>", "<|end_of_thought|>"
+SOLVE, END_SOLVE = "<|begin_of_solution|>", "<|end_of_solution|>"
 RIGHT = {  # what is wanted: what is right, separated by |
     "42": "42|42.0|42.|042|+42|$42| 42\n|so #### 42|#### 41 #### 42|42%|42 apples|42 €|€42|42 km/h|x = 42|$x=42$",
     "7": r"$7$|**7**|\boxed{7}|so \boxed{6}, no: $\boxed{7}$.|\(7\)|`7`|7\text{ cm}|7^\circ|7cm|14/2|\frac{14}{2}",
@@ -283,10 +280,8 @@ def test_an_answer_earns_the_weighted_sum_of_its_parts_and_only_if_it_ends(data)
     assert columns["reward_answer"].tolist() == [1, 0, 1, 0, 0, 0]
     assert columns["reward_format"].tolist() == [1, 0, 0, 0, 1, 0]
     assert columns["length"].tolist() == [len(ids) for ids in written]
-    earned = [2.5, 0, 2, 0, 0.5, 0]
-    assert columns["reward"].tolist() == pytest.approx(
-        [a - 0.25 * len(ids) / 100 for a, ids in zip(earned, written, strict=True)]
-    )
+    earned = np.array([2.5, 0, 2, 0, 0.5, 0]) - 0.25 * columns["length"] / 100
+    assert columns["reward"] == pytest.approx(earned)
 
 
 # ---- The run

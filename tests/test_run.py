@@ -84,6 +84,7 @@ def test_copy_steps_have_a_loss_of_their_own_and_a_shaded_part_of_the_picture(tm
     copying = [train.is_copy_step(step, 3, 233) for step in range(12)]
     assert [row["loss"] == "" for row in rows] == [row["copy_loss"] != "" for row in rows] == copying
     assert drawn == [((0, 64 * (12 - copying[::-1].index(True))), "copy steps, mixed with others")]
+    assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert out.count("the copy steps end") == 1 and "step      1  copy_loss " in out and " left\n" in out
 
 

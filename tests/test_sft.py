@@ -220,11 +220,10 @@ def test_four_processes_equal_one(base, data, tmp_path):
     assert_close_logs(alone, four, ("loss", "grad_norm", "val_loss", "val_exact"), 2e-5)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [dict(keep_window_size=16), dict(is_moe=True, num_experts=16, num_experts_per_tok=2, router_aux_loss_coef=0.01)],
-    ids=str,
-)
+EXPERTS = dict(is_moe=True, num_experts=16, num_experts_per_tok=2, router_aux_loss_coef=0.01)
+
+
+@pytest.mark.parametrize("shape", [dict(keep_window_size=16), EXPERTS], ids=str)
 def test_longer_rows_make_a_longer_model(data, tmp_path, shape):
     """Beyond the window of keys that it keeps too; and a model with experts is tuned like any other."""
     start = make_checkpoint(tmp_path / "start", **shape)
