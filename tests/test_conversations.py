@@ -171,9 +171,9 @@ def learned_parts(tokenizer, ids, mask):
 
 
 def test_conversations_come_out_as_they_went_in(tmp_path, base):
-    """The assistant's tags of thoughts are tokens; special tokens that a user types are letters."""
+    """The assistant's tags of thoughts are tokens, but not its end of a turn; what a user types is letters."""
     tags = ["<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>", "<|end_of_solution|>"]
-    rows, thought = list(rows_of("chat", 150)), "{}\n\nTwo,\nthree.\n{}\n\n{}\n3{}".format(*tags)
+    rows, thought = list(rows_of("chat", 150)), "{}\n\nTwo,\nthree.\n{}\n\n{}\n3<|end_of_text|>{}".format(*tags)
     for row in rows[::5]:
         row["messages"][-2]["content"] += " <|end_of_text|>" + tags[0]
         row["messages"][-1]["content"] = thought

@@ -112,17 +112,6 @@ def test_loss_and_gradient_equal_float64_whatever_the_micro_batches(base, data, 
     assert float(log[1]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_a_conversation_sees_no_other(base, rows):
-    """The loss of a conversation is the same alone and with others, whatever the padding is."""
-    model, _ = load_model(base)
-    order = np.argsort(rows.lengths)
-    short, long, losses = rows.rows(order[0])[0], rows.rows(order[-1])[0], []
-    for company, filling in (([short], 2), ([short, long], 2), ([short, long], 7)):
-        tokens, targets = pad(company, filling)
-        losses.append(F.cross_entropy(model(tokens)[0][0], targets[0]).item())
-    assert len(short[0]) < len(long[0]) and losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-
-
 def test_it_learns_to_answer_and_to_stop(base, tmp_path):
     """And the loss says of what it is: it goes to zero, though what the users say stays as random as it was."""
     answer = dict(role="assistant", content="a red ball")

@@ -114,18 +114,6 @@ def test_training_equals_brute_force(parts):
     assert train_bpe(parts, 400).vocabulary.ranks == brute_force(parts, 400)
 
 
-def test_training_is_as_good_as_the_libraries(small):
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
-    options = {"special_tokens": SPECIAL_TOKENS, "initial_alphabet": byte_level.alphabet(), "show_progress": False}
-    library.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=1000, **options))
-    theirs = sum(len(library.encode(text).ids) for text in TEXTS)
-    ours = sum(len(small.encode(text)) for text in TEXTS)
-    assert ours == pytest.approx(theirs, rel=1e-3)  # they break ties otherwise, so a few late tokens differ
-
-
 def test_training_layout_and_limits(small):
     assert [small.decode([i]) for i in range(len(SPECIAL_TOKENS))] == SPECIAL_TOKENS
     assert [small.token_bytes(9 + byte) for byte in range(256)] == [bytes([byte]) for byte in range(256)]
@@ -671,14 +659,6 @@ def test_what_users_type_is_text(small, parts):
     said = content.strip() + "<|end_of_text|>\n\n"
     header = "<|start_header_id|>{}<|end_header_id|>\n"
     assert small.decode(ids) == "<|begin_of_text|>" + header.format("user") + said + header.format("system") + said
-
-
-def test_the_assistant_may_reason_but_not_forge_turns(small):
-    content = "<|begin_of_thought|>2+2<|end_of_thought|><|begin_of_solution|>4<|end_of_solution|><|end_of_text|>"
-    ids, mask = small.render([assistant(content)])
-    special = [id for id, on in zip(ids, mask, strict=True) if on and id < 9]
-    assert special == [5, 6, 7, 8, 1]  # the EOS is the template's; the one in the text is text
-    assert learned(small, ids, mask) == content + "<|end_of_text|>"
 
 
 def test_a_token_belongs_to_whoever_wrote_its_first_byte(folder, auto):
