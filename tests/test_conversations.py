@@ -30,11 +30,12 @@ def read(row, kind="chat", system=""):
 NO_ANSWER = "without an answer"
 ASKED = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four"}]
 PROMPT, FIVE = ASKED[:1], {"role": "assistant", "content": " Five\n"}
+SHARE_GPT = [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four"}]
 ROWS = {
     "chat": [
         {"messages": ASKED},
         {"messages": [*ASKED, {"role": "user", "content": "Thanks"}]},  # nothing to learn after the last answer
-        {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four"}]},
+        {"conversations": SHARE_GPT},
         {"conversations": [{"from": "user", "value": "Two and two?"}, {"from": "assistant", "value": "Four"}]},
         {"instruction": "Two and two?", "input": "", "output": "Four"},
         {"instruction": "Two and two?", "output": "Four", "text": "Below is an instruction"},
@@ -59,11 +60,7 @@ ROWS = {
         {"chosen": "\n\nHuman: Two and two?\n\nAssistant: Four", "rejected": "Human: Two and two?\n\nAssistant: Five"},
         {"question": "Two and two?", "chosen": "Four", "rejected": "Five"},
         {"instruction": "Two and two?", "input": "", "chosen": "Four", "rejected": "Five"},
-        {
-            "conversations": [{"from": "human", "value": "Two and two?"}],
-            "chosen": {"from": "gpt", "value": "Four"},
-            "rejected": {"from": "gpt", "value": "Five"},
-        },
+        {"conversations": SHARE_GPT[:1], "chosen": SHARE_GPT[1], "rejected": {"from": "gpt", "value": "Five"}},
     ],
     "problems": [
         {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},

@@ -452,6 +452,7 @@ def test_a_long_text_without_lines_is_cut(run, monkeypatch):
         ({"sources": ["x.jsonl@0.5", "stories"], "tokens": 9}, "'stories' has no @RATIO"),
         ({"labels": ["a", "b"]}, "labels=a,b: --kind=labels, and no other"),
         ({"kind": "labels", "labels": ["a", "a", "b"]}, "labels=a,a,b"),
+        ({"kind": "labels", "labels": ["0"]}, "labels=0: --kind=labels, and no other, needs two different names"),
         ({"kind": "chat", "tokenizer": ""}, "--kind=chat needs the --tokenizer"),
         ({"kind": "text", "system": "x"}, "needs --kind=chat"),
         ({"kind": "chat", "sources": ["stdlib"]}, "plain text"),
