@@ -93,14 +93,12 @@ def test_pairs_too_long_are_left_out_and_counted(data, length):
 
 
 def test_log_probabilities_equal_float64_whatever_the_company(base, pairs, reference, monkeypatch):
-    """Alone or with others, whatever fills the rows, and in pieces of any size."""
+    """Alone or with others, and whatever fills the rows."""
     machine, model = Machine("cpu", "float32"), Policy(load_model(base)[0])
     with torch.no_grad():
         wanted = torch.stack([torch.stack([logp_by(reference, row) for row in pairs.rows(i)]) for i in range(8)]).T
-        for filling, size in ((2, 256), (7, 5)):
+        for filling in (2, 7):
             monkeypatch.setattr(pairs.set, "tokenizer", SimpleNamespace(pad_id=filling))
-            monkeypatch.setattr("nanodoge.losses.LOSS_ROWS", size)
-            monkeypatch.setattr("nanodoge.losses.LOSS_ELEMENTS", 1)
             found = dpo.answer_logp(model, pairs, range(8), machine)[0]
             torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-5)
         for i in (0, 5, 7):
@@ -120,8 +118,12 @@ def formula(options, policy, reference, sizes):
 
 
 @pytest.mark.parametrize("loss, size", [("sigmoid", 128), ("sigmoid_norm", 256), ("ipo", 10_000)])
-def test_loss_and_gradient_of_a_later_step_equal_float64(base, data, pairs, reference, tmp_path, loss, size):
-    """Of the second step, when the model is no longer its reference; and with a batch that no micro-batch divides."""
+def test_loss_and_gradient_of_a_later_step_equal_float64(
+    base, data, pairs, reference, tmp_path, monkeypatch, loss, size
+):
+    """Of the second step, when the model is no longer its reference; with a batch that no micro-batch divides, and the
+    output matrix in pieces."""
+    monkeypatch.setattr("nanodoge.losses.rows_at_once", lambda *_: 7)
     extra = f"--loss={loss} --micro_batch_tokens={size} --max_steps=2 --grad_clip=0 --batch_size=7".split()
     with gradients_seen() as seen:
         log = run(base, data, tmp_path / "run", *extra)
