@@ -188,11 +188,14 @@ def test_hub_dataset_from_local_parquet(run):
 # ---- The order of documents depends on the sources and nothing else
 
 
+SMALL_STEPS = {"BATCH": 2000, "AHEAD": 5, "SHARD": 20_000}
+
+
 @pytest.fixture
-def small_steps(monkeypatch):
+def small_steps():
     """So that a few hundred documents make many batches and several commits."""
-    for name, value in {"BATCH": 2000, "AHEAD": 5, "SHARD": 20_000}.items():
-        monkeypatch.setattr(prepare_data, name, value)
+    with patch.multiple(prepare_data, **SMALL_STEPS):
+        yield
 
 
 def three_sources():
@@ -232,16 +235,15 @@ def test_validation_side_is_for_ever(run):
 
 
 def prepare_and_die(argv):
-    """prepare_data.py, whose process ends after its third commit."""
+    """prepare_data.py, whose process ends after its second commit."""
     commit, count = prepare_data.Writer.commit, itertools.count(1)
 
-    def last_commit(self, finished=False):
+    def dying(self, finished=False):
         commit(self, finished)
-        if next(count) == 3:
+        if next(count) == 2:
             os._exit(9)
 
-    changed = dict(BATCH=2000, AHEAD=5, SHARD=20_000) if "--kind=text" in argv else dict(BATCH=500, AHEAD=5, SHARD=4000)
-    with patch.multiple(prepare_data, **changed), patch.object(prepare_data.Writer, "commit", last_commit):
+    with patch.multiple(prepare_data, **SMALL_STEPS), patch.object(prepare_data.Writer, "commit", dying):
         prepare_data.main(argv)
 
 
@@ -251,7 +253,7 @@ def test_killed_run_continues_to_the_same_bytes(run, vocabulary, small_steps, mo
     monkeypatch.setattr(prepare_data, "encode", lambda *a: taken.append(a[-1]) or encode(*a))
     sources = three_sources() if kind == "text" else ["chat.jsonl"]
     if kind == "chat":
-        Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("chat", 300)))
+        Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("chat", 600)))
     whole = run(*sources, out="whole", kind=kind, tokens=tokens)
     in_one_go = len(taken)
     argv = [*sources, "--out=cut", f"--tokenizer={vocabulary}", f"--kind={kind}", f"--tokens={tokens}"]
