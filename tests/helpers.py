@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import prepare_data
 from model import Doge, DogeConfig
 from nanodoge import tokenizer
-from nanodoge.checkpoint import save_checkpoint
+from nanodoge.checkpoint import load_training_state, save_checkpoint
 from nanodoge.options import run_command
 from nanodoge.run import Run, read_log
 
@@ -152,6 +152,14 @@ def assert_same_weights(a, b):
     """Asserts that two checkpoint folders hold the same weights, bit for bit."""
     a, b = weights(a), weights(b)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same_run(a, b):
+    """Asserts that two runs left the same log, weights and state of the optimizer, bit for bit."""
+    assert steady(read_log(a / "log.csv")) == steady(read_log(b / "log.csv"))
+    assert_same_weights(a, b)
+    a, b = (load_training_state(folder)["optimizer"] for folder in (a, b))
+    assert a.keys() == b.keys() and all(torch.equal(a[name][key], b[name][key]) for name in b for key in b[name])
 
 
 @contextlib.contextmanager

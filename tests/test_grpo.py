@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import (
     assert_close_logs,
+    assert_same_run,
     assert_same_weights,
     gradients_seen,
     make_checkpoint,
     make_set,
-    steady,
     stopped_after,
     texts,
     tune,
@@ -29,7 +29,6 @@ from nanodoge.checkpoint import load_model
 from nanodoge.examples import TokenSet
 from nanodoge.machine import Machine
 from nanodoge.policy import Policy, write_answers
-from nanodoge.run import read_log
 from nanodoge.tokenizer import Tokenizer
 from train import rows_of_step, scramble
 
@@ -310,9 +309,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     shutil.rmtree(start)
     torch.randn(3)
     grpo.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
-    assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
-    for folder in (".", "reference"):
-        assert_same_weights(tmp_path / "cut" / folder, tmp_path / "whole" / folder)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert_same_weights(tmp_path / "cut" / "reference", tmp_path / "whole" / "reference")
     assert_same_weights(base, tmp_path / "cut" / "reference")  # it has not drifted; the model has moved
     with pytest.raises(AssertionError):
         assert_same_weights(base, tmp_path / "cut")

@@ -24,10 +24,10 @@ from helpers import (
     TINY,
     assert_close_logs,
     assert_refused,
+    assert_same_run,
     assert_same_weights,
     command,
     make_data,
-    steady,
     stopped_after,
     weights,
 )
@@ -73,14 +73,6 @@ def resume(out, *options):
 
 def log_of(out):
     return read_log(out / "log.csv")
-
-
-def assert_same_run(a, b):
-    """Asserts that two runs left the same log, weights and state of the optimizer, bit for bit."""
-    assert steady(log_of(a)) == steady(log_of(b))
-    assert_same_weights(a, b)
-    a, b = (load_training_state(folder)["optimizer"] for folder in (a, b))
-    assert a.keys() == b.keys() and all(torch.equal(a[name][key], b[name][key]) for name in b for key in b[name])
 
 
 def losses_of(rows):
