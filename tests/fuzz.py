@@ -506,6 +506,15 @@ def limit_process():
     sys.addaudithook(watch)
 
 
+def result_of(work):
+    """What a Future returns. It is waited for in steps of a second, so that the time for which this process and that of
+    the case are stopped (SIGSTOP, a laptop that sleeps) counts as one second."""
+    for _ in range(PATIENCE - 1):
+        with contextlib.suppress(futures.TimeoutError):
+            return work.result(1)
+    return work.result(1)
+
+
 def run_part(root, part, count, seed):
     """Runs `count` cases and returns a row of the table."""
     start, results = time.monotonic(), []
@@ -514,7 +523,7 @@ def run_part(root, part, count, seed):
             process = pool.submit(os.getpid).result()
             for number in range(len(results), min(count, len(results) + CASES_PER_PROCESS)):
                 try:
-                    results.append(pool.submit(run_case, root, part, number, seed).result(PATIENCE)[0])
+                    results.append(result_of(pool.submit(run_case, root, part, number, seed))[0])
                 except (futures.TimeoutError, BrokenProcessPool) as error:
                     results.append(f"the process ended or took more than {PATIENCE} s: {type(error).__name__}")
                     with contextlib.suppress(ProcessLookupError):
