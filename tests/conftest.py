@@ -13,6 +13,14 @@ if not os.access(os.path.expanduser("~"), os.W_OK):  # libraries keep caches the
 import pytest
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A small checkpoint with random weights, and a tokenizer with a chat template."""
+    from helpers import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("out") / "base")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     import torch  # here: the process that only distributes the tests does without

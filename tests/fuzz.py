@@ -56,8 +56,7 @@ import pyarrow  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
-from helpers import TINY, TUNE, make_data, make_set, stopped_after, write_csv  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from helpers import TINY, TUNE, make_data, make_set, stopped_after, weights, write_csv, write_weights  # noqa: E402
 
 import convert  # noqa: E402
 import dpo  # noqa: E402
@@ -141,15 +140,9 @@ def build(root):
         make_set(good / "labels", "model", "labels", rows=labelled, labels=["a", "b"])
         for stage in TUNING:
             STAGES[stage].main([*STAGES[stage].argv, f"--out_dir={stage}-run"])
-    weights = load_file("model/model.safetensors")
-    for layout in ("parts", "pickled"):  # the same model as several files with an index, and as a pickle
+    for layout, files in dict(parts=dict(parts=2), pickled=dict(suffix="bin")).items():  # the same model
         shutil.copytree("model", layout, ignore=shutil.ignore_patterns("model.safetensors"))
-    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
-    for file in set(files.values()):
-        tensors = {name: weights[name] for name in files if files[name] == file}
-        save_file(tensors, Path("parts", file), metadata={"format": "pt"})
-    Path("parts/model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=files)))
-    torch.save(weights, "pickled/pytorch_model.bin")
+        write_weights(Path(layout), weights(Path("model")), **files)
 
 
 # ---- The parts: each draws a case and returns (main, argv, why it must be refused or "")
@@ -300,9 +293,8 @@ READS = dict(
 for layout in ("model", "model", "parts", "pickled"):
     READS["checkpoint"] += 3 * [reads("sample", layout, CHECKPOINT, layout, "--max_new_tokens=3")]
     READS["checkpoint"] += [reads("sft", layout, CHECKPOINT, *STAGES["sft"].argv, f"--init_from={layout}")]
-    READS["convert"] += [
-        reads("convert", layout, CHECKPOINT, layout, "converted", f"--to={to}") for to in ("nanodoge", "transformers")
-    ]
+    for to in ("nanodoge", "transformers"):
+        READS["convert"] += [reads("convert", layout, CHECKPOINT, layout, "converted", f"--to={to}")]
 for name in ("train", "train", "sft", "dpo", "grpo"):
     argv = ["--resume", f"--out_dir={name}-run", "--max_steps=2", *["--sample_tokens=0"] * (name == "train")]
     READS["resume"] += 2 * [reads(name, f"{name}-run", RUN, *argv)]
@@ -514,6 +506,15 @@ def limit_process():
     sys.addaudithook(watch)
 
 
+def result_of(work):
+    """What a Future returns. It is waited for in steps of a second, so that the time for which this process and that of
+    the case are stopped (SIGSTOP, a laptop that sleeps) counts as one second."""
+    for _ in range(PATIENCE - 1):
+        with contextlib.suppress(futures.TimeoutError):
+            return work.result(1)
+    return work.result(1)
+
+
 def run_part(root, part, count, seed):
     """Runs `count` cases and returns a row of the table."""
     start, results = time.monotonic(), []
@@ -522,7 +523,7 @@ def run_part(root, part, count, seed):
             process = pool.submit(os.getpid).result()
             for number in range(len(results), min(count, len(results) + CASES_PER_PROCESS)):
                 try:
-                    results.append(pool.submit(run_case, root, part, number, seed).result(PATIENCE)[0])
+                    results.append(result_of(pool.submit(run_case, root, part, number, seed))[0])
                 except (futures.TimeoutError, BrokenProcessPool) as error:
                     results.append(f"the process ended or took more than {PATIENCE} s: {type(error).__name__}")
                     with contextlib.suppress(ProcessLookupError):

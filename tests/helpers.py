@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import faulthandler
+import http.server
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -18,12 +20,12 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import prepare_data
 from model import Doge, DogeConfig
 from nanodoge import tokenizer
-from nanodoge.checkpoint import save_checkpoint
+from nanodoge.checkpoint import load_training_state, save_checkpoint
 from nanodoge.options import run_command
 from nanodoge.run import Run, read_log
 
@@ -60,6 +62,14 @@ def make_data(folder, vocab_size=300, count=60, seed=0):
     return folder
 
 
+def roughen(model):
+    """The model with weights far from their initial values, so that no term is invisible."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += (0.5 if name.endswith(".A") or "dt_proj" in name else 0.1) * torch.randn(p.shape)
+    return model.eval()
+
+
 def make_checkpoint(folder, vocab_size=400, seed=0, **shape):
     """A checkpoint of a small model with random weights, and a tokenizer with a chat template."""
     tok = tokenizer.train_bpe(texts(300, seed=2), vocab_size)
@@ -68,6 +78,18 @@ def make_checkpoint(folder, vocab_size=400, seed=0, **shape):
     torch.manual_seed(seed)
     save_checkpoint(folder, Doge(DogeConfig(**fields | shape)), tok)
     return folder
+
+
+def write_weights(folder, state, parts=1, suffix="safetensors"):
+    """Writes a state dict as `parts` files, with an index if these are several, of safetensors or pickles (bin)."""
+    base = "model" if suffix == "safetensors" else "pytorch_model"
+    names = [f"{base}-{i + 1:05}-of-{parts:05}.{suffix}" for i in range(parts)] if parts > 1 else [f"{base}.{suffix}"]
+    place = {name: names[i % parts] for i, name in enumerate(state)}
+    for name in names:
+        piece = {key: w for key, w in state.items() if place[key] == name}
+        (save_file if suffix == "safetensors" else torch.save)(piece, folder / name)
+    if parts > 1:
+        (folder / f"{base}.{suffix}.index.json").write_text(json.dumps(dict(metadata={}, weight_map=place)))
 
 
 def rows_of(kind, count, seed=0):
@@ -105,6 +127,15 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
+@contextlib.contextmanager
+def serving(handler):
+    """The address of a server in a thread of this process, whose requests `handler` answers."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 # ---- Runs
 
 
@@ -121,6 +152,14 @@ def assert_same_weights(a, b):
     """Asserts that two checkpoint folders hold the same weights, bit for bit."""
     a, b = weights(a), weights(b)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same_run(a, b):
+    """Asserts that two runs left the same log, weights and state of the optimizer, bit for bit."""
+    assert steady(read_log(a / "log.csv")) == steady(read_log(b / "log.csv"))
+    assert_same_weights(a, b)
+    a, b = (load_training_state(folder)["optimizer"] for folder in (a, b))
+    assert a.keys() == b.keys() and all(torch.equal(a[name][key], b[name][key]) for name in b for key in b[name])
 
 
 @contextlib.contextmanager
@@ -156,6 +195,14 @@ def assert_close_logs(a, b, names, tolerance):
         for name in names:
             assert x[name] == y[name] == "" or abs(float(x[name]) - float(y[name])) <= tolerance, name
         assert x["tokens"] == y["tokens"] and x["lr"] == y["lr"]
+
+
+def refused(call, *words):
+    """Asserts that `call` raises a ValueError of one line that holds all the words."""
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
 
 
 def assert_refused(run, folder, case):

@@ -11,7 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import make_data, texts
+from damage import Program
+from helpers import make_data, roughen, texts
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,11 +35,8 @@ def small():
     """A model and a tokenizer that belong together."""
     tok = tokenizer.train_bpe(texts(50), 280)
     torch.manual_seed(0)
-    model = Doge(DogeConfig(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2))
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape)
-    return model, tok
+    shape = dict(vocab_size=tok.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    return roughen(Doge(DogeConfig(**shape))), tok
 
 
 def state_of(step):
@@ -49,14 +47,6 @@ def state_of(step):
 def folder(small, tmp_path):
     save_checkpoint(tmp_path / "checkpoint", *small, state_of(1))
     return tmp_path / "checkpoint"
-
-
-def test_a_checkpoint_comes_back_bit_for_bit(small, folder):
-    model, tok = load_model(folder)
-    assert model.config == small[0].config and tok.digest == small[1].digest
-    for name, w in small[0].state_dict().items():
-        assert torch.equal(model.state_dict()[name], w)
-    assert load_training_state(folder) == state_of(1)
 
 
 def test_data_of_older_commits_and_tokenizers_saved_again_fit(tmp_path):
@@ -72,18 +62,6 @@ def test_data_of_older_commits_and_tokenizers_saved_again_fit(tmp_path):
         data.check_tokenizer(again, tmp_path / "data", source="again")
         with pytest.raises(ValueError, match="other has another tokenizer"):
             data.check_tokenizer(other, tmp_path / "data", source="other")
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_dense_checkpoint_opens_in_transformers(small, tmp_path, tied):
-    torch.manual_seed(1)
-    model = Doge(dataclasses.replace(small[0].config, tie_word_embeddings=tied)).eval()
-    save_checkpoint(tmp_path, model, small[1])
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    tokens = torch.randint(0, model.config.vocab_size, (2, 20))
-    torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, atol=1e-5, rtol=0)
-    reader = AutoTokenizer.from_pretrained(tmp_path)
-    assert reader("the red dog").input_ids == [small[1].bos_id, *small[1].encode("the red dog")]
 
 
 def test_a_model_transformers_would_compute_differently_does_not_open_there(small, tmp_path):
@@ -141,16 +119,11 @@ def test_a_crash_at_any_moment_of_saving_leaves_the_old_or_the_new_checkpoint_wh
     assert seen == {(1, False), (1, True), (2, False), (2, True)} and last > 10
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("echo pwned",)
-
-
 @pytest.mark.parametrize("what", ["empty", "junk", "pickle", "evil", "cut"])
 def test_a_training_state_is_never_executed(folder, what):
     path = folder / "training_state.pt"
-    plain = dict(empty=b"", junk=b"junk", pickle=pickle.dumps(Evil()), cut=path.read_bytes()[:-9])
-    torch.save(Evil(), path) if what == "evil" else path.write_bytes(plain[what])
+    plain = dict(empty=b"", junk=b"junk", pickle=pickle.dumps(Program()), cut=path.read_bytes()[:-9])
+    torch.save(Program(), path) if what == "evil" else path.write_bytes(plain[what])
     with pytest.raises(ValueError, match="damaged or not ours"):
         load_training_state(folder)
 

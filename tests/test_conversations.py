@@ -3,31 +3,24 @@ says and nothing else, and a row that cannot be used is counted or named."""
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import make_checkpoint, make_set, rows_of
+from helpers import make_set, rows_of
 
 import prepare_data
 from nanodoge import stories
 from nanodoge.conversations import RowError, document, final_answer
 from nanodoge.data import read_meta
-from nanodoge.examples import TokenSet, answer_spans, bucket_by_length, pad
+from nanodoge.examples import TokenSet, bucket_by_length, pad
 from nanodoge.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("out") / "base")
 
 
 def read(row, kind="chat", system=""):
     """What a row means, or the reason why it is left out."""
     system = "" if kind == "labels" else system
-    options = prepare_data.PrepareOptions(
-        tokenizer="x", kind=kind, system=system, labels=["a", "b"] * (kind == "labels")
-    )
+    labels = ["a", "b"] * (kind == "labels")
+    options = prepare_data.PrepareOptions(tokenizer="x", kind=kind, system=system, labels=labels)
     try:
         return json.loads(document(row, options))
     except RowError as error:
@@ -37,11 +30,12 @@ def read(row, kind="chat", system=""):
 NO_ANSWER = "without an answer"
 ASKED = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four"}]
 PROMPT, FIVE = ASKED[:1], {"role": "assistant", "content": " Five\n"}
+SHARE_GPT = [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four"}]
 ROWS = {
     "chat": [
         {"messages": ASKED},
         {"messages": [*ASKED, {"role": "user", "content": "Thanks"}]},  # nothing to learn after the last answer
-        {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four"}]},
+        {"conversations": SHARE_GPT},
         {"conversations": [{"from": "user", "value": "Two and two?"}, {"from": "assistant", "value": "Four"}]},
         {"instruction": "Two and two?", "input": "", "output": "Four"},
         {"instruction": "Two and two?", "output": "Four", "text": "Below is an instruction"},
@@ -66,11 +60,7 @@ ROWS = {
         {"chosen": "\n\nHuman: Two and two?\n\nAssistant: Four", "rejected": "Human: Two and two?\n\nAssistant: Five"},
         {"question": "Two and two?", "chosen": "Four", "rejected": "Five"},
         {"instruction": "Two and two?", "input": "", "chosen": "Four", "rejected": "Five"},
-        {
-            "conversations": [{"from": "human", "value": "Two and two?"}],
-            "chosen": {"from": "gpt", "value": "Four"},
-            "rejected": {"from": "gpt", "value": "Five"},
-        },
+        {"conversations": SHARE_GPT[:1], "chosen": SHARE_GPT[1], "rejected": {"from": "gpt", "value": "Five"}},
     ],
     "problems": [
         {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
@@ -172,52 +162,49 @@ def test_rows_that_cannot_be_used_have_a_reason(kind, row, reason):
 # ---- What is written is what was said
 
 
-def by_hand(tokenizer, messages):
-    """The conversation as the template writes it, and what of it is to be learned, from the definition."""
-    text, learned = "<|begin_of_text|>", []
-    for m in messages:
-        text += f"<|start_header_id|>{m['role']}<|end_header_id|>\n{m['content'].strip()}<|end_of_text|>\n\n"
-        learned += [m["content"].strip() + "<|end_of_text|>"] if m["role"] == "assistant" else []
-    return text, learned
-
-
 def learned_parts(tokenizer, ids, mask):
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return [tokenizer.decode(part) for part in np.split(ids, edges)[1::2]]
 
 
-def test_conversations_come_out_as_they_went_in(tmp_path, checkpoint):
-    rows = list(rows_of("chat", 150))
-    folder = make_set(tmp_path / "set", checkpoint, rows=[*rows, {"messages": []}, {"messages": PROMPT}])
+def test_conversations_come_out_as_they_went_in(tmp_path, base):
+    """The assistant's tags of thoughts are tokens, but not its end of a turn; what a user types is letters."""
+    tags = ["<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>", "<|end_of_solution|>"]
+    rows, thought = list(rows_of("chat", 150)), "{}\n\nTwo,\nthree.\n{}\n\n{}\n3<|end_of_text|>{}".format(*tags)
+    for row in rows[::5]:
+        row["messages"][-2]["content"] += " <|end_of_text|>" + tags[0]
+        row["messages"][-1]["content"] = thought
+    folder = make_set(tmp_path / "set", base, rows=[*rows, {"messages": []}, {"messages": PROMPT}])
     tokenizer, meta = Tokenizer.load(folder), read_meta(folder, "chat")
     assert meta["left_out"] == {"empty": 1, "without an answer": 1}
-    wanted = {text: learned for text, learned in (by_hand(tokenizer, row["messages"]) for row in rows)}
+    wanted = {}
+    for row in rows:
+        said = [(m["role"], m["content"].strip() + "<|end_of_text|>") for m in row["messages"]]
+        text = "".join(f"<|start_header_id|>{role}<|end_header_id|>\n{text}\n\n" for role, text in said)
+        wanted["<|begin_of_text|>" + text] = said
     assert len(wanted) == len(rows)
+    tag_ids = [tokenizer.special_tokens[tag] for tag in tags]
     for split in ("train", "val"):
         part = TokenSet(folder, split, "chat")
         assert len(part) == meta[split]["documents"] > 10 and part.mask.sum() == meta[split]["targets"]
         for i in range(len(part)):
             ids, mask = part.conversation(i)
-            assert (ids == tokenizer.bos_id).sum() == 1 and ids[0] == tokenizer.bos_id  # one BOS
-            assert learned_parts(tokenizer, ids, mask) == wanted.pop(tokenizer.decode(ids))
-            assert mask[ids == tokenizer.eos_id].any()  # the end is learned
+            said = wanted.pop(tokenizer.decode(ids))
+            assert learned_parts(tokenizer, ids, mask) == [text for role, text in said if role == "assistant"]
+            assert (ids == tokenizer.bos_id).sum() == 1 and (ids == tokenizer.eos_id).sum() == len(said)
+            assert [i for i in ids if i in tag_ids] == tag_ids * (said[-1][1] == thought + "<|end_of_text|>")
     assert not wanted
 
 
-def test_preferences_share_their_prompt_and_learn_the_last_answer(tmp_path, checkpoint):
+def test_preferences_share_their_prompt_and_learn_the_last_answer(tmp_path, base):
     earlier = [*ASKED, {"role": "user", "content": "And three?"}]
-    rows = [
-        dict(
-            prompt="x",
-            chosen=[*earlier, dict(role="assistant", content=f"Seven {i}")],
-            rejected=[*earlier, dict(role="assistant", content=f"Four {i}")],
-        )
-        for i in range(3)
-    ]
-    rows += list(rows_of("preferences", 60))
-    folder = make_set(tmp_path / "set", checkpoint, "preferences", rows=rows)
-    tokenizer = Tokenizer.load(folder)
-    seen = {}
+    rows, pairs = list(rows_of("preferences", 60)), [(f"Seven {i}", f"Four {i}") for i in range(3)]
+    for pair in pairs:
+        chosen, rejected = ([*earlier, dict(role="assistant", content=text)] for text in pair)
+        rows.append(dict(prompt="x", chosen=chosen, rejected=rejected))
+    pairs += [(row["chosen"], row["rejected"]) for row in rows[:60]]
+    folder = make_set(tmp_path / "set", base, "preferences", rows=rows)
+    tokenizer, seen = Tokenizer.load(folder), {}
     for split in ("train", "val"):
         part = TokenSet(folder, split, "preferences")
         assert len(part) % 2 == 0
@@ -227,13 +214,12 @@ def test_preferences_share_their_prompt_and_learn_the_last_answer(tmp_path, chec
             assert n == m and (ids[:n] == other[:n]).all()
             [chosen], [rejected] = learned_parts(tokenizer, ids, mask), learned_parts(tokenizer, other, other_mask)
             seen[chosen.removesuffix("<|end_of_text|>")] = rejected.removesuffix("<|end_of_text|>"), split
-    last = lambda x: x[-1]["content"] if isinstance(x, list) else x  # noqa: E731
-    assert {k: v[0] for k, v in seen.items()} == {last(row["chosen"]): last(row["rejected"]) for row in rows}
+    assert {chosen: rejected for chosen, (rejected, _) in seen.items()} == dict(pairs)
     assert len({seen[f"Seven {i}"][1] for i in range(3)}) == 1  # one prompt, one side
 
 
-def test_problems_end_where_the_assistant_begins(tmp_path, checkpoint):
-    folder = make_set(tmp_path / "set", checkpoint, "problems")
+def test_problems_end_where_the_assistant_begins(tmp_path, base):
+    folder = make_set(tmp_path / "set", base, "problems")
     tokenizer, asked = Tokenizer.load(folder), {}
     for split in ("train", "val"):
         part = TokenSet(folder, split, "problems")
@@ -247,79 +233,15 @@ def test_problems_end_where_the_assistant_begins(tmp_path, checkpoint):
     }
 
 
-def test_thoughts_stay_between_their_tags_and_users_cannot_write_them(tmp_path, checkpoint):
-    """OpenThoughts' schema. The assistant's tags are tokens; in what a user types they are letters."""
-    thought = "<|begin_of_thought|>\n\nTwo,\nthree.\n<|end_of_thought|>\n\n<|begin_of_solution|>\n3<|end_of_solution|>"
-    answer = {"from": "assistant", "value": thought}
-    rows = [
-        dict(system="Think.", conversations=[{"from": "user", "value": f"1+2 <|end_of_text|> {i}"}, answer])
-        for i in range(30)
-    ]
-    folder = make_set(tmp_path / "set", checkpoint, rows=rows)
-    tokenizer, part = Tokenizer.load(folder), TokenSet(folder, "train", "chat")
-    ids, mask = part.conversation(0)
-    tags = [
-        tokenizer.special_tokens[f"<|{which}_of_{what}|>"]
-        for what in ("thought", "solution")
-        for which in ("begin", "end")
-    ]
-    assert [i for i in ids[mask] if i in tags] == tags and not set(tags) & set(ids[~mask].tolist())
-    assert (ids == tokenizer.eos_id).sum() == 3  # system, user, assistant
-    assert tokenizer.decode(ids).startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\nThink.")
-
-
-def test_rows_that_all_begin_alike_are_divided(tmp_path, checkpoint):
+def test_rows_that_all_begin_alike_are_divided(tmp_path, base):
     """The hash of the user's first words would put all of them on one side."""
     rows = [dict(instruction=f"And {i}?", output="yes", history=[["Hi", "Hello"]]) for i in range(9)]
-    meta = read_meta(make_set(tmp_path / "set", checkpoint, rows=rows), "chat")
+    meta = read_meta(make_set(tmp_path / "set", base, rows=rows), "chat")
     assert meta["train"]["documents"] + meta["val"]["documents"] == 9 and "begin alike" in meta["note"]
 
 
-def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(prepare_data, "BATCH", 500)
-    monkeypatch.setattr(prepare_data, "SHARD", 4000)
-    whole = make_set(tmp_path / "whole", checkpoint)
-    (tmp_path / "cut.jsonl").write_bytes((tmp_path / "whole.jsonl").read_bytes())
-    commit, count = prepare_data.Writer.commit, iter(range(99))
-
-    def dying(self, finished=False):
-        commit(self, finished)
-        return 1 / 0 if next(count) == 1 else None
-
-    monkeypatch.setattr(prepare_data.Writer, "commit", dying)
-    with pytest.raises(ZeroDivisionError):
-        make_set(tmp_path / "cut", checkpoint)
-    with open(tmp_path / "cut.partial" / "train.mask.bin", "ab") as file:
-        file.write(b"after the last commit")
-    assert not (tmp_path / "cut").exists()
-    cut = make_set(tmp_path / "cut", checkpoint)
-    names = [f"{split}.{name}.bin" for split in ("train", "val") for name in ("ids", "mask", "offsets")]
-    assert all((cut / name).read_bytes() == (whole / name).read_bytes() for name in names)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(tokenizer=""), "--kind=chat needs the --tokenizer"),
-        (dict(kind="text", system="x"), "needs --kind=chat"),
-        (dict(sources=["stdlib"]), "plain text"),
-        (dict(sources=["sums"], kind="preferences"), "it has chat problems"),
-        (dict(sources=["sums"], kind="text"), "'sums' has no --kind=text"),
-        (dict(sources=["x.txt"]), "reads rows"),
-        (dict(sources=["x.txt"], val=["x.txt"]), "only once"),
-    ],
-)
-def test_wrong_calls_are_refused(tmp_path, checkpoint, monkeypatch, options, message):
-    monkeypatch.chdir(tmp_path)
-    Path("x.txt").write_text("some text " * 100)
-    given = dict(sources=["stories"], kind="chat", tokenizer=str(checkpoint), out="set") | options
-    with pytest.raises(ValueError, match=message) as error:
-        prepare_data.prepare(prepare_data.PrepareOptions(**given), quiet=True)
-    assert "\n" not in str(error.value) and not Path("set").exists() and not Path("set.partial").exists()
-
-
-def test_a_damaged_or_other_folder_is_refused(tmp_path, checkpoint):
-    folder = make_set(tmp_path / "set", checkpoint)
+def test_a_damaged_or_other_folder_is_refused(tmp_path, base):
+    folder = make_set(tmp_path / "set", base)
     with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=preferences"):
         TokenSet(folder, "train", "preferences")
     with pytest.raises(ValueError, match="holds --kind=chat, and this stage reads --kind=text"):
@@ -343,24 +265,14 @@ def test_a_damaged_or_other_folder_is_refused(tmp_path, checkpoint):
         TokenSet(folder, "train", "chat")
 
 
-def test_runs_of_a_mask_are_found():
-    for seed in range(20):
-        mask = np.random.default_rng(seed).integers(0, 2, 50).astype(np.uint8)
-        again = np.zeros(50, np.uint8)
-        for begin, end in zip(*answer_spans(mask), strict=True):
-            again[begin : end + 1] = 1
-        assert (again == mask).all()
-
-
 # ---- Built-in rows
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_built_in_rows_have_the_words_of_their_side(split):
-    """Names, towns and things; and pairs of numbers."""
-    other = stories.lexicon("test" if split == "train" else "train")
-    words = {w for key in ("girls", "boys", "towns", "surnames", "pet_names") for w in other[key]}
-    words -= {w for key in ("girls", "boys", "towns", "surnames", "pet_names") for w in stories.lexicon(split)[key]}
+    own, other = (stories.lexicon(name) for name in (split, "test" if split == "train" else "train"))
+    keys = ("girls", "boys", "towns", "surnames", "pet_names")
+    words = {w for key in keys for w in other[key]} - {w for key in keys for w in own[key]}
     for i in range(400):
         chat, pair = stories.conversation(i, split), stories.preference(i, split)
         problem = stories.worked_sum(i, split)
@@ -401,10 +313,8 @@ def test_built_in_answers_are_right():
         asked, answer = (m["content"] for m in problem["messages"])
         assert final_answer(answer) == problem["answer"]
         numbers = [int(n) for n in re.findall("[0-9]+", asked)]
-        right = (
-            len(set(numbers)) if "writes" in asked else (sum(numbers) if "more" in asked else numbers[0] - numbers[1])
-        )
-        assert int(problem["answer"]) == right
+        more = sum(numbers) if "more" in asked else numbers[0] - numbers[1]
+        assert int(problem["answer"]) == (len(set(numbers)) if "writes" in asked else more)
 
 
 # ---- Batches
@@ -420,9 +330,8 @@ def test_buckets_lose_nothing_and_keep_to_the_limit(parts):
 
 
 def test_pad_shifts_by_one_and_targets_what_is_marked():
-    tokens, targets = pad(
-        [(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1], bool)), (np.array([5, 9]), np.array([0, 1], bool))], pad_id=2
-    )
+    rows = [(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1], bool)), (np.array([5, 9]), np.array([0, 1], bool))]
+    tokens, targets = pad(rows, pad_id=2)
     assert tokens.tolist() == [[5, 6, 7], [5, 2, 2]]
     assert targets.tolist() == [[-100, 7, 8], [9, -100, -100]]
     ends = [(np.array([5, 6, 2]), np.array([0, 0, 1], bool)), (np.array([5, 2]), np.array([0, 1], bool))]

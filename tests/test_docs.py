@@ -6,6 +6,7 @@ import ast
 import csv
 import dataclasses
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -24,16 +25,7 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-import bench  # noqa: E402, after the path
-import convert  # noqa: E402
-import dpo  # noqa: E402
-import evaluate  # noqa: E402
-import grpo  # noqa: E402
-import prepare_data  # noqa: E402
-import sample  # noqa: E402
-import serve  # noqa: E402
-import sft  # noqa: E402
-import train  # noqa: E402
+import train  # noqa: E402, after the path
 from model import Doge, DogeConfig  # noqa: E402
 from nanodoge import stage  # noqa: E402
 from nanodoge.options import parse_options  # noqa: E402
@@ -54,29 +46,23 @@ def blocks(language):
 # ---- Commands
 
 
-def parsed_by(options, positional):
-    return lambda argv: parse_options(options, argv, positional=positional)
+WORDS = dict(convert="paths", evaluate="checkpoint", prepare_data="sources", sample="checkpoint", serve="checkpoint")
+PROGRAMS = [f"{name}.py" for name in ("bench", *WORDS, "train", "sft", "dpo", "grpo")]
 
 
-def parsed_by_stage(module):
-    """The stage's own main, up to where it would start to train."""
-
-    def read(argv):
+def parse(name, argv):
+    """Reads the options of a program as its main does; of a stage its own main, up to where it would start to train."""
+    module = importlib.import_module(name)
+    if name == "bench":
+        module.read_options(argv)
+    elif name in WORDS:
+        options = getattr(module, f"{name.removesuffix('_data').capitalize()}Options")
+        parse_options(options, argv, positional=WORDS[name])
+    else:
         with patch.object(stage, "run_stage"):
             module.main(argv + ["--overwrite"] * (not any("--resume" in word for word in argv)))
 
-    return read
 
-
-PARSERS = {  # program: what reads its options
-    "bench.py": bench.read_options,
-    "convert.py": parsed_by(convert.ConvertOptions, "paths"),
-    "evaluate.py": parsed_by(evaluate.EvaluateOptions, "checkpoint"),
-    "prepare_data.py": parsed_by(prepare_data.PrepareOptions, "sources"),
-    "sample.py": parsed_by(sample.SampleOptions, "checkpoint"),
-    "serve.py": parsed_by(serve.ServeOptions, "checkpoint"),
-    **{f"{module.__name__}.py": parsed_by_stage(module) for module in (train, sft, dpo, grpo)},
-}
 PARSED_ONLY = {  # why the rest of the command is not run
     r"torchrun|nnodes": "several processes: tests/test_train.py runs them",
     r"serve\.py": "serves until it is stopped: tests/test_serve.py",
@@ -185,15 +171,15 @@ def test_command(page, words, world, monkeypatch):
     if any(re.match(pattern, line) for pattern in NOT_OURS):
         assert not words[0].startswith("python") or "/" not in words[1] or words[1].startswith(("tests", "ex", "-"))
         return
-    program = next(word for word in words if word in PARSERS)
+    program = next(word for word in words if word in PROGRAMS)
     assert words[0] == "python" or "torchrun" in line, line
     argv = list(words[words.index(program) + 1 :])
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello.\n"))
     if any(re.search(pattern, line) for pattern in PARSED_ONLY):
-        PARSERS[program](argv)
+        parse(program[:-3], argv)
     else:
         out = ("data" if program == "prepare_data.py" else "out") + f"/run-{abs(hash(line))}"
-        sys.modules[program[:-3]].main(SCALE[program](argv, out))
+        importlib.import_module(program[:-3]).main(SCALE[program](argv, out))
 
 
 def test_every_reason_is_used():

@@ -18,7 +18,6 @@ import evaluate
 import train
 from model import Doge, DogeConfig
 from nanodoge.checkpoint import load_model, save_checkpoint
-from nanodoge.data import bits_per_byte, token_bytes
 from nanodoge.machine import Machine
 from nanodoge.run import read_log
 
@@ -42,9 +41,8 @@ def trained(tmp_path_factory):
 
 
 def test_bits_per_byte_equal_those_that_training_logged(trained, capsys):
-    evaluate.main(
-        [str(trained / "out"), f"--bpb={trained / 'data'}", "--dtype=float32,bfloat16,int8", "--eval_tokens=100"]
-    )
+    bpb = [f"--bpb={trained / 'data'}", "--eval_tokens=100"]
+    evaluate.main([str(trained / "out"), "--dtype=float32,bfloat16,int8", *bpb])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[0] for row in rows] == ["float32", "bfloat16", "int8"]
     logged = [row for row in read_log(trained / "out" / "log.csv") if row["val_loss"]][-1]
@@ -52,24 +50,6 @@ def test_bits_per_byte_equal_those_that_training_logged(trained, capsys):
     for row in rows[1:]:
         assert float(row[1]) == pytest.approx(float(rows[0][1]), rel=5e-3)
     assert all(math.isfinite(float(row[2])) for row in rows)
-
-
-def test_a_ragged_last_sequence_is_counted_once(trained):
-    model, tokenizer = load_model(trained / "out")
-    rows = train.Sequences(trained / "data", "val", 16)
-
-    @torch.no_grad()
-    def nats_of(tokens, targets):
-        return model(tokens, targets)[1].item() * int((targets >= 0).sum())
-
-    def measured(batch_size):
-        return bits_per_byte(nats_of, rows, token_bytes(tokenizer), 10**9, batch_size, Machine("cpu"))
-
-    (loss, bits, seen), one_by_one = measured(3), measured(1)
-    assert seen == len(rows.tokens) - 1
-    assert (loss, bits, seen) == pytest.approx(one_by_one, rel=1e-5)
-    meta = json.loads((trained / "data" / "meta.json").read_text())
-    assert bits == pytest.approx(loss * seen / math.log(2) / meta["val"]["bytes"])
 
 
 MISTAKES = {
@@ -153,10 +133,8 @@ def folder(tmp_path_factory):
         torch.nn.init.normal_(block.self_attn.A)
     save_checkpoint(folder / "model", model, tokenizer)
     words, draw = texts(200), random.Random(0)
-    rows = [
-        dict(goal=words[3 * i], sols=words[3 * i + 1 : 3 * i + 2 + i % 2 + 1], label=draw.randrange(2 + i % 2))
-        for i in range(18)
-    ]
+    rows = [dict(goal=words[4 * i], sols=words[4 * i + 1 : 4 * i + 3 + i % 2]) for i in range(18)]
+    rows = [row | dict(label=draw.randrange(len(row["sols"]))) for row in rows]
     lines = [json.dumps(row | dict(answer=row["sols"][row["label"]])) + "\n" for row in rows]
     (folder / "train.jsonl").write_text("".join(lines[:4]))
     (folder / "test.jsonl").write_text("".join(lines[4:]))
@@ -283,9 +261,8 @@ def test_an_answer_without_tokens_or_longer_than_the_model_is_one_line(models):
 def test_the_table_is_lm_evals_and_the_file_holds_everything(folder, capsys):
     asked = [f"--include_path={folder / 'tasks'}", f"--out={folder / 'results.json'}", "--limit=9", "--device=cpu"]
     evaluate.main([str(folder / "model"), "--tasks=both,write=0,write=0", *asked])
-    rows = [
-        line.replace("|", " ").split() for line in capsys.readouterr().out.splitlines() if "0.0" in line or "±" in line
-    ]
+    lines = capsys.readouterr().out.replace("|", " ").splitlines()
+    rows = [line.split() for line in lines if "0.0" in line or "±" in line]
     assert [(row[0], row[4]) for row in rows] == [("both", "acc"), ("write", "exact_match")]
     scores = json.loads((folder / "results.json").read_text())["results"]
     assert scores["both"]["acc,none"] == pytest.approx((scores["choose"]["acc,none"] + scores["again"]["acc,none"]) / 2)

@@ -11,12 +11,11 @@ import pytest
 import torch
 from helpers import (
     assert_close_logs,
-    assert_refused,
+    assert_same_run,
     assert_same_weights,
     gradients_seen,
     make_checkpoint,
     make_set,
-    steady,
     stopped_after,
     texts,
     tune,
@@ -30,7 +29,6 @@ from nanodoge.checkpoint import load_model
 from nanodoge.examples import TokenSet
 from nanodoge.machine import Machine
 from nanodoge.policy import Policy, write_answers
-from nanodoge.run import read_log
 from nanodoge.tokenizer import Tokenizer
 from train import rows_of_step, scramble
 
@@ -105,7 +103,6 @@ def test_the_loss_equals_an_example_worked_out_by_hand():
 
 
 def test_the_clip_holds_what_went_far_enough_and_lets_it_come_back():
-    """Ratio and advantage of a token that learns, and of one that does not."""
     learning = [(1.0, 1), (1.0, -1), (1.29, 1), (0.5, 1), (0.81, -1), (5.0, -1)]
     for ratio, advantage in [*learning, (1.31, 1), (0.79, -1), (5.0, 0), (0.1, 0)]:
         now = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
@@ -159,9 +156,8 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data, tmp_path):
     other, total, surprise = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").double(), 0.0, 0.0
     for prompt, answer, advantage in zip(prompts, written, above, strict=True):
         ids = torch.tensor([[*prompt, *answer]])
-        logp = (
-            (other(ids).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
-        )
+        logits = other(ids).logits[0, len(prompt) - 1 : -1] / 0.7
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
         total, surprise = total - advantage * logp.sum() / tokens, surprise - logp.sum().item() / tokens
     total.backward()
     lengths = [len(ids) for ids in written]
@@ -172,29 +168,20 @@ def test_the_first_gradient_is_the_plain_policy_gradient(base, data, tmp_path):
         torch.testing.assert_close(found.double(), theirs[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_logprobs_are_those_of_the_drawing(base, monkeypatch):
-    """Over the ids that can be drawn, and in pieces as in one."""
+def test_logprobs_are_those_of_the_drawing_over_the_ids_that_can_be_drawn(base):
     model, _ = load_model(base)
-    policy = Policy(model, vocab_size=300, temperature=2.0)
     tokens = torch.randint(300, (7, 60))
-    x = model.hidden(tokens)[0]
-    expected = (x @ model.output_weight[:300].T / 2.0).log_softmax(-1).gather(2, tokens[..., None]).flatten()
-    got, _ = policy(tokens, torch.arange(420), tokens.flatten())
-    torch.testing.assert_close(got, expected)
-    monkeypatch.setattr("nanodoge.losses.LOSS_ELEMENTS", 1)
-    monkeypatch.setattr("nanodoge.losses.LOSS_ROWS", 100)
-    again, _ = policy(tokens, torch.arange(420), tokens.flatten())
-    torch.testing.assert_close(again, expected)
-    gradients = [torch.autograd.grad(y.square().sum(), model.embed_tokens.weight) for y in (got, again)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    logits = model(tokens)[0][..., :300] / 2.0
+    expected = logits.log_softmax(-1).gather(2, tokens[..., None]).flatten()
+    found, _ = Policy(model, vocab_size=300, temperature=2.0)(tokens, torch.arange(420), tokens.flatten())
+    torch.testing.assert_close(found, expected)
 
 
 # ---- Rewards
 
 
-THINK, END_THINK, SOLVE, END_SOLVE = (
-    f"<|{edge}_of_{part}|>" for part in ("thought", "solution") for edge in ("begin", "end")
-)
+THINK, END_THINK = "<|begin_of_thought|>", "<|end_of_thought|>"
+SOLVE, END_SOLVE = "<|begin_of_solution|>", "<|end_of_solution|>"
 RIGHT = {  # what is wanted: what is right, separated by |
     "42": "42|42.0|42.|042|+42|$42| 42\n|so #### 42|#### 41 #### 42|42%|42 apples|42 €|€42|42 km/h|x = 42|$x=42$",
     "7": r"$7$|**7**|\boxed{7}|so \boxed{6}, no: $\boxed{7}$.|\(7\)|`7`|7\text{ cm}|7^\circ|7cm|14/2|\frac{14}{2}",
@@ -284,10 +271,8 @@ def test_an_answer_earns_the_weighted_sum_of_its_parts_and_only_if_it_ends(data)
     assert columns["reward_answer"].tolist() == [1, 0, 1, 0, 0, 0]
     assert columns["reward_format"].tolist() == [1, 0, 0, 0, 1, 0]
     assert columns["length"].tolist() == [len(ids) for ids in written]
-    earned = [2.5, 0, 2, 0, 0.5, 0]
-    assert columns["reward"].tolist() == pytest.approx(
-        [a - 0.25 * len(ids) / 100 for a, ids in zip(earned, written, strict=True)]
-    )
+    earned = np.array([2.5, 0, 2, 0, 0.5, 0]) - 0.25 * columns["length"] / 100
+    assert columns["reward"] == pytest.approx(earned)
 
 
 # ---- The run
@@ -324,9 +309,8 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
     shutil.rmtree(start)
     torch.randn(3)
     grpo.main([f"--out_dir={tmp_path / 'cut'}", "--resume"])
-    assert steady(read_log(tmp_path / "cut" / "log.csv")) == steady(whole)
-    for folder in (".", "reference"):
-        assert_same_weights(tmp_path / "cut" / folder, tmp_path / "whole" / folder)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert_same_weights(tmp_path / "cut" / "reference", tmp_path / "whole" / "reference")
     assert_same_weights(base, tmp_path / "cut" / "reference")  # it has not drifted; the model has moved
     with pytest.raises(AssertionError):
         assert_same_weights(base, tmp_path / "cut")
@@ -334,8 +318,6 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(base, data, tmp_pa
         assert read_samples(tmp_path / "cut", step) == read_samples(tmp_path / "whole", step)
     assert float(whole[1]["kl"]) > 0 and float(whole[-1]["kl"]) > 0  # the second update of a step is somewhere else
     assert max(float(row["clipped"]) for row in whole[1:]) > 0
-    with pytest.raises(ValueError, match="generations=5: the run in .* has 4"):
-        grpo.main([f"--out_dir={tmp_path / 'cut'}", "--resume", "--generations=5"])
 
 
 def test_two_processes_equal_one(base, data, tmp_path):
@@ -378,21 +360,6 @@ def test_a_run_without_any_signal_goes_on_and_says_so_once(base, data, tmp_path,
     assert "step 1 learns nothing: all answers to a problem earn the same; " in out
 
 
-# ---- Refusals
-
-
-BAD = """--generations=1 | generations=1 must be a number from 2
---clip_low=1.5 | clip_low=1.5
---reward_answer=0 --reward_format=0 | nothing is rewarded
---max_new_tokens=63 | no problems to use: .* with --max_new_tokens=63
---resume | no run to go on with"""
-
-
-@pytest.mark.parametrize("case", BAD.splitlines())
-def test_bad_options_are_named(base, data, tmp_path, case):
-    assert_refused(lambda out, *options: run(base, data, out, *options), tmp_path / "run", case)
-
-
 def test_data_without_its_answers_is_refused_and_an_old_run_replaced(base, data, tmp_path):
     short = shutil.copytree(data, tmp_path / "short")
     lines = (short / "train.answers.jsonl").read_text().splitlines(keepends=True)
@@ -403,8 +370,6 @@ def test_data_without_its_answers_is_refused_and_an_old_run_replaced(base, data,
     with pytest.raises(ValueError, match="answers.jsonl has 0 answers"):
         run(base, short, tmp_path / "run")
     run(base, data, tmp_path / "run", "--max_steps=1")
-    with pytest.raises(ValueError, match="holds a run already"):
-        run(base, data, tmp_path / "run")
     (tmp_path / "run/samples/000009.jsonl").touch()
     log = run(base, data, tmp_path / "run", "--max_steps=1", "--overwrite", "--kl=0.1")
     assert [path.name for path in sorted((tmp_path / "run/samples").iterdir())] == ["000000.jsonl", "000001.jsonl"]

@@ -3,23 +3,21 @@
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import command
+from helpers import command, rows_of, serving
 
 import prepare_data
 from nanodoge import readers
@@ -54,9 +52,8 @@ def run(vocabulary):
     """run(source, ..., **options) prepares the folder `out`."""
 
     def run(*sources, **options):
-        return prepare(
-            PrepareOptions(**{"sources": [*sources], "out": "out", "tokenizer": vocabulary, **options}), True
-        )
+        options = {"sources": [*sources], "out": "out", "tokenizer": vocabulary} | options
+        return prepare(PrepareOptions(**options), True)
 
     return run
 
@@ -91,29 +88,49 @@ def read_all(out):
 
 
 def same_bins(one, other):
-    return all(
-        (one / f"{split}.bin").read_bytes() == (other / f"{split}.bin").read_bytes() for split in ("train", "val")
-    )
+    files = [[(path.name, path.read_bytes()) for path in sorted(out.glob("*.bin"))] for out in (one, other)]
+    return files[0] == files[1] and len(files[0]) > 1
 
 
 # ---- What goes in comes out
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
-def test_round_trip(run, kind):
-    texts = documents(300) + ["", "a document\0with a zero byte" if kind == "parquet" else "one\r\nmore", "  \n"]
-    if kind == "parquet":
-        pq.write_table(pa.table({"text": texts + [None]}), "x.parquet", row_group_size=50)
+def csv_of(rows, delimiter=","):
+    quoted = ['"' + row["text"].replace('"', '""') + '"' for row in rows]
+    return f"n{delimiter}text\n" + "".join(f"{i}{delimiter}{text}\r\n" for i, text in enumerate(quoted))
+
+
+def lines_of(rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+FILES = dict.fromkeys(["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "lines.json", "x.parquet"], lines_of)
+FILES |= {
+    "array.jsonl": json.dumps,
+    "array.json": lambda rows: json.dumps(rows, indent=1),
+    "pretty.jsonl": lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows),
+    "mark.JSONL": lambda rows: "\ufeff" + lines_of(rows),
+    "table.csv": csv_of,
+    "table.tsv": lambda rows: csv_of(rows, "\t"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_in_every_form_come_out_again(run, name):
+    special = "a zero\0byte" if name == "x.parquet" else "one\r\nmore"
+    texts = [*documents(300), 'a "quoted", one', "two\nlines", special, "  \n", "\ufeffmark", ""]
+    rows = [{"text": text} for text in texts] + [{"text": None}] * ("table" not in name)
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), name, row_group_size=50)
     else:
-        plain = Path(write_jsonl("plain.jsonl", texts + [None])).read_bytes()
-        with pa.output_stream(f"x.{kind}", compression="detect") as stream:
-            stream.write(plain)
-    out, wanted = run(f"x.{kind}"), {"train": [], "val": []}
-    for text in filter(None, texts):
+        with pa.output_stream(name, compression="detect") as stream:
+            stream.write(FILES[name](rows).encode())
+    out, wanted = run(name), {"train": [], "val": []}
+    for text in [*texts[:-2], "mark"]:
         is_val = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) < 0.05 * 2**64
         wanted["val" if is_val else "train"].append(text)
     assert {split: read_back(out, split) for split in wanted} == wanted
-    assert wanted["val"] and meta_of(out)["left_out"] == {"empty": 2}
+    assert wanted["val"] and meta_of(out)["left_out"] == {"empty": len(rows) - len(texts) + 1}
 
 
 @pytest.mark.parametrize("separator", [None, "", " ", "\r\n\r\n"])
@@ -192,11 +209,14 @@ def test_hub_dataset_from_local_parquet(run):
 # ---- The order of documents depends on the sources and nothing else
 
 
+SMALL_STEPS = {"BATCH": 2000, "AHEAD": 5, "SHARD": 20_000}
+
+
 @pytest.fixture
-def small_steps(monkeypatch):
+def small_steps():
     """So that a few hundred documents make many batches and several commits."""
-    for name, value in {"BATCH": 2000, "AHEAD": 5, "SHARD": 20_000}.items():
-        monkeypatch.setattr(prepare_data, name, value)
+    with patch.multiple(prepare_data, **SMALL_STEPS):
+        yield
 
 
 def three_sources():
@@ -235,44 +255,44 @@ def test_validation_side_is_for_ever(run):
     assert not set(read_back(many, "val")) & set(read_back(many, "train"))
 
 
-SLOW = """
-import sys, time, prepare_data
-prepare_data.BATCH, prepare_data.AHEAD, prepare_data.SHARD = 2000, 5, 20_000
-fast = prepare_data.Writer.commit
-def commit(self, finished=False):
-    fast(self, finished)
-    print("committed", flush=True)
-    time.sleep(0.2)
-prepare_data.Writer.commit = commit
-prepare_data.main(sys.argv[1:])
-"""
+def prepare_and_die(argv):
+    """prepare_data.py, whose process ends after its second commit."""
+    commit, count = prepare_data.Writer.commit, itertools.count(1)
+
+    def dying(self, finished=False):
+        commit(self, finished)
+        if next(count) == 2:
+            os._exit(9)
+
+    with patch.multiple(prepare_data, **SMALL_STEPS), patch.object(prepare_data.Writer, "commit", dying):
+        prepare_data.main(argv)
 
 
-def test_killed_run_continues_to_the_same_bytes(run, vocabulary, small_steps, monkeypatch):
-    sources, taken, encode = three_sources(), [], prepare_data.encode
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_killed_run_continues_to_the_same_bytes(run, vocabulary, small_steps, monkeypatch, kind):
+    taken, encode, tokens = [], prepare_data.encode, 150_000 if kind == "text" else 0
     monkeypatch.setattr(prepare_data, "encode", lambda *a: taken.append(a[-1]) or encode(*a))
-    whole = run(*sources, out="whole", tokens=150_000)
+    sources = three_sources() if kind == "text" else ["chat.jsonl"]
+    if kind == "chat":
+        Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("chat", 600)))
+    whole = run(*sources, out="whole", kind=kind, tokens=tokens)
     in_one_go = len(taken)
-    words = [sys.executable, "-c", SLOW, *sources, "--out=cut", f"--tokenizer={vocabulary}", "--tokens=150000"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-    with subprocess.Popen(words, text=True, **pipes) as process:
-        for _ in range(3):
-            while "committed" not in process.stdout.readline():
-                assert process.poll() is None
-        process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+    argv = [*sources, "--out=cut", f"--tokenizer={vocabulary}", f"--kind={kind}", f"--tokens={tokens}"]
+    assert command(prepare_and_die, argv).returncode == 9
     done = meta_of("cut.partial")["train"]["documents"]
     assert 0 < done < meta_of(whole)["train"]["documents"] and not Path("cut").exists()
-    with open("cut.partial/train.bin", "ab") as file:
+    with open(Path("cut.partial", min(path.name for path in whole.glob("*.bin"))), "ab") as file:
         file.write(b"bytes after the last commit")
     with pytest.raises(ValueError, match="unfinished work of another call.*val_fraction"):
-        run(*sources, out="cut", tokens=150_000, val_fraction=0.5)
+        run(*sources, out="cut", kind=kind, tokens=tokens, val_fraction=0.5)
     taken.clear()
-    cut = run(*sources, out="cut", tokens=150_000)
+    cut = run(*sources, out="cut", kind=kind, tokens=tokens)
     assert same_bins(cut, whole) and meta_of(cut)["train"] == meta_of(whole)["train"]
     assert not Path("cut.partial").exists() and len(taken) <= in_one_go - done
 
 
-def test_same_call_does_nothing_and_another_is_refused(run, monkeypatch):
+def test_same_call_does_nothing_and_another_is_refused(run):
+    Path("latin1.txt").write_bytes("café".encode("latin-1") * 100_000)
     out = run(write_jsonl("x.jsonl", documents(200)))
     before = (out / "train.bin").stat().st_mtime_ns
     assert run("x.jsonl") == out and (out / "train.bin").stat().st_mtime_ns == before
@@ -281,6 +301,9 @@ def test_same_call_does_nothing_and_another_is_refused(run, monkeypatch):
     write_jsonl("x.jsonl", documents(250))
     with pytest.raises(ValueError, match="differs in inputs"):
         run("x.jsonl")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        run("latin1.txt", overwrite=True)
+    assert (out / "train.bin").stat().st_mtime_ns == before and not Path("out.partial").exists()
     assert len(read_all(run("x.jsonl", overwrite=True))) == 250
     Path("mine").mkdir()
     Path("mine/thesis.doc").write_text("precious")
@@ -304,30 +327,6 @@ def test_nothing_to_train_on_is_no_endless_loop(run, small_steps, texts, val_fra
 
 
 # ---- What people have
-
-
-def csv_of(rows, delimiter=","):
-    quoted = ['"' + row["text"].replace('"', '""') + '"' for row in rows]
-    return f"n{delimiter}text\n" + "".join(f"{i}{delimiter}{text}\r\n" for i, text in enumerate(quoted))
-
-
-FILES = {
-    "lines.json": lambda rows: "\n".join(map(json.dumps, rows)),
-    "array.jsonl": json.dumps,
-    "array.json": lambda rows: json.dumps(rows, indent=1),
-    "pretty.jsonl": lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows),
-    "mark.JSONL": lambda rows: "\ufeff" + "\n".join(map(json.dumps, rows)),
-    "table.csv": csv_of,
-    "table.tsv": lambda rows: csv_of(rows, "\t"),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_rows_in_every_form(run, name):
-    texts = [*documents(200), 'a "quoted", one', "two\nlines", "\ufeffmark"]
-    Path(name).write_bytes(FILES[name]([{"text": text} for text in texts]).encode())
-    out = run(name, val_fraction=0.2)
-    assert read_all(out) == sorted([*texts[:-1], "mark"]) and not meta_of(out)["left_out"]
 
 
 def test_bad_rows_are_counted_and_too_many_of_them_stop_the_run(run):
@@ -452,26 +451,22 @@ def test_a_long_text_without_lines_is_cut(run, monkeypatch):
         ({"sources": ["x.jsonl@0.5", "stories"], "tokens": 9}, "'stories' has no @RATIO"),
         ({"labels": ["a", "b"]}, "labels=a,b: --kind=labels, and no other"),
         ({"kind": "labels", "labels": ["a", "a", "b"]}, "labels=a,a,b"),
+        ({"kind": "labels", "labels": ["0"]}, "labels=0: --kind=labels, and no other, needs two different names"),
+        ({"kind": "chat", "tokenizer": ""}, "--kind=chat needs the --tokenizer"),
+        ({"kind": "text", "system": "x"}, "needs --kind=chat"),
+        ({"kind": "chat", "sources": ["stdlib"]}, "plain text"),
+        ({"kind": "preferences", "sources": ["sums"]}, "it has chat problems"),
+        ({"sources": ["sums"]}, "'sums' has no --kind=text"),
+        ({"kind": "chat", "sources": ["x.txt"]}, "reads rows"),
+        ({"kind": "chat", "sources": ["x.txt"], "val": ["x.txt"]}, "only once"),
     ],
 )
 def test_bad_options(run, option, message):
     write_jsonl("x.jsonl", documents(300))
+    Path("x.txt").write_text("some text " * 100)
     with pytest.raises(ValueError, match=message) as info:
         run(**{"sources": ["x.jsonl"], **option})
-    assert "\n" not in str(info.value) and os.listdir() == ["x.jsonl"]
-
-
-@pytest.mark.parametrize("arguments", [["latin1.txt"], ["good.jsonl", "--fraction=2"]])
-def test_command_line_exits_2_and_keeps_what_was_there(arguments):
-    write_jsonl("good.jsonl", documents(300))
-    Path("latin1.txt").write_bytes("café".encode("latin-1") * 100_000)
-    Path("out").mkdir()
-    Path("out/meta.json").write_text('{"finished": true}')
-    Path("out/train.bin").write_bytes(b"earlier")
-    done = command(prepare_data.main, [*arguments, "--out=out", "--overwrite"])
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert Path("out/train.bin").read_bytes() == b"earlier" and not Path("out.partial").exists()
+    assert "\n" not in str(info.value) and sorted(os.listdir()) == ["x.jsonl", "x.txt"]
 
 
 # ---- Downloads
@@ -515,10 +510,8 @@ def server(monkeypatch):
     monkeypatch.setattr(reading, "TRIES", 3)
     monkeypatch.setattr(Server, "files", {"x.txt": "".join(documents(3000)).encode()})
     monkeypatch.setattr(Server, "log", [])
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(Server) as address:
+        yield address
 
 
 REQUESTS = dict(plain=[0], cut=[0, 19], norange=[0, 19], changes=[0, 19], shifts=[0, 19, 0], busy=[0, 0, 0])

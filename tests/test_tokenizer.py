@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+from helpers import refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
@@ -82,14 +83,6 @@ def answers(messages: list[dict]) -> str:
     return "".join(m["content"].strip() + "<|end_of_text|>" for m in messages if m["role"] == "assistant")
 
 
-def refused(call, *words: str) -> None:
-    """`call` must raise a ValueError of one line that holds all the words."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
-
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -119,18 +112,6 @@ REPEATS = "aaaa aaa aa a aaaaaaa abababab babab" + "ab" * 50 + "\n" * 30
 @quick
 def test_training_equals_brute_force(parts):
     assert train_bpe(parts, 400).vocabulary.ranks == brute_force(parts, 400)
-
-
-def test_training_is_as_good_as_the_libraries(small):
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
-    options = {"special_tokens": SPECIAL_TOKENS, "initial_alphabet": byte_level.alphabet(), "show_progress": False}
-    library.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=1000, **options))
-    theirs = sum(len(library.encode(text).ids) for text in TEXTS)
-    ours = sum(len(small.encode(text)) for text in TEXTS)
-    assert ours == pytest.approx(theirs, rel=1e-3)  # they break ties otherwise, so a few late tokens differ
 
 
 def test_training_layout_and_limits(small):
@@ -354,20 +335,6 @@ def test_added_words_give_the_ids_of_the_library_or_are_refused(folder, tmp_path
     assert (ours.digest == Tokenizer.load(folder).digest) == (not words)
 
 
-def test_added_tokens_of_other_kinds_are_refused_by_name(folder, tmp_path):
-    for flag in ("lstrip", "rstrip", "single_word"):
-        other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        other.add_tokens([tokenizers.AddedToken("<think>", **{flag: True})])
-        other.save(str(tmp_path / "tokenizer.json"))
-        refused(lambda: Tokenizer.load(tmp_path), "<think>", "blanks")
-    document = parsed(folder)  # as a word "é" is two bytes, in the byte-level alphabet it is one
-    document["added_tokens"].append({"content": "é", "id": document["model"]["vocab"]["é"], "special": False})
-    refused(lambda: load(document, tmp_path), "'é'", "meaning")
-    document = parsed(folder)
-    document["added_tokens"].append({"content": "<think>", "id": 1500, "special": False})
-    refused(lambda: load(document, tmp_path), "<think>", "1500", "1000")  # the library would number it 1000
-
-
 @pytest.mark.parametrize("saved_by", ["transformers", "tokenizers"])
 def test_a_tokenizer_that_was_saved_again_is_the_same(small, folder, tmp_path, saved_by):
     if saved_by == "transformers":
@@ -401,7 +368,7 @@ def change_at(document: dict, path: tuple, value: object) -> None:
     if value is DROP:
         del document[path[-1]]
     else:
-        document[path[-1]] = value
+        document[path[-1]] = value(document[path[-1]]) if callable(value) else value
 
 
 def swapped_merges(merges: list[str]) -> list[str]:
@@ -421,6 +388,8 @@ def another_pair(merges: list[str]) -> list[str]:
 
 STEPS, MERGES = ("pre_tokenizer", "pretokenizers"), ("model", "merges")
 REGEX = (*STEPS, 0, "pattern", "Regex")
+OTHER_WORD = {"content": "<think>", "id": 1500, "special": False}  # the library would number it 1000
+AMBIGUOUS = {"content": "é", "id": 9 + 0xE9, "special": False}  # as a word two bytes, in the byte-level alphabet one
 # What is changed, its new value (a function: of the old one), and a word of the reason.
 DAMAGE = [
     (("model", "type"), "Unigram", "Unigram"),
@@ -428,17 +397,12 @@ DAMAGE = [
     (("model", "end_of_word_suffix"), "</w>", "</w>"),
     (("normalizer",), {"type": "NFC"}, "NFC"),
     (("pre_tokenizer",), {"type": "Whitespace"}, "pre_tokenizer"),
-    (("pre_tokenizer",), None, "tokenizer.json"),
     ((*STEPS, 1, "add_prefix_space"), True, "pre_tokenizer"),
     ((*STEPS, 0, "behavior"), "Removed", "pre_tokenizer"),
     (REGEX, r"\s+$|\S+", "$"),
     (REGEX, r"\w+", "be lost"),  # letters alone
     (REGEX, "x*", "be lost"),  # may be empty
     (REGEX, "(((a", "tokenizer.json"),
-    (("model",), DROP, "model"),
-    (MERGES, DROP, "merges"),
-    (("model", "vocab"), DROP, "vocab"),
-    (("added_tokens",), DROP, "added_tokens"),
     (("model", "vocab", "A"), DROP, "256 bytes"),
     (("model", "vocab", "self"), DROP, "merges make"),
     ((*MERGES, -1), DROP, "do not lead to its token"),
@@ -448,8 +412,10 @@ DAMAGE = [
     (("model", "vocab", "A"), -3, "whole numbers"),
     (("added_tokens", 1, "content"), "", "empty"),
     (("model", "vocab", "A"), "7", "whole numbers"),
-    (("model", "vocab", "▁the"), 5000, "▁the"),  # as sentencepiece writes it
-    (("added_tokens", 0, "lstrip"), True, "blanks"),
+    *((("model", "vocab", f"a{letter}"), 5000, "byte-level alphabet") for letter in "\0 \xad\u0144\u6f22▁"),
+    *((("added_tokens", 0, flag), True, "blanks") for flag in ("lstrip", "rstrip", "single_word")),
+    (("added_tokens",), lambda tokens: [*tokens, OTHER_WORD], "'<think>' has the id 1500, which should be 1000"),
+    (("added_tokens",), lambda tokens: [*tokens, AMBIGUOUS], "'é'"),
     (("added_tokens", 0, "id"), 4000, "another id"),
     (("added_tokens", 1, "content"), "<|stop|>", "eos_token"),
 ]
@@ -460,7 +426,7 @@ def test_files_that_cannot_be_represented(folder, tmp_path, path, value, word):
     document = parsed(folder)
     if word == "eos_token":
         del document["model"]["vocab"]["<|end_of_text|>"]
-    change_at(document, path, value(document["model"]["merges"]) if callable(value) else value)
+    change_at(document, path, value)
     refused(lambda: load(document, tmp_path), "tokenizer.json", word)
 
 
@@ -479,7 +445,7 @@ def test_files_that_are_no_tokenizer(folder, tmp_path, data):
 
 
 def test_any_field_may_be_nonsense(tmp_path):
-    """Every field of a small file replaced by every kind of JSON value: it loads, or says why in one line."""
+    """Every field of a small file left out, or of every kind of JSON value: it loads, or says why in one line."""
     good, paths = train_bpe(["ab ab abc"], 268).to_json(), []
 
     def walk(node, path):
@@ -489,7 +455,7 @@ def test_any_field_may_be_nonsense(tmp_path):
             walk(node[key], (*path, key))
 
     walk(json.loads(good), ())
-    for path, value in product(paths, (None, -1, "x", [], ["x"], {"x": 1})):
+    for path, value in product(paths, (DROP, None, -1, "x", [], ["x"], {"x": 1})):
         document = json.loads(good)
         change_at(document, path, value)
         try:
@@ -542,20 +508,14 @@ def test_tiktoken_encodings_survive_saving(no_download, name, tmp_path):
     refused(lambda: ours.render([user("Hi")]), "chat template")
 
 
-def test_the_merges_of_a_file_that_was_saved_here_are_not_checked_again_unless_it_has_changed(
-    small, folder, tmp_path, monkeypatch
-):
+def test_merges_of_a_file_that_was_saved_here_are_not_checked_again(small, folder, tmp_path, monkeypatch):
+    """Unless it has changed."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(tokenizer_json, "check_merges", lambda *_: tokenizer_json.refuse_if(True, "checked"))
     assert Tokenizer.load(tmp_path).digest == small.digest
     file = tmp_path / "tokenizer.json"
     file.write_bytes(file.read_bytes() + b"\n")
     refused(lambda: Tokenizer.load(tmp_path), "checked")
-
-
-@pytest.mark.parametrize("letter", ["\0", " ", "\xad", "\u0144", "\u6f22"])
-def test_characters_outside_the_byte_level_alphabet_are_refused(letter):
-    refused(lambda: tokenizer_json.bytes_of(f"a{letter}"), "byte-level alphabet")
 
 
 def test_a_folder_wins_over_a_tiktoken_name(small, tmp_path, monkeypatch):
@@ -624,6 +584,9 @@ def test_mask_equals_transformers(small, auto, messages):
     plain = Tokenizer(small.vocabulary, {"chat_template": re.sub("{%- (end)?generation %}", "", CHAT_TEMPLATE)})
     ids, mask = small.render(messages)
     assert plain.render(messages) == (ids, mask) and learned(small, ids, mask) == answers(messages)
+    prompt, none = small.render(messages, add_generation_prompt=True)
+    ids, mask = small.render([*messages, assistant("Hello.")])  # which goes on exactly where generation would
+    assert ids[: len(prompt)] == prompt and not any(none[len(theirs["input_ids"]) :]) and mask[len(prompt)] == 1
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rill <|pad|>"}}}
@@ -686,19 +649,6 @@ def test_a_conversation_is_rendered_twice_however_long(folder, monkeypatch):
     assert len(runs) == 2
 
 
-def test_one_bos_one_eos_a_turn(small):
-    """Peers doubled the first and never learned the second."""
-    messages = [user("Hi <|begin_of_text|>"), assistant("Hello.")]
-    ids, mask = small.render(messages)
-    assert ids.count(small.bos_id) == 1 and ids[0] == small.bos_id
-    assert ids.count(small.eos_id) == 2
-    last_word = max(i for i, on in enumerate(mask) if on)
-    assert ids[last_word] == small.eos_id and sum(mask) == len(small.encode("Hello.")) + 1
-    prompt, none = small.render(messages[:1], add_generation_prompt=True)
-    assert ids[: len(prompt)] == prompt and not any(none)  # training continues exactly what generation is given
-    assert mask[len(prompt)] == 1
-
-
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|begin_of_", "text|>", "Hi", " ", "\n", "\x000\x00"]), max_size=8))
 @quick
 def test_what_users_type_is_text(small, parts):
@@ -709,14 +659,6 @@ def test_what_users_type_is_text(small, parts):
     said = content.strip() + "<|end_of_text|>\n\n"
     header = "<|start_header_id|>{}<|end_header_id|>\n"
     assert small.decode(ids) == "<|begin_of_text|>" + header.format("user") + said + header.format("system") + said
-
-
-def test_the_assistant_may_reason_but_not_forge_turns(small):
-    content = "<|begin_of_thought|>2+2<|end_of_thought|><|begin_of_solution|>4<|end_of_solution|><|end_of_text|>"
-    ids, mask = small.render([assistant(content)])
-    special = [id for id, on in zip(ids, mask, strict=True) if on and id < 9]
-    assert special == [5, 6, 7, 8, 1]  # the EOS is the template's; the one in the text is text
-    assert learned(small, ids, mask) == content + "<|end_of_text|>"
 
 
 def test_a_token_belongs_to_whoever_wrote_its_first_byte(folder, auto):
@@ -733,10 +675,8 @@ def test_a_token_belongs_to_whoever_wrote_its_first_byte(folder, auto):
 
 def test_messages_as_apis_send_them(small):
     parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "you"}]
-    plain = small.render([user("Hello you")])
-    assert (
-        small.render([user(parts)]) == small.render([user("Hello you") | {"name": "Ann", "tool_calls": None}]) == plain
-    )
+    named = user("Hello you") | {"name": "Ann", "tool_calls": None}
+    assert small.render([user(parts)]) == small.render([named]) == small.render([user("Hello you")])
     ids, mask = small.render([user(""), assistant("")])
     assert learned(small, ids, mask) == "<|end_of_text|>" and sum(mask) == 1
     small.render([user("half a pair \ud83d")])
