@@ -322,8 +322,8 @@ def speed():
     peered = {row["name"]: row for row in rows_of_csv("bench.csv") if row["peer"]}
     yield "what, with the 20M model", "ours", "transformers", "ratio"
     for name, label, unit in (
-        ("decode 20m float32 decoder 1x32+128", "writing 128 tokens", "tokens/s"),
-        ("decode 20m int8 decoder compiled 1x32+128", "... int8, compiled, against its better format", "tokens/s"),
+        ("decode 20m float32 decoder cpp 1x32+128", "writing 128 tokens", "tokens/s"),
+        ("decode 20m int8 decoder cpp 1x32+128", "... int8, against the faster of float32 and bfloat16", "tokens/s"),
         ("prefill 20m float32 1x8192", "a prompt of 8,192 tokens", ""),
         ("train 20m float32 1x2048", "a training step of 2,048 tokens", "tokens/s"),
         ("moe 320m_moe float32 experts 1x2048", "16,384 experts of the 320M model, with backward", ""),
@@ -332,17 +332,17 @@ def speed():
         ours, theirs = (row[prefix + ("tokens_per_second" if unit else "seconds")] for prefix in ("", "peer_"))
         cells = [f"{float(x):,.0f} {unit}" if unit else seconds_of(x) for x in (ours, theirs)]
         yield label, *cells, ratio_of(row)
-    long, short = (rows[f"decode 20m float32 decoder 1x{n}"] for n in (32768, 2048))
+    long, short = (rows[f"decode 20m float32 decoder cpp 1x{n}"] for n in (32768, 2048))
     times = ", ".join(seconds_of(float(row["seconds"]) / 128) for row in (long, short))
     yield "a token after 32,768 others, and after 2,048", times, "", long["note"]
 
 
 def sizes():
-    """Tokens per second of writing, compiled, by size and format."""
+    """Tokens per second of writing by step.cpp, by size and format."""
     rows = {row["name"]: row for row in rows_of_csv("bench.csv")}
     yield "", "20M", "60M", "160M", "320M"
     for dtype in ("float32", "int8"):
-        found = [rows[f"decode {size}m {dtype} decoder compiled 1x32+128"] for size in (20, 60, 160, 320)]
+        found = [rows[f"decode {size}m {dtype} decoder cpp 1x32+128"] for size in (20, 60, 160, 320)]
         yield dtype, *(f"{float(row['tokens_per_second']):,.0f}" for row in found)
 
 
