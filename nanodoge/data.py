@@ -34,6 +34,7 @@ def read_meta(folder: str | Path, kind: str | None = "text") -> dict:
         texts = [meta["tokenizer_sha256"], *(meta["labels"] if found == "labels" else ())]
         right = right and all(isinstance(text, str) for text in texts) and (found != "labels" or len(texts) > 2)
         right = right and (found == "text" or isinstance(meta["sizes"], dict))
+        right = right and isinstance(meta.get("source") or [], list | str)  # for the model card, after the last step
     except (KeyError, TypeError):
         right = False
     if not right:

@@ -532,6 +532,7 @@ DAMAGED = [  # a file, how many of its bytes are left, other entries of meta.jso
     ("val.bin", 0, dict(val=dict(tokens=0)), "too few to validate on"),
     ("meta.json", None, dict(tokenizer_sha256="0" * 64), "sha256 differs"),
     ("meta.json", None, dict(train=None), "damaged"),
+    ("meta.json", None, dict(source=0.5), "damaged"),
     ("meta.json", 1, dict(), "damaged"),
 ]
 
