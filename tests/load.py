@@ -292,7 +292,7 @@ def main(argv: list[str]) -> None:
     for name, value in rows:
         print(f"{name:<45}{value:>10}")
     if options.out:
-        kind = options.dtype + ", onnx" * (options.backend == "onnx")
+        kind = f"{options.dtype}, {options.backend}"
         about = [f"{Path(options.checkpoint[0]).name}, {kind}", "tests/load.py " + " ".join(argv)]
         is_new = not Path(options.out).exists()
         with open(options.out, "a", newline="") as file:

@@ -316,10 +316,13 @@ def models():
         yield f"`{files[-1]}`", f"{count:,}", f"{tokens / 1e9:.1f}B", memory, f"{16 * count / 1e9:.1f}", hours
 
 
+LLAMA_FORMATS = ("F32", "BF16", "Q8_0")  # peers in bench.csv that are llama.cpp's
+
+
 def speed():
     """The README's six rows of results/bench.csv."""
     rows = {row["name"]: row for row in rows_of_csv("bench.csv")}
-    peered = {row["name"]: row for row in rows_of_csv("bench.csv") if row["peer"]}
+    peered = {row["name"]: row for row in rows_of_csv("bench.csv") if row["peer"] not in ("", *LLAMA_FORMATS)}
     yield "what, with the 20M model", "ours", "transformers", "ratio"
     for name, label, unit in (
         ("decode 20m float32 decoder cpp 1x32+128", "writing 128 tokens", "tokens/s"),
@@ -348,17 +351,18 @@ def sizes():
 
 def measured(what):
     """All rows of results/bench.csv of one kind. what: llama for those of decode beside it."""
-    kind, formats = "decode" if what == "llama" else what, ("F32", "BF16", "Q8_0")
+    kind = "decode" if what == "llama" else what
     yield "model and case", "ours", "peer", "ratio", "MB beside the weights, ours and the peer's", "share of the limit"
     for row in rows_of_csv("bench.csv"):
-        if row["what"] != kind or (row["peer"] in formats) != (what == "llama"):
+        if row["what"] != kind or (row["peer"] in LLAMA_FORMATS) != (what == "llama"):
             continue
         rates = [row[prefix + "tokens_per_second"] for prefix in ("", "peer_")]
         ours, theirs = (f"{float(rate):,.0f} tokens/s" if rate and float(rate) else "" for rate in rates)
         memory = ", ".join(f"{float(row[name]):,.0f}" for name in ("extra_mb", "peer_extra_mb") if row[name])
         peer = f"{theirs} ({row['peer']})" if row["peer"] else ""
         share = f"{float(row['share']):.0%}" if row["share"] else ""
-        name = row["name"].removeprefix(f"{kind} ").replace(" decoder", "") + f" {row['note']}"
+        machine = " (Xeon)" * ("Xeon" in row["cpu"])
+        name = row["name"].removeprefix(f"{kind} ").replace(" decoder", "") + f" {row['note']}" + machine
         ratio = ratio_of(row) if row["peer"] else ""
         yield name.strip(), ours or seconds_of(row["seconds"]), peer, ratio, memory, share
 
