@@ -361,10 +361,11 @@ def measured(what):
         memory = ", ".join(f"{float(row[name]):,.0f}" for name in ("extra_mb", "peer_extra_mb") if row[name])
         peer = f"{theirs} ({row['peer']})" if row["peer"] else ""
         share = f"{float(row['share']):.0%}" if row["share"] else ""
-        machine = " (Xeon)" * ("Xeon" in row["cpu"])
-        name = row["name"].removeprefix(f"{kind} ").replace(" decoder", "") + f" {row['note']}" + machine
+        machine = "(Xeon)" * ("Xeon" in row["cpu"])
+        name = row["name"].removeprefix(f"{kind} ").replace(" decoder", "")
+        name = " ".join(filter(None, [name, row["note"], machine]))
         ratio = ratio_of(row) if row["peer"] else ""
-        yield name.strip(), ours or seconds_of(row["seconds"]), peer, ratio, memory, share
+        yield name, ours or seconds_of(row["seconds"]), peer, ratio, memory, share
 
 
 def chain():
