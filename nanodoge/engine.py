@@ -1,6 +1,6 @@
 """Generation: the only code that turns logits into tokens.
 
-    engine = Engine(model, Decoder(model), slots=16, tokenizer=tokenizer)
+    engine = Engine(model, make_decoder(model), slots=16, tokenizer=tokenizer)
     engine.generate([Request(prompt, max_new_tokens=100, seed=i) for i in range(1000)])  # a list of new ids each
     for id in engine.stream(Request(prompt, max_new_tokens=100)): ...
 
@@ -104,15 +104,12 @@ class TextStream:
 
     def feed(self, id: int | None) -> str:
         """The new piece of text after this id, or at the end, when id is None."""
-        piece = self.decode(id)
-        if self.stop:  # the search takes longer than to decode
-            self.held += "" if self.stopped else piece
-            found = [at for at in map(self.held.find, self.stop) if at >= 0]
-            begun = (n for string in self.stop for n in range(len(string) - 1, 0, -1) if self.held.endswith(string[:n]))
-            certain = min(found) if found else len(self.held) - (0 if id is None else max(begun, default=0))
-            piece, self.held = self.held[:certain], "" if found else self.held[certain:]
-            self.stopped = self.stopped or bool(found)
-        self.text += piece
+        self.held += "" if self.stopped else self.decode(id)
+        found = [at for at in map(self.held.find, self.stop) if at >= 0]
+        begun = (n for string in self.stop for n in range(len(string) - 1, 0, -1) if self.held.endswith(string[:n]))
+        certain = min(found) if found else len(self.held) - (0 if id is None else max(begun, default=0))
+        piece, self.held = self.held[:certain], "" if found else self.held[certain:]
+        self.stopped, self.text = self.stopped or bool(found), self.text + piece
         return piece
 
 
@@ -217,7 +214,7 @@ class Sampler:
 class Engine:
     """Continues requests, `slots` of them at once. For one thread.
 
-    decoder: a Decoder of the model, faster than the model itself (a compiled one is compiled for every number of rows).
+    decoder: from make_decoder, faster than the model itself (one by torch.compile is compiled for each number of rows).
     vocab_size: ids from there on are never produced (a vocabulary rounded up has ids without a token); the default is
     the tokenizer's. piece: prompt tokens read in a step, and as many again of a long prompt. reuse: see above.
     """
