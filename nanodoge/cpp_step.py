@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-# ---- The structs of step.cpp
+# ---- The structs of step.cpp: the same fields in the same order. A pointer is the address of a tensor's memory.
 
 
 def struct(name: str, **fields) -> type[ctypes.Structure]:
@@ -116,7 +116,7 @@ class CppDecoder:
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError("--backend=cpp computes on a CPU, in float32 or bfloat16: --device=cpu")
         self.library, self.dtype, self.kept = library(), dtype, []
-        self.is_bfloat16 = weight.dtype == torch.bfloat16
+        self.dtype_of_model = weight.dtype
         sizes = dict(layers=c.num_hidden_layers, C=c.hidden_size, M=c.intermediate_size, H=c.num_attention_heads)
         sizes |= dict(K=c.num_key_value_heads, D=c.head_dim, qk_norm=c.qk_norm, eps=c.rms_norm_eps)
         if c.is_moe:
@@ -164,22 +164,23 @@ class CppDecoder:
 
     def bind(self, cache: Cache) -> None:
         """Makes `tokens` of one token for each row of a cache, and `logits` for them."""
+        memory, dtype = [x for slots in cache.layers for x in slots], self.dtype_of_model
+        assert all(x.is_contiguous() for x in memory) and cache.layers[0].k.dtype == dtype, "step.cpp trusts addresses"
         B, _, N, D = cache.layers[0].k.shape
         self.slots = (Slots * len(cache.layers))(*(Slots(*(x.data_ptr() for x in slots)) for slots in cache.layers))
         self.frequencies = cache.frequencies.view(-1, D)[:, D // 2 :].contiguous()  # (B or 1, D / 2)
         self.rows, self.logits = torch.arange(B), torch.empty(B, self.model.head.rows)
         stride = D // 2 if len(self.frequencies) > 1 else 0
-        addresses = dict(
-            row=self.rows.data_ptr(), place=cache.length.data_ptr(), frequencies=self.frequencies.data_ptr()
-        )
-        self.tokens, self.bound = Tokens(n=B, N=N, wanted=B, stride=stride, slots=self.slots, **addresses), cache
+        addresses = dict(row=self.rows.data_ptr(), place=cache.length.data_ptr(), slots=self.slots)
+        self.tokens = Tokens(n=B, N=N, wanted=B, stride=stride, frequencies=self.frequencies.data_ptr(), **addresses)
+        self.bound = cache
 
     def step(self, token: Tensor) -> Tensor:
         """Adds `tokens`, with these ids, to the cache -> the logits of the last `wanted` of them."""
-        token = token.contiguous()
-        self.tokens.id, bytes, threads = token.data_ptr(), self.dtype.itemsize, torch.get_num_threads()
-        logits = c_void_p(self.logits.data_ptr())
-        if not self.library.step(byref(self.model), byref(self.tokens), logits, self.is_bfloat16, bytes, threads):
+        token = token.to(torch.int64).contiguous()
+        self.tokens.id, logits = token.data_ptr(), c_void_p(self.logits.data_ptr())
+        dtypes, threads = (self.dtype_of_model == torch.bfloat16, self.dtype.itemsize), torch.get_num_threads()
+        if not self.library.step(byref(self.model), byref(self.tokens), logits, *dtypes, threads):
             raise IndexError(f"one of the tokens {token.tolist()} is not in the vocabulary")
         return self.logits
 

@@ -126,6 +126,13 @@ def test_a_token_that_is_not_there_changes_nothing(id):
     assert not cache.length.any() and not cache.layers[0].k.any()
 
 
+def test_a_cache_of_another_dtype_is_refused():
+    """Its memory would be read as other numbers."""
+    model = make_model()
+    with pytest.raises(AssertionError, match="trusts addresses"):
+        CppDecoder(model)(torch.tensor([3]), model.new_cache(1, 20, torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("name", ["layers.1.input_layernorm.weight", "layers.2.mlp.down_proj.weight", "norm.weight"])
 def test_damaged_weights_are_noticed(dtype, name):
