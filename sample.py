@@ -72,11 +72,11 @@ class SampleOptions:
         check_ranges(self)
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"--temperature={self.temperature} must be 0 or at least 0.001")
-        if self.attention == "definition" and (self.compile or self.dtype == "int8" or self.backend != "auto"):
-            words = "without --compile and --dtype=int8, and without --backend"
-            raise ValueError(f"--attention=definition is computed by model.py: {words}")
-        if self.backend in ("cpp", "onnx") and self.compile:
-            raise ValueError(f"--backend={self.backend} computes by itself: without --compile")
+        if self.backend in ("cpp", "onnx") and (self.compile or self.attention == "definition"):
+            words = "without --compile and --attention=definition"
+            raise ValueError(f"--backend={self.backend} computes by itself: {words}")
+        if self.attention == "definition" and (self.compile or self.dtype == "int8"):
+            raise ValueError("--attention=definition is computed by model.py: without --compile and --dtype=int8")
         if self.system and not self.chat:
             raise ValueError("--system is the system message of a conversation: it needs --chat")
         if len(self.checkpoint) != 1:
