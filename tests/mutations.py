@@ -61,6 +61,10 @@ cache: the new key takes another slot than the weakest | nanodoge/attention.py |
 - masked_fill(~weakest, last).argmin(-1, keepdim=True)
 + masked_fill(~weakest, last).argmax(-1, keepdim=True)
 
+step.cpp: of equally weak keys the newest leaves | nanodoge/step.cpp | test_cpp_step.py
+- bool is_older = positions[j] < positions[weakest];
++ bool is_older = positions[j] > positions[weakest];
+
 rename: the files of a checkpoint appear one after the other | nanodoge/checkpoint.py | test_checkpoint.py
 - os.rename(saving, saved)
 + [os.replace(path, folder / path.name) for path in sorted(saving.iterdir())]

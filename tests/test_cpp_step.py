@@ -10,6 +10,7 @@ from test_decode import EXPERTS, make_model
 from test_model import distinct_tokens
 
 from nanodoge import cpp_step, decode
+from nanodoge.attention import NEVER
 from nanodoge.cpp_step import CppDecoder
 from nanodoge.decode import Decoder
 from nanodoge.engine import Engine, Request
@@ -37,10 +38,18 @@ def test_one_token_at_a_time_equals_one_full_pass(changes):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     _, theirs = logits_of(model, tokens, 5, Decoder(model))
     for ours, reference in zip(cache.layers, theirs.layers, strict=True):
-        assert torch.equal(ours.position, reference.position)
+        assert torch.equal(ours.position, reference.position) and (ours.s[..., -1] == NEVER).all()  # the spare
         for name in "ksv":
             a, b = (getattr(slots, name).flatten(2)[:, :, : -model.config.head_dim] for slots in (ours, reference))
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_of_equally_weak_keys_the_oldest_leaves():
+    """Five tokens over and over: in the first layer equal tokens have equal scores."""
+    model, tokens = make_model(), torch.randint(5, (2, 40), generator=torch.Generator().manual_seed(0))
+    (_, ours), (_, theirs) = (logits_of(model, tokens, 1, decoder(model)) for decoder in (CppDecoder, Decoder))
+    assert torch.equal(ours.layers[0].position[..., :-1], theirs.layers[0].position[..., :-1])
+    assert len(theirs.layers[0].s[0, 0, :-1].unique()) < 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
