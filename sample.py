@@ -210,6 +210,8 @@ def chat(engine: Engine, options: SampleOptions) -> None:
 def main(argv: list[str]) -> None:
     options = parse_options(SampleOptions, argv, positional="checkpoint")
     machine = Machine(options.device, "auto" if options.dtype == "int8" else options.dtype)
+    if options.compile and machine.device.type == "cpu":
+        raise ValueError("--compile=true is for a GPU: on a CPU, --backend=cpp is compiled, in seconds")
     model, tokenizer = load_model(options.checkpoint[0])
     model = model.to(machine.device, machine.dtype)
     model.config.attention, decoder = options.attention, None

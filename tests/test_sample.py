@@ -162,6 +162,7 @@ BAD_OPTIONS = {
     "more": "one checkpoint folder",
     "--prompt=a --chat": "exclude one another",
     "--attention=definition --dtype=int8": "without --compile and --dtype=int8",
+    "--compile": "is for a GPU: on a CPU, --backend=cpp is compiled",
     "--device=cuda": "--device=cuda is not available",
 }
 
