@@ -5,7 +5,7 @@
 FROM python:3.13-slim
 ARG TORCH_BACKEND=cpu
 WORKDIR /nanodoge
-# g++ compiles the C++ step, by which a CPU writes two to six times as fast as by torch.
+# g++ compiles the C++ step, by which a CPU writes one text four to six times as fast as by torch.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir uv
 COPY pyproject.toml requirements.txt ./

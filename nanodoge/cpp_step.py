@@ -1,4 +1,4 @@
-"""A decoder that is compiled from C++: nanodoge/step.cpp, which takes a few seconds once on a machine.
+"""The decode step in C++, nanodoge/step.cpp: it is compiled once on a machine, in a few seconds.
 
     decoder = CppDecoder(model, torch.int8)          # in place of nanodoge.decode.Decoder: the fastest on a CPU
     logits = decoder(token, cache)

@@ -3,10 +3,10 @@
 // nanodoge/cpp_step.py compiles this file and calls `step`. To read it, loops and structs are enough. All threads run
 // `forward` together; `#pragma omp for` divides the rounds of a loop among them, and waits until all are done.
 //
-// Why it is fast. A token needs every weight once, so its time is at least that of reading them from memory. Nothing
-// else is read or written that is not needed, and no time passes between two operations. A product reads STREAMS rows
-// side by side, because a core fetches several streams of memory faster than one. int8 weights are multiplied by int8
-// inputs: each BLOCK of inputs is divided by a scale of its own and rounded.
+// Why it is fast. A token needs every weight once, so it takes at least the time of reading them from memory. Little
+// else takes time: intermediate results stay in the CPU's cache, and no operation is launched one by one from Python. A
+// product reads STREAMS rows side by side, because a core fetches several streams of memory faster than one. int8
+// weights are multiplied by int8 inputs: each BLOCK of inputs is divided by a scale of its own and rounded.
 //
 // Shapes as in model.py: n tokens, C hidden size, M intermediate size, H attention heads, K key/value heads, D head
 // size, V vocabulary, G = H / K. N slots of a cache, of which the last is a spare (see Cache in nanodoge/attention.py).
